@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -17,6 +18,11 @@ pytest.register_assert_rewrite("tests.support.store_contract")
 # Without a GPU, Triton must interpret its kernels. Triton reads this variable when it is imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# If tests run in the background, these signals may be ignored. Programs that the tests start would inherit this.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Test processes and the programs that they start share the cores. With more threads than cores, a program takes
 # several times as long as with one thread.
@@ -91,7 +97,7 @@ def _cpu_of_tests() -> None:
 
 
 def _settle_cpu() -> None:
-    """Use few threads and keep subnormal numbers, even if a job in this process has changed these settings.
+    """Use few threads, keep subnormal numbers and use the default libraries, even if a job has changed these settings.
 
     Tensors in tests are small, so on a busy machine several threads cost more time than they save.
     """
@@ -99,3 +105,5 @@ def _settle_cpu() -> None:
     if torch is not None:
         torch.set_num_threads(_THREADS)
         torch.set_flush_denormal(False)
+    if (cpu_matmul := sys.modules.get("nanochat_core.cpu_matmul")) is not None:
+        cpu_matmul.use_library(os.environ.get("NANOCHAT_CPU_PRODUCTS", "auto"))

@@ -4,7 +4,7 @@ Run the program from the project's root: ``python -m tests.benchmarks.bench_gate
 (``stub_engine.py``) and a gateway run as processes of this machine. There are three measurements:
 
 - **overhead** reads one stream at a time, in turn from the engine over gRPC and through the gateway. It measures the
-  time to the first token and the time between tokens. On both ways, the engine pauses between tokens, so the printed
+  time to the first token and the time between tokens. In both cases, the engine pauses between tokens, so the printed
   difference does not include the pause.
 - **streams** reads ``--streams`` streams at once. It counts errors, and measures the gateway's memory and the slowest
   answer of ``/healthz`` during this load.

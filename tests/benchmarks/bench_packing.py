@@ -1,4 +1,4 @@
-"""Measure what packing never shows, drops and repeats, for four kinds of text and four rules, and its speed.
+"""For four kinds of text and four rules of packing, measure the speed, and how much text is never shown or repeated.
 
 Run the program from the project's root: ``python -m tests.benchmarks.bench_packing --data FOLDER``. FOLDER has prose
 that ``jobs.train.dataset convert`` can read. The kinds of text and the rules are those of ``packing_rules.py``. A token

@@ -18,7 +18,7 @@ import statistics
 import string
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +26,7 @@ from unittest import mock
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
-from services.gateway.routing import ReplicaLoad, Router, RoutingSettings
+from services.gateway.routing import Prompt, ReplicaLoad, Router, RoutingSettings
 from tests.support.engine_models import BYTES, scripted_model
 from tests.support.scripted_engine import openai_client, running_gateway, until_up
 from tests.support.service_process import EngineProcess
@@ -40,7 +40,7 @@ ANSWER_TOKENS = 20
 class LeastLoad(Router):
     """Chooses the replica with the fewest sequences."""
 
-    def choose(self, prompt: Sequence[int], loads: Mapping[str, ReplicaLoad], now: float) -> str:
+    def choose(self, prompt: Prompt, loads: Mapping[str, ReplicaLoad], now: float) -> str:
         return min(loads, key=lambda replica: loads[replica].sequences)
 
 
@@ -51,7 +51,7 @@ class RoundRobin(Router):
         super().__init__(settings, seed)
         self._turns = itertools.count()
 
-    def choose(self, prompt: Sequence[int], loads: Mapping[str, ReplicaLoad], now: float) -> str:
+    def choose(self, prompt: Prompt, loads: Mapping[str, ReplicaLoad], now: float) -> str:
         return sorted(loads)[next(self._turns) % len(loads)]
 
 
@@ -109,7 +109,7 @@ async def measure(home: Path, router: type[Router], count: int, options: argpars
         with mock.patch("services.gateway.engines.pool.Router", router):
             async with running_gateway(*addresses, poll_seconds=1.0, queue_seconds=600.0) as url:
                 await until_up(url, count)
-                # During this time, the router would send less to new engines, so the chats begin afterwards.
+                # During this time, the router would send fewer requests to new engines, so the chats begin afterwards.
                 await asyncio.sleep(RoutingSettings().warm_up_seconds)
                 async with openai_client(url) as client:
                     await asyncio.gather(*(chat(client, n, options.turns, found) for n in range(options.chats)))

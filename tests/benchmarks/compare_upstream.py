@@ -28,7 +28,7 @@ def shape(depth: int, head_dim: int, pattern: str, *, kv: int | None = None, voc
     )
 
 
-# Each entry has the model's shape and the number of tokens in a row.
+# Each entry has the model's shape and the number of tokens of a row.
 CASES = [
     (shape(4, 64, "SSSL"), 512),
     (shape(4, 64, "L"), 512),

@@ -1,9 +1,9 @@
 """Measure how exactly one engine continues what another engine of the same kind has begun.
 
-The first engine decodes token by token. The second one computes the tokens of the first one as a prompt. If the two
+The first engine decodes token by token. The second engine computes the first engine's tokens as a prompt. If the two
 round differently, the log probabilities of later tokens differ, and two candidates that almost tie may change places.
 The program continues greedy and seeded completions from many positions, all at once and with other completions in the
-batch, and compares them with the undisturbed ones.
+batch, and compares them with completions that one engine wrote alone.
 
 Run the program from the project's root: ``python -m tests.benchmarks.continue_numerics``, or with ``--home .nanochat
 --model demo`` for a trained model.

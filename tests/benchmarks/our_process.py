@@ -67,17 +67,18 @@ def bits_per_byte(model: GPT, rows: torch.Tensor, token_bytes: torch.Tensor) -> 
 
 def train(task: dict[str, Any], home: str) -> dict[str, Any]:
     prepare_cpu(task["threads"])
-    device = torch.device("cpu")
+    device = torch.device(task["device"])
     torch.manual_seed(task["seed"])
     model = GPT(shape(task["config"]), DTYPES[task["dtype"]])
     model.init_weights()
-    make_trainable(model, RunSettings(), device, task["dtype"])
     if task["initial"]:
         source = read_upstream(Path(task["initial"]), 0)
         model.load_state_dict(convert(source, model_config(source)).state_dict())
+    model.to(device)
+    make_trainable(model, RunSettings(), device, task["dtype"])
     config = OptimizerConfig(weight_decay=task["weight_decay"])
-    validation = torch.from_numpy(np.load(task["validation"]).astype(np.int64))
-    token_bytes = torch.tensor(task["token_bytes"])
+    validation = torch.from_numpy(np.load(task["validation"]).astype(np.int64)).to(device)
+    token_bytes = torch.tensor(task["token_bytes"], device=device)
     batches = np.load(task["batches"])
     settings = RunSettings(
         device_batch_rows=batches.shape[1], save_every=0, eval_every=task["evaluate_every"], compile=True

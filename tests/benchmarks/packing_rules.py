@@ -24,8 +24,8 @@ KINDS = ("books", "code", *LENGTHS)
 
 # The inputs and the targets of one row. Both have the shape (context,) and the dtype int64.
 Row = tuple[np.ndarray, np.ndarray]
-# Packs documents into an endless series of rows. The three integers are the number of inputs in a row, the number of
-# rows in a batch, and the seed. A document has the id of BOS and then the token ids of its text: shape (length,), dtype
+# Packs documents into an endless series of rows. The three integers are the number of inputs of a row, the number of
+# rows of a batch, and the seed. A document has the id of BOS and then the token ids of its text: shape (length,), dtype
 # int32.
 Rule = Callable[[Sequence[np.ndarray], int, int, int], Iterator[Row]]
 

@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.data.local_text import LocalText
+from jobs.eval.bench.models import random_tokenizer
 from jobs.train.batches.loader import PackedLoader
 from jobs.train.batches.sources import TextSource
 from jobs.train.loop.schedule import Schedule
-from jobs.train.tokenizer import limited, train_tokenizer
 from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import Tokenizer
@@ -53,13 +52,18 @@ class Result:
         return tokens * len(timed) / sum(timed)
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the flags that all training comparisons share."""
+def arguments(description: str | None, *, needs_data: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all training comparisons share.
+
+    Unless a comparison ``needs_data``, random token ids take the place of missing data.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--peer", type=Path, required=True, help="checkout of karpathy/nanochat")
-    parser.add_argument("--data", type=Path, required=True, help="folder of parquet shards with a text column")
+    parser.add_argument("--data", type=Path, required=needs_data, help="folder of parquet shards with a text column")
     parser.add_argument("--dtype", choices=PEER_DTYPES, default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--context-length", type=int, default=256)
     parser.add_argument("--window-pattern", default="L", help="the peer recommends L on CPUs and uses it in runcpu.sh")
@@ -83,20 +87,34 @@ class Comparison:
 
     @classmethod
     def prepare(cls, options: argparse.Namespace, folder: Path, *, batches: int, validation_rows: int) -> Comparison:
-        """Train the tokenizer, and pack the training rows and the validation rows. All runs use these files."""
-        training, validation = (list(texts) for texts in LocalText(options.data).documents())
-        tokenizer = train_tokenizer(limited(training, 10_000, TOKENIZER_CHARACTERS), options.vocab_size)
+        """Train the tokenizer, and pack the training rows and the validation rows. All runs use these files.
+
+        Without data, the rows have random token ids. Then only the speeds can be compared.
+        """
         config = ModelConfig.from_depth(
             options.depth,
             vocab_size=options.vocab_size,
-            head_dim=64,
+            head_dim=options.head_dim,
             context_length=options.context_length,
             window_pattern=options.window_pattern,
         )
-        comparison = cls(options, folder, config, tokenizer)
-        (folder / "tokenizer.json").write_text(tokenizer.to_json())
-        np.save(folder / "batches.npy", comparison._packed(training, batches, ROWS))
-        np.save(folder / "validation.npy", comparison._packed(validation, 1, validation_rows)[0])
+        shapes = ((batches, ROWS), (1, validation_rows))
+        if options.data is None:
+            comparison = cls(options, folder, config, random_tokenizer(options.vocab_size))
+            draw, width = np.random.default_rng(options.seed), config.context_length + 1
+            rows = [draw.integers(options.vocab_size, size=(*shape, width), dtype=np.int32) for shape in shapes]
+        else:
+            # A machine with a GPU may lack the packages that read text and train tokenizers.
+            from jobs.data.local_text import LocalText
+            from jobs.train.tokenizer import limited, train_tokenizer
+
+            texts = [list(texts) for texts in LocalText(options.data).documents()]
+            tokenizer = train_tokenizer(limited(texts[0], 10_000, TOKENIZER_CHARACTERS), options.vocab_size)
+            comparison = cls(options, folder, config, tokenizer)
+            rows = [comparison._packed(each, *shape) for each, shape in zip(texts, shapes, strict=True)]
+        (folder / "tokenizer.json").write_text(comparison.tokenizer.to_json())
+        np.save(folder / "batches.npy", rows[0])
+        np.save(folder / "validation.npy", rows[1][0])
         return comparison
 
     @property
@@ -137,6 +155,7 @@ class Comparison:
             "threads": options.threads,
             "seed": options.seed,
             "dtype": options.dtype,
+            "device": options.device,
             "result": str(self.folder / "result.json"),
         } | changes
         if side == "peer":

@@ -77,22 +77,23 @@ def logits(task: dict[str, Any]) -> None:
 def train(task: dict[str, Any]) -> None:
     """Train as in base_train's loop. Write the seconds and the loss of each step, and the evaluations."""
     torch.set_num_threads(task["threads"])
-    compute_init("cpu")
+    device = torch.device(task["device"])
+    compute_init(device.type)
     torch.manual_seed(task["seed"])
-    original = build(task["config"])
+    original = build(task["config"], device)
     if task["initial"]:
         save_checkpoint(task["initial"], 0, original.state_dict(), None, {"model_config": task["config"]})
     model = torch.compile(original, dynamic=False)
     optimizer = model.setup_optimizer(**task["rates"])
     batches = torch.from_numpy(np.load(task["batches"]).astype(np.int64))
-    validation = torch.from_numpy(np.load(task["validation"]).astype(np.int64))
-    token_bytes = torch.tensor(task["token_bytes"], dtype=torch.int32)
+    validation = torch.from_numpy(np.load(task["validation"]).astype(np.int64)).to(device)
+    token_bytes = torch.tensor(task["token_bytes"], dtype=torch.int32, device=device)
     seconds: list[float] = []
     losses: list[float] = []
     evaluations: list[tuple[int, float]] = []
     for step in range(task["steps"]):
         started = time.perf_counter()
-        rows = batches[step % len(batches)]
+        rows = batches[step % len(batches)].to(device)
         loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())  # type: ignore[no-untyped-call]
         loss.backward()
         for group in optimizer.param_groups:

@@ -7,7 +7,7 @@ It prints two Markdown tables and draws one plot. The router is the gateway's ow
 few have most conversations (Zipf's law), and begins with the application's system prompt. Each turn adds a question
 and the answer to it. The next turn comes after a pause.
 
-**Replicas.** A replica computes prompts one after another at a constant rate, without the tokens that it finds in its
+**Replicas.** A replica computes prompts one after another at a constant rate. It does not compute the tokens in its
 prefix cache. Then it decodes: a step takes longer the more sequences run, and a sequence keeps the pace that it began
 with. The prefix cache keeps whole blocks and drops the least recently used ones. A replica reports its waiting tokens
 and its cache use once a second. The replicas are slow, so that 1,000 of them have work for ten minutes.
@@ -29,7 +29,6 @@ import heapq
 import itertools
 import math
 import multiprocessing
-import operator
 import os
 import random
 import time
@@ -42,7 +41,7 @@ from typing import Protocol
 import numpy as np
 
 from jobs.plots import panels
-from services.gateway.routing import ReplicaLoad, Router, RoutingSettings
+from services.gateway.routing import Prompt, ReplicaLoad, Router, RoutingSettings
 
 BLOCK = 16
 PREFILL_RATE = 800.0  # in tokens per second
@@ -100,12 +99,13 @@ class Affinity:
 
     def __init__(self, settings: RoutingSettings) -> None:
         self.router = Router(settings)
-        self.seconds: list[float] = []  # time of each choice
-        self.prompts: dict[int, list[int]] = {}  # unanswered prompts, by conversation
+        self.seconds: list[float] = []  # time of each choice, with the hashing of the prompt
+        self.prompts: dict[int, Prompt] = {}  # unanswered prompts, by conversation
 
     def choose(self, chat: Conversation, loads: dict[str, ReplicaLoad], now: float) -> str:
-        prompt = self.prompts[chat.key] = chat.prompt()
+        ids = chat.prompt()
         begin = time.thread_time()
+        prompt = self.prompts[chat.key] = self.router.prompt(ids)
         chosen = self.router.choose(prompt, loads, now)
         self.seconds.append(time.thread_time() - begin)
         self.router.sent(chosen, prompt, now)
@@ -185,23 +185,28 @@ class LeastLoad(_LoadOnly):
 
 
 class ConsistentHashing(_LoadOnly):
-    """Each conversation has a position on a ring of replicas. It goes to the next replica whose load is below the
-    bound.
-    """
+    """Chooses the next replica, after the conversation's own position on a ring, that has a load below the bound."""
 
     def __init__(self, bound: float = math.inf) -> None:
         super().__init__()
         self.bound = bound
         self.ring: list[tuple[float, str]] = []
+        self.total: int | None = None  # sequences of all replicas; None if they must be counted again
 
     def choose(self, chat: Conversation, loads: dict[str, ReplicaLoad], now: float) -> str:
         at = bisect.bisect(self.ring, (random.Random(chat.key).random(), ""))
         if self.bound == math.inf:
             return self.ring[at % len(self.ring)][1]
-        total = sum(map(operator.attrgetter("sequences"), loads.values()))
-        most = math.ceil(self.bound * (total + 1) / len(loads))
+        if self.total is None:
+            self.total = sum(load.sequences for load in loads.values())
+        self.total += 1
+        most = math.ceil(self.bound * self.total / len(loads))
         following = (self.ring[i % len(self.ring)][1] for i in itertools.count(at))
         return next(name for name in following if loads[name].sequences < most)
+
+    def answered(self, chat: Conversation, replica: str, load: ReplicaLoad, cached: int, now: float) -> None:
+        if self.total is not None:
+            self.total -= 1
 
     def joined(self, replica: str, now: float) -> None:
         places = random.Random(replica)
@@ -210,6 +215,7 @@ class ConsistentHashing(_LoadOnly):
 
     def left(self, replica: str) -> None:
         self.ring = [place for place in self.ring if place[1] != replica]
+        self.total = None
 
 
 class Replica:
@@ -349,26 +355,29 @@ def many_chats(count: int) -> list[Conversation]:
     of = rng.choice(APPLICATIONS, count, p=popularity / popularity.sum()).tolist()
     begins = np.sort(rng.uniform(0, ARRIVAL_SECONDS, count)).tolist()
     turns = np.minimum(rng.geometric(0.4, count), 6).tolist()
-    return [Conversation(i, begins[i], systems[of[i]], *_turns(rng, turns[i], pause=20.0)) for i in range(count)]
+    return [Conversation(i, begins[i], systems[of[i]], *chat) for i, chat in enumerate(_turns(rng, turns, pause=20.0))]
 
 
 def chats_at_once(count: int, turns: int) -> list[Conversation]:
     """Returns conversations of one application that begin within one second."""
     rng = np.random.default_rng(0)
     begins = rng.uniform(0, 1, count).tolist()
-    return [Conversation(i, begins[i], _IDS[:128], *_turns(rng, turns, pause=2.0)) for i in range(count)]
+    chats = _turns(rng, [turns] * count, pause=2.0)
+    return [Conversation(i, begins[i], _IDS[:128], *chat) for i, chat in enumerate(chats)]
 
 
-def _turns(rng: np.random.Generator, turns: int, pause: float) -> tuple[list[int], list[int], list[int], list[float]]:
-    """Returns starts, questions, answers and pauses of a conversation."""
-    # For each turn: the position in _IDS, the number of tokens of the question, and the number of tokens of the answer.
-    # The last list has the pauses between turns.
-    return (
-        rng.integers(1 << 15, (1 << 16) - 500, turns).tolist(),
-        rng.integers(10, 100, turns).tolist(),
-        rng.integers(50, 200, turns).tolist(),
-        rng.exponential(pause, turns - 1).tolist(),
-    )
+def _turns(
+    rng: np.random.Generator, turns: list[int], pause: float
+) -> Iterator[tuple[list[int], list[int], list[int], list[float]]]:
+    """Yields starts, questions, answers and pauses of conversations with these numbers of turns."""
+    total = sum(turns)
+    starts = rng.integers(1 << 15, (1 << 16) - 500, total).tolist()
+    questions = rng.integers(10, 100, total).tolist()  # in tokens, as are the answers
+    answers = rng.integers(50, 200, total).tolist()
+    pauses = rng.exponential(pause, total).tolist()
+    for end, count in zip(itertools.accumulate(turns), turns, strict=True):
+        own = slice(end - count, end)
+        yield starts[own], questions[own], answers[own], pauses[end - count + 1 : end]
 
 
 def fresh(chats: list[Conversation]) -> Iterator[Conversation]:

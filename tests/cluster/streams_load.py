@@ -1,4 +1,4 @@
-"""Keep streams running against a gateway, and compare each answer with the same answer before any disturbance.
+"""Keep streams running against a gateway, and compare each answer with an undisturbed answer.
 
 Usage: ``streams_load.py HOST:PORT STREAMS``. The program needs only the standard library, so it can run in any pod. The
 program prints ``ready`` when it knows the undisturbed answers. Then it keeps STREAMS streams running until its standard

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from tests.support.commands import QUESTION, ROOT, assert_answer_came_through_th
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
-SERVICES = {"gateway", "engine", "sandbox", "prometheus"}
+SERVICES = {"gateway", "redis", "engine", "sandbox", "teacher", "prometheus"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,28 @@ def test_chat_calls_the_tool(stack: Stack) -> None:
     body = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
     completion = get_json(f"http://127.0.0.1:{stack.port}/v1/chat/completions", body)
     assert_answer_came_through_the_tool(completion["choices"][0]["message"])
+
+
+def test_keys_are_in_redis_and_outlive_its_restart(stack: Stack) -> None:
+    def models(key: str) -> int:
+        url = f"http://127.0.0.1:{stack.port}/v1/models"
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return response.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    keys = ("exec", "-T", "gateway", "python", "-m", "services.gateway.keys")
+    key = stack.compose(*keys, "create", "--name", "test").strip()
+    assert models(key) == 200
+    stack.compose("kill", "redis")
+    stack.compose("up", "--detach", "--wait", "redis")
+    assert key.split("-")[1] in stack.compose(*keys, "list")
+    assert models(key) == 200
+    stack.compose(*keys, "revoke", key.split("-")[1])
+    time.sleep(2)
+    assert models(key) == 401
 
 
 def test_page_is_served(stack: Stack) -> None:

@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import openai
 import pytest
+import pytest_asyncio
+from playwright import async_api
 from playwright.sync_api import Browser, sync_playwright
 
 from tests.support.stack import ROOT, Stack
@@ -68,10 +70,23 @@ def client(url: str) -> openai.OpenAI:
 # The browser ends with each module: while a browser is open, no other test of this process can run an event loop.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=_chromium(), args=CHROMIUM_FLAGS)
+        yield started
+        started.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def async_browser() -> AsyncIterator[async_api.Browser]:
+    """A browser for tests that run the gateway in their own event loop, in front of a scripted engine."""
+    async with async_api.async_playwright() as playwright:
+        started = await playwright.chromium.launch(executable_path=_chromium(), args=CHROMIUM_FLAGS)
+        yield started
+        await started.close()
+
+
+def _chromium() -> str:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine; tests/install-servers installs it")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
-        yield started
-        started.close()
+    return chromium

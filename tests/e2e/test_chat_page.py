@@ -59,7 +59,8 @@ def test_the_page_works_on_a_phone(browser: Browser, url: str) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     page = context.new_page()
     page.goto(url)
-    ask(page, "Hello!")
+    page.get_by_test_id("composer").fill("Hello!")
+    page.get_by_test_id("send").tap()  # on a phone, Enter begins a new line
     expect(page.get_by_test_id("message-assistant")).to_have_attribute("data-state", "complete", timeout=15_000)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     context.close()

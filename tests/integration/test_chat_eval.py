@@ -26,7 +26,7 @@ from jobs.tasks.task import Response
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core import tokenizer as tok
 from nanochat_core.chat import parse_messages, render_conversation, render_prompt
-from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, pick_checkpoint
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, pick_checkpoint, promote, withdraw
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine import Completion, Token, ToolCall, ToolOutput, ToolResult
 from nanochat_core.errors import UserError
@@ -140,6 +140,11 @@ def test_the_newest_checkpoint_is_taken_or_the_one_that_is_named(home: Path, che
     assert pick_checkpoint(store, MODEL, "", "sft").ref.step == 7
     assert pick_checkpoint(store, MODEL, "", "sft", "rl").ref.step == 7
     assert pick_checkpoint(store, MODEL, "sft/step_000007").ref.step == 7
+    with pytest.raises(UserError, match="no revision of model"):
+        pick_checkpoint(store, MODEL, "promoted", "sft")
+    promote(store, CheckpointRef.parse(MODEL, "sft/step_000007"))
+    assert pick_checkpoint(store, MODEL, "promoted", "base").ref.revision == "sft/step_000007"
+    withdraw(store, MODEL)
     with pytest.raises(UserError, match="has no base checkpoint"):
         pick_checkpoint(store, MODEL, "", "base")
 
@@ -183,7 +188,7 @@ def test_perfect_answers_are_all_right_and_nothing_else_is(
     silent = scripted(monkeypatch, checkpoint, items, [Completion([], []) for _ in items])
     assert not any(right for _, _, right in silent)
 
-    # Right answers without a tool call count as guesses.
+    # A question that requires the tool is answered wrongly without a tool call, even if the text is right.
     untooled = [dataclasses.replace(answer, tool_events=[]) for answer in perfect]
     answers = scripted(monkeypatch, checkpoint, items, untooled)
     assert [right for _, _, right in answers] == [not item.requires_tool for item in items]

@@ -93,7 +93,7 @@ def test_a_finished_run_goes_on_to_a_longer_horizon_with_a_new_warmdown(jobs: Jo
     assert [point["step"] for point in longer.history] == list(range(1, 101))
     assert longer.meta["settings"] == shorter.meta["settings"] | {"start_from": NAME, "steps": 100}
     assert (longer.meta["base_model"], longer.meta["base"]) == (NAME, f"base/step_0000{CONSTANT}")
-    # The only difference to a run that was planned with the longer horizon is the weight decay in the first steps.
+    # The only difference from a run that was planned with the longer horizon is the weight decay in the first steps.
     jobs.run(MODULE, PRETRAIN, model="planned", steps=100)
     planned = jobs.result("base", 100, "planned")
     assert losses(longer, 90, 100) == pytest.approx(losses(planned, 90, 100), rel=0.05)
@@ -152,7 +152,7 @@ def test_a_fine_tuned_model_can_be_pretrained_further(jobs: Jobs) -> None:
     given = {"dataset": NAME, "batch-tokens": 256, "steps": 3, "start-from": f"{NAME}/sft"}
     jobs.run(MODULE, START | WHERE | given)
     meta = jobs.result("base", 3, "more").meta
-    assert (meta["base"], meta["settings"]["depth"], meta["settings"]["tokenizer"]) == ("sft/step_000002", 2, NAME)
+    assert (meta["base"], meta["settings"]["depth"], meta["settings"]["tokenizer"]) == ("sft/step_000002", 1, NAME)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_fine_tuned_model_can_be_pretrained_further(jobs: Jobs) -> None:
         ({"model": NAME}, "which this run would replace; give the result another --model name"),
         ({"start_from": "none"}, "--start-from names 'none', but"),
         ({"start_from": f"{NAME}/base/step_7"}, f"there is no checkpoint models/{NAME}/base/step_000007"),
-        ({"depth": 3}, f"--depth is 3, but models/{NAME}/base/step_000021 was trained with 2; leave the flag out"),
+        ({"depth": 3}, f"--depth is 3, but models/{NAME}/base/step_000021 was trained with 1; leave the flag out"),
         ({"context_length": 64}, "--context-length is 64, but"),
         ({"tokenizer": OTHER}, "was trained with another tokenizer, which it keeps; leave the flag out"),
         ({"steps": 21}, "so a horizon of 21 steps has passed; raise it by --steps, --ratio or --target-flops"),

@@ -66,7 +66,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class Stream:
-    """Reads one call in a task, and collects its tokens and tool results."""
+    """Sends a request. An asyncio task reads the answer, and collects its tokens and tool results."""
 
     def __init__(self, stub: engine_pb2_grpc.EngineStub, request: pb.GenerateRequest) -> None:
         self.tokens: list[int] = []

@@ -73,7 +73,7 @@ def started(home: Path) -> Iterator[Any]:
 
 
 def said(chunks: Iterable[pb.GenerateChunk]) -> list[pb.Continuation]:
-    """The continuations of the choices in these chunks."""
+    """The part of each choice that is in these chunks, in the form of a request to continue it."""
     choices: dict[int, pb.Continuation] = {}
     for chunk in chunks:
         choice = choices.setdefault(chunk.index, pb.Continuation(index=chunk.index))
@@ -84,7 +84,7 @@ def said(chunks: Iterable[pb.GenerateChunk]) -> list[pb.Continuation]:
 
 
 def answers(chunks: Iterable[pb.GenerateChunk]) -> dict[int, list[Any]]:
-    """The contents of each choice, without its division into chunks and the durations of calls."""
+    """The contents of each choice. The chunks of a choice are joined, and the durations of calls are left out."""
     choices: dict[int, list[Any]] = {}
     for chunk in chunks:
         tokens, events, end = choices.setdefault(chunk.index, [[], [], None])
@@ -139,7 +139,7 @@ def test_a_stream_goes_on_at_another_engine_before_within_and_after_a_python_cal
     for cut in cuts:
         rest = list(second.generate(prompt, continued=said(whole[:cut]), **fields))
         assert answers([*whole[:cut], *rest]) == answers(whole), cut
-    # The second engine runs the call again for each cut before the call's result.
+    # If the stream is cut before the call's result, the second engine runs the call again.
     came = next(i for i, chunk in enumerate(whole) if any(e.HasField("result") for e in chunk.tool_events))
     assert sandbox.calls == 1 + came + 1
     # A client may also have received only a part of the output.

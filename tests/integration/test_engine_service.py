@@ -21,7 +21,7 @@ import torch
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from nanochat_core.checkpoint import Checkpoint, CheckpointRef, promote
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, promote, withdraw
 from nanochat_core.engine import Engine, EngineConfig, EngineDead, Load, Request, SamplingParams, async_engine
 from nanochat_core.engine.backends.runner import EagerRunner
 from nanochat_core.engine.scheduler import Chunk
@@ -379,6 +379,51 @@ def test_it_waits_for_a_promotion_and_follows_the_next_one(started: Any, tmp_pat
     promote(store, SECOND)
     service.wait_for("model loaded", revision=SECOND.revision)
     assert service.stub.GetModel(pb.GetModelRequest()).revision == SECOND.revision
+
+
+def test_snapshots_of_fine_tuning_are_served_until_a_model_is_promoted(started: Any, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+
+    def save(stage: str, step: int, depth: int, home: Path = tmp_path) -> CheckpointRef:
+        ref = CheckpointRef("tiny", stage, step)
+        save_checkpoint(
+            open_store(str(home)), ref, model=tiny_model(depth, context_length=CONTEXT), tokenizer=BYTES, meta={}
+        )
+        return ref
+
+    base = save("base", 9, 2)
+    service = started("--snapshots", home=tmp_path, ready=False)
+    service.wait_for("waiting for a model", reason="nothing is promoted")
+    snapshot = save("sft", 3, 2)
+    service.connect()
+    assert service.stub.GetModel(pb.GetModelRequest()).revision == snapshot.revision
+    # A running answer goes on with the snapshot that began it. The next answer comes from the newer snapshot.
+    running = service.stub.Generate(pb.GenerateRequest(prompt_token_ids=[1], sampling={"max_tokens": CONTEXT - 2}))
+    next(running)
+    newer = save("sft", 6, 3)
+    service.wait_for("model loaded", revision=newer.revision)
+    assert sum(len(chunk.tokens) for chunk in running) > 0
+    elsewhere = tmp_path / "elsewhere"
+    damaged = save("sft", 7, 2, elsewhere)
+    (elsewhere / damaged.prefix / "model.safetensors").write_bytes(b"")
+    (elsewhere / damaged.prefix).rename(tmp_path / damaged.prefix)
+    service.wait_for("snapshot not loaded", revision=damaged.revision)
+    assert service.stub.GetModel(pb.GetModelRequest()).revision == newer.revision
+    promote(store, base)
+    service.wait_for("model loaded", revision=base.revision)
+    save("sft", 8, 2)
+    withdraw(store, "tiny")
+    time.sleep(0.5)  # five polls
+    assert service.stub.GetModel(pb.GetModelRequest()).revision == base.revision
+
+
+def test_without_the_setting_no_snapshot_is_served(started: Any, tmp_path: Path) -> None:
+    ref = CheckpointRef("tiny", "sft", 3)
+    save_checkpoint(open_store(str(tmp_path)), ref, model=tiny_model(context_length=CONTEXT), tokenizer=BYTES, meta={})
+    service = started(home=tmp_path, ready=False)
+    service.wait_for("waiting for a model", reason="nothing is promoted")
+    time.sleep(0.5)  # five polls
+    assert not any(event["event"] == "model loaded" for event in service.events)
 
 
 def test_a_damaged_promotion_is_logged_and_the_old_model_goes_on(started: Any, tmp_path: Path) -> None:

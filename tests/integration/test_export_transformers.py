@@ -3,7 +3,6 @@
 Neither package is installed with the project. docs/export.md says how to run these tests.
 """
 
-import json
 import os
 import random
 import tempfile
@@ -12,18 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from jobs.measures.core.bundle import read_bundle
-from jobs.measures.core.prompts import Prompts
-from jobs.measures.core.scoring import Scorer
 from jobs.train.export import ExportSettings, export_checkpoint
 from nanochat_core.chat import parse_messages, render_prompt
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
 from nanochat_core.store import Store, open_store
 from nanochat_core.tokenizer import ASSISTANT_END, SPECIAL_TOKENS
-from tests.support.core_bundles import TaskFile, write_bundle
 from tests.support.exported_models import save_random, tokenizer
+from tests.support.lm_eval_task import TASK, assert_equal_to_ours, choice_items, write_task
 
 # Both packages read these variables when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -148,7 +143,7 @@ def test_texts_and_conversations_have_the_same_ids(store: Store, tmp_path: Path)
     any_character = [chr(code) for code in range(1, 0x3000)]
     texts = ["", " ", "banana ananas", *("".join(draw.choices(letters, k=draw.randint(1, 60))) for _ in range(3000))]
     texts += ["".join(draw.choices(any_character, k=30)) for _ in range(1000)]
-    # Each text has one character in two places, beside characters that might form one piece with it.
+    # Each text has the same character in two places, next to characters that might form one piece with it.
     texts += [f"a{chr(code)}1 {chr(code)}b" for code in range(1, 0x20000) if not 0xD800 <= code < 0xE000]
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False)["input_ids"], strict=True):
         assert ids == ours.encode(text), repr(text)
@@ -167,63 +162,27 @@ def test_texts_and_conversations_have_the_same_ids(store: Store, tmp_path: Path)
     assert loaded(folder).generate(**rendered, max_new_tokens=2).size(1) <= rendered["input_ids"].size(1) + 2
 
 
-def choice_items(count: int) -> list[dict[str, Any]]:
-    """Questions whose options begin with different tokens, so that both sides score the whole option."""
-    draw = random.Random(4)
-    words = ["ana", "ring", "é", "12", "there", "nan", "thing", "...", "re", "in", "banana", "'s"]
-
-    def text(first: str) -> str:
-        return " ".join([first, *draw.choices(words, k=draw.randint(0, 6))])
-
-    return [
-        {
-            "query": text(f"Which {number}"),
-            "choices": [text(first) for first in ("the", "a", "thin")],
-            "gold": draw.randrange(3),
-        }
-        for number in range(count)
-    ]
-
-
 def test_lm_eval_finds_the_same_likelihood_of_every_option(store: Store, tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (docs/export.md)")
     from lm_eval.tasks import TaskManager
 
     save_random(store, REF)
-    folder, items = exported(store, tmp_path / "out"), choice_items(24)
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    task = {
-        "task": "ours",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{query}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}",
-        "target_delimiter": " ",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (tmp_path / "tasks/ours.yaml").write_text(yaml.safe_dump(task))
+    items = choice_items(24)
     found = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(folder), "trust_remote_code": True, "add_bos_token": True, "dtype": "float32"},
-        tasks=["ours"],
-        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        model_args={
+            "pretrained": str(exported(store, tmp_path / "out")),
+            "trust_remote_code": True,
+            "add_bos_token": True,
+            "dtype": "float32",
+        },
+        tasks=[TASK],
+        task_manager=TaskManager(include_path=str(write_task(tmp_path, items)), include_defaults=False),
         device="cpu",
         batch_size=4,
         bootstrap_iters=0,
     )
-    theirs = {s["doc"]["query"]: [float(choice[0][0]) for choice in s["resps"]] for s in found["samples"]["ours"]}
-
-    checkpoint = load_checkpoint(store, REF)
-    bundle = read_bundle(open_store(str(write_bundle(tmp_path / "b", [TaskFile("ours", "multiple_choice", items)]))))
-    scorer = Scorer(checkpoint.build_model())
-    prompts = Prompts(bundle.tasks[0], checkpoint.tokenizer, scorer.longest)
-    questions = [prompts.ask(number) for number in range(len(items))]
-    by_query = {f"{item['query']} {item['choices'][0]}": theirs[item["query"]] for item in items}
-    assert len(by_query) == len(theirs) == len(items)
-    for item, question, losses in zip(bundle.tasks[0].items, questions, scorer.score(questions), strict=True):
-        ours = [-loss * (len(each.ids) - each.start) for loss, each in zip(losses, question.options, strict=True)]
-        assert ours == pytest.approx(by_query[item.asked[0]], rel=1e-5)
+    theirs = {
+        each["doc"]["query"]: [float(choice[0][0]) for choice in each["resps"]] for each in found["samples"][TASK]
+    }
+    assert_equal_to_ours(store, REF, tmp_path, items, theirs)

@@ -180,8 +180,8 @@ def tool_script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.
 
 
 EVENTS = [
-    {"type": "call", "call_index": 0, "code": "6*7", "offset": 4},
-    {"type": "result", "call_index": 0, "status": "ok", "output": "42", "duration_seconds": 0.002},
+    {"index": 0, "type": "call", "call_index": 0, "code": "6*7", "offset": 4},
+    {"index": 1, "type": "result", "call_index": 0, "status": "ok", "output": "42", "duration_seconds": 0.002},
 ]
 
 
@@ -201,6 +201,16 @@ async def test_tool_events_are_streamed_when_they_happen(engine: ScriptedEngine,
         seen += [delta.content] if delta.content else []
         seen += delta.nanochat["tool_events"] if getattr(delta, "nanochat", None) else []
     assert seen == ["é = ", *EVENTS, "42"]
+
+
+async def test_the_clients_own_helper_puts_streamed_events_together(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI
+) -> None:
+    engine.script = tool_script
+    async with client.chat.completions.stream(model="nano", messages=HELLO) as stream:
+        message = (await stream.get_final_completion()).choices[0].message
+    assert message.content == "é = 42"
+    assert message.nanochat == {"tool_events": EVENTS}
 
 
 async def test_an_answer_sent_back_as_it_came_gives_the_tokens_that_the_model_wrote(
@@ -314,6 +324,77 @@ async def test_what_the_answer_must_match_reaches_the_engine(
     assert by_object.json_object
     assert by_regex.regex == "a+"
     assert free.WhichOneof("constraint") is None
+
+
+async def test_parameters_of_vllm_are_honored(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
+    schema = {"type": "object"}
+    for extra in (
+        {"min_tokens": 3, "stop_token_ids": [5]},
+        {"ignore_eos": True},
+        {"guided_json": schema},
+        {"guided_json": json.dumps(schema)},
+        {"guided_regex": "a+"},
+        {"guided_choice": ["a.b", "c"]},
+        {"structured_outputs": {"json": schema}},
+        {"structured_outputs": {"regex": "a+"}},
+        {"structured_outputs": {"choice": ["a.b", "c"]}},
+        {"structured_outputs": {"json_object": True}},
+    ):
+        await client.chat.completions.create(model="nano", messages=HELLO, max_tokens=9, extra_body=extra)
+    stops, endless, *bound = (request.sampling for request in engine.requests)
+    assert (stops.min_tokens, set(stops.stop_token_ids)) == (3, {5, SPECIAL["<|assistant_end|>"], TOKENIZER.bos_id})
+    assert not endless.stop_token_ids
+    assert [sampling.json_schema for sampling in bound[:2]] == [json.dumps(schema)] * 2
+    assert [sampling.regex for sampling in bound[2:4]] == ["a+", r"(a\.b)|(c)"]
+    assert bound[4].json_schema == json.dumps(schema)
+    assert [sampling.regex for sampling in bound[5:7]] == ["a+", r"(a\.b)|(c)"]
+    assert bound[7].json_object
+
+
+async def test_the_last_answer_goes_on(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
+    engine.script = saying("llo")
+    started: list[Any] = [*HELLO, {"role": "assistant", "content": "he"}]
+    for extra in ({}, {"continue_final_message": True, "add_generation_prompt": False}):
+        answer = await client.chat.completions.create(model="nano", messages=started, extra_body=extra)
+        assert answer.choices[0].message.content == "llo"
+        assert list(engine.requests[-1].prompt_token_ids)[5:] == ids("he")
+    await client.chat.completions.create(model="nano", messages=started, extra_body={"continue_final_message": False})
+    assert list(engine.requests[-1].prompt_token_ids)[5:] == ids("he", "<|assistant_end|>", "<|assistant_start|>")
+
+
+async def test_old_messages_are_left_out_where_the_request_says_so(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI
+) -> None:
+    messages: list[Any] = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "x" * 200},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "z" * 60},
+    ]
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 256 tokens"):
+        await client.chat.completions.create(model="nano", messages=messages)
+    auto: Any = {"model": "nano", "messages": messages, "max_tokens": 40, "extra_body": {"truncation": "auto"}}
+    answer = await client.chat.completions.create(**auto)
+    assert TOKENIZER.decode(engine.requests[-1].prompt_token_ids[2:-2]) == "S\n\n" + "z" * 60
+    assert (answer.choices[0].message.model_extra or {})["nanochat"] == {"left_out_turns": 2}
+    first, *_ = [part async for part in await client.chat.completions.create(**auto, stream=True)]
+    assert (first.choices[0].delta.model_extra or {})["nanochat"] == {"left_out_turns": 2}
+
+
+async def test_nothing_is_said_of_left_out_messages_if_there_are_none(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model="nano", messages=HELLO, extra_body={"truncation": "auto"})
+    assert "nanochat" not in (answer.choices[0].message.model_extra or {})
+
+
+async def test_token_counts_come_with_every_chunk_where_the_request_says_so(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI
+) -> None:
+    engine.script = saying("hello world")
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    stream = await client.chat.completions.create(model="nano", messages=HELLO, stream=True, stream_options=options)
+    counts = [chunk.usage.completion_tokens async for chunk in stream if chunk.usage]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 2
 
 
 async def test_left_out_parameters_have_the_documented_defaults(

@@ -126,10 +126,64 @@ async def test_log_probabilities_have_the_older_form(engine: ScriptedEngine, cli
     assert list(found.top_logprobs[0]) == ["hello"]
 
 
+async def scored(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
+    """A script that gives token ``i`` of the prompt the score -i/100, and then writes "h" and ends the document."""
+    prompt = request.prompt_token_ids
+
+    def token(i: int) -> pb.Token:
+        return pb.Token(id=i, logprob=-i / 100, top_logprobs=[pb.TopLogprob(token_id=i, logprob=-i / 100)])
+
+    yield pb.GenerateChunk(
+        prompt_tokens=[token(i) for i in prompt[1:]] if request.sampling.HasField("prompt_logprobs") else [],
+        tokens=[token(ord("h"))],
+    )
+    yield pb.GenerateChunk(
+        tokens=[token(TOKENIZER.bos_id)],
+        finish_reason=pb.FINISH_REASON_STOP,
+        usage=pb.Usage(prompt_tokens=len(prompt), completion_tokens=2),
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 1])
+async def test_an_echo_begins_with_the_prompt(
+    engine: ScriptedEngine, client: openai.AsyncOpenAI, stream: bool, logprobs: Any
+) -> None:
+    engine.script = scored
+    options: dict[str, Any] = {"model": "nano", "prompt": "hello é", "echo": True, "max_tokens": 5}
+    if stream:
+        parts = [part async for part in await client.completions.create(**options, logprobs=logprobs, stream=True)]
+    else:
+        parts = [await client.completions.create(**options, logprobs=logprobs)]
+    assert "".join(part.choices[0].text for part in parts) == "hello éh"
+    assert engine.requests[0].sampling.HasField("prompt_logprobs") == (logprobs is not None)
+    found = [part.choices[0].logprobs for part in parts if part.choices[0].logprobs]
+    if logprobs is None:
+        assert not found
+        return
+    hello = TOKENIZER.encode("hello")[0]
+    log_probabilities = [value for each in found for value in each.token_logprobs]
+    assert log_probabilities == pytest.approx([-hello / 100, -0.32, -1.95, -1.69, -1.04, -TOKENIZER.bos_id / 100])
+    assert [offset for each in found for offset in each.text_offset] == [0, 5, 6, 6, 7, 8]
+
+
+async def test_no_tokens_and_an_echo_only_score_the_prompts(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
+    engine.script = scored
+    prompts = [[104, 101], [98]]
+    answer = await client.completions.create(model="nano", prompt=prompts, echo=True, logprobs=1, max_tokens=0)
+    assert [(choice.text, choice.finish_reason) for choice in answer.choices] == [("he", "length"), ("b", "length")]
+    first, second = (choice.logprobs for choice in answer.choices)
+    # Nothing precedes the first token of a prompt of token ids, so it has no log probability.
+    assert first.token_logprobs == [None, pytest.approx(-1.01)]
+    assert (first.top_logprobs, second.token_logprobs) == ([None, {"e": pytest.approx(-1.01)}], [None])
+    assert answer.usage.completion_tokens == 0
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"echo": True}, "echo"),
+        ({"echo": "yes"}, "echo"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"best_of": 3}, "best_of"),
         ({"suffix": "end"}, "suffix"),
         ({"prompt": []}, "prompt"),
@@ -138,7 +192,10 @@ async def test_log_probabilities_have_the_older_form(engine: ScriptedEngine, cli
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [TOKENIZER.vocab_size]}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
-        ({"prompt": ["a", "b", "c"], "n": 3}, "n"),
+        ({"n": 9}, "n"),
+        ({"prompt": ["a"] * 257}, "prompt"),
+        ({"prompt": [["a"]] * 2}, "prompt"),
+        ({"prompt": [10**400]}, "prompt"),
         ({"logprobs": True}, "logprobs"),
         ({"prompt": list(range(100)) * 3}, "prompt"),
     ],
@@ -171,7 +228,10 @@ async def test_one_failing_prompt_fails_the_request_and_ends_the_others(
 
 async def test_models_are_listed_and_described(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     listed = [model async for model in await client.models.list()]
-    assert [(model.id, model.object, model.owned_by) for model in listed] == [("nano", "model", "nanochat")]
+    assert [(model.id, model.root, model.object, model.owned_by) for model in listed] == [
+        ("nano", "nano", "model", "nanochat"),
+        ("gpt-4o", "nano", "model", "nanochat"),
+    ]
     model = await client.models.retrieve("nano")
     assert model.nanochat == {
         "revision": "sft/step_10",
@@ -179,7 +239,9 @@ async def test_models_are_listed_and_described(engine: ScriptedEngine, client: o
         "vocab_size": TOKENIZER.vocab_size,
         "parameters": 1234,
         "compute_dtype": "float32",
+        "examples": [],
     }
+    assert model.max_model_len == 256
     assert (await client.models.retrieve("gpt-4o")).id == "gpt-4o"
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("some/other")
@@ -198,6 +260,20 @@ async def test_tokens_go_there_and_back(engine: ScriptedEngine, url: str) -> Non
         assert made["token_strs"][:2] == ["<|bos|>", "hello"]
         plain = (await http.post("/tokenize", json={"prompt": text, "add_special_tokens": False})).json()
         assert (await http.post("/detokenize", json={"tokens": plain["tokens"]})).json() == {"prompt": text}
+
+
+async def test_what_the_context_has_no_room_for_is_counted_all_the_same(engine: ScriptedEngine, url: str) -> None:
+    async with http_client(url) as http:
+        text = (await http.post("/tokenize", json={"prompt": "x" * 100_000})).json()
+        chat = (await http.post("/tokenize", json={"messages": [{"role": "user", "content": "x" * 1000}]})).json()
+    assert (text["count"], text["max_model_len"], len(text["tokens"])) == (100_001, 256, 100_001)
+    assert chat["count"] == 1004
+
+
+async def test_hundreds_of_prompts_are_answered(engine: ScriptedEngine, url: str) -> None:
+    async with http_client(url) as http:
+        answer = await http.post("/v1/completions", json={"prompt": ["a"] * 200}, timeout=30)
+    assert [choice["index"] for choice in answer.json()["choices"]] == list(range(200))
 
 
 async def test_the_tokens_of_a_conversation_are_those_that_chat_sends(

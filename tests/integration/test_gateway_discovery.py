@@ -140,12 +140,13 @@ async def test_a_stream_of_an_engine_that_leaves_its_name_goes_on_to_its_end() -
 
 async def test_a_gateway_whose_name_has_no_address_yet_says_so_and_serves_when_it_has() -> None:
     names = Names()
+    options: dict[str, Any] = {"discovery_seconds": 0.05, "queue_seconds": 10, "waiting_hint": "It is being trained."}
     async with (
         engines_at_one_port("127.0.0.1") as (port, _),
-        running_gateway(f"engines:{port}", lookup=names, discovery_seconds=0.05, queue_seconds=10) as url,
+        running_gateway(f"engines:{port}", lookup=names, **options) as url,
         http_client(url) as http,
     ):
-        assert (await http.get("/readyz")).json()["waits_for"] == "No engine has been found yet."
+        assert (await http.get("/readyz")).json()["waits_for"] == "No engine has been found yet. It is being trained."
         asking = asyncio.create_task(ask(url))
         await asyncio.sleep(0.1)
         names.addresses["engines"] = ["127.0.0.1"]

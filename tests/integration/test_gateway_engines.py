@@ -1,7 +1,9 @@
 """Engines start, stop, change their model and share the load. Each request reaches an engine that can answer."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,7 +13,10 @@ from grpc_health.v1 import health_pb2
 
 from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.tokenizer import Tokenizer
+from services.gateway.admission.file_store import FileStore
+from services.gateway.admission.keys import id_of
 from services.gateway.routing import Router
+from tests.support.api_keys import created
 from tests.support.scripted_engine import (
     TOKENIZER,
     Script,
@@ -131,8 +136,34 @@ async def test_a_full_engine_passes_the_request_on() -> None:
         assert int(error.value.response.headers["retry-after"]) > 0
 
 
-async def test_requests_wait_while_all_engines_are_full_and_callers_take_turns() -> None:
-    async with running_engine() as engine, running_gateway(engine.address, queue_seconds=20) as url:
+async def test_a_caller_with_too_many_constraints_gets_429_and_the_engine_does_not_count_as_full() -> None:
+    async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+        if request.sampling.regex:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "4 answers of this client wait", (("caller-limit", "constraints"),)
+            )
+        async for part in saying("hello")(request, context):
+            yield part
+
+    async with running_engine() as engine, running_gateway(engine.address) as url:
+        await until_ready(url)
+        engine.script = script
+        with pytest.raises(openai.RateLimitError, match="4 answers of this client wait") as error:
+            await ask(url, extra_body={"regex": "a"})
+        assert error.value.code == "rate_limit_exceeded"
+        assert error.value.response.headers["retry-after"] == "1"
+        assert await asyncio.gather(*(ask(url) for _ in range(20))) == ["hello"] * 20
+        assert len(engine.requests) == 21  # the refused request was not sent again
+        assert {request.caller for request in engine.requests} == {"address:127.0.0.1"}
+
+
+async def test_requests_wait_while_all_engines_are_full_and_callers_take_turns(tmp_path: Path) -> None:
+    keys = FileStore(str(tmp_path / "keys.json"))
+    secrets = {name: await created(keys, name) for name in "ab"}
+    async with (
+        running_engine() as engine,
+        running_gateway(engine.address, queue_seconds=20, keys_file=str(tmp_path / "keys.json")) as url,
+    ):
         await until_ready(url)
         room, order = asyncio.Semaphore(0), list[str]()
 
@@ -147,7 +178,7 @@ async def test_requests_wait_while_all_engines_are_full_and_callers_take_turns()
         engine.script = script
 
         async def post(name: str) -> int:
-            headers = {"authorization": f"Bearer {name[0]}", "x-request-id": name}
+            headers = {"authorization": f"Bearer {secrets[name[0]]}", "x-request-id": name}
             async with http_client(url) as http:
                 body = {"messages": HELLO}
                 return (await http.post("/v1/chat/completions", json=body, headers=headers, timeout=30)).status_code
@@ -160,6 +191,10 @@ async def test_requests_wait_while_all_engines_are_full_and_callers_take_turns()
             room.release()
         assert await asyncio.gather(*asking) == [200] * 8
         assert order[:7].count("b") == 2
+        # The sandbox, too, takes turns between callers, so each request tells the engine the id of the caller's key.
+        assert {(request.request_id[0], request.caller) for request in engine.requests} == {
+            (name, f"key:{id_of(secret)}") for name, secret in secrets.items()
+        }
 
 
 async def test_more_requests_than_the_queue_holds_are_refused() -> None:
@@ -374,7 +409,7 @@ async def test_several_models_are_told_apart_by_name() -> None:
         async with running_gateway(small.address, large.address, model_aliases=("any",)) as url:
             await until_up(url, 2)
             client = openai_client(url)
-            assert sorted([model.id async for model in await client.models.list()]) == ["large", "small"]
+            assert sorted([model.id async for model in await client.models.list()]) == ["any", "large", "small"]
             assert [await ask(url, model=name) for name in ("small", "large", "small")] == ["small", "large", "small"]
             assert await ask(url, model="any") in ("small", "large")
             with pytest.raises(openai.NotFoundError, match="large, small"):
@@ -387,3 +422,63 @@ async def test_several_models_are_told_apart_by_name() -> None:
             with pytest.raises(openai.InternalServerError) as error:
                 await ask(url, model="large")
             assert error.value.status_code == 503
+
+
+CANARY = "nano/sft/step_20"
+
+
+async def metric(url: str, name: str) -> float:
+    async with http_client(url) as http:
+        lines = (await http.get("/metrics")).text.splitlines()
+    return next(float(line.partition(" ")[2]) for line in lines if line.startswith(f"{name} "))
+
+
+@contextlib.asynccontextmanager
+async def old_and_new() -> AsyncIterator[tuple[ScriptedEngine, ScriptedEngine]]:
+    """Engines with two revisions of one model; each answers with its own text."""
+    async with running_engine() as old, running_engine() as new:
+        new.info.revision = "sft/step_20"
+        new.info.digests["model.safetensors"] = "01"
+        old.script, new.script = saying("old"), saying("new")
+        yield old, new
+
+
+async def test_a_canary_gets_its_share_of_the_requests() -> None:
+    async with (
+        old_and_new() as (old, new),
+        running_gateway(old.address, new.address, canary=CANARY, canary_percent=50) as url,
+    ):
+        await until_up(url, 2)
+        answers = [await ask(url) for _ in range(60)]
+        assert 10 < answers.count("new") < 50
+        assert await metric(url, "nanochat_gateway_canary_percent") == 50
+    async with old_and_new() as (old, new), running_gateway(old.address, new.address, canary=CANARY) as url:
+        await until_up(url, 2)
+        await old.stop()
+        await until_up(url, 1)
+        assert [await ask(url) for _ in range(5)] == ["new"] * 5, "if the canary alone is up, it answers everything"
+
+
+@pytest.mark.parametrize("hurt", ["fails", "is slow"])
+async def test_a_canary_that_does_worse_loses_its_share_and_no_client_sees_an_error(hurt: str) -> None:
+    slow = saying("new")
+
+    async def late(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+        await asyncio.sleep(0.5)
+        async for part in slow(request, context):
+            yield part
+
+    async with (
+        old_and_new() as (old, new),
+        running_gateway(old.address, new.address, canary=CANARY, canary_percent=30) as url,
+    ):
+        await until_up(url, 2)
+        new.script = late if hurt == "is slow" else failing(grpc.StatusCode.INTERNAL, "NaN")
+        # Three failures in a row eject an engine for five seconds, so the fourth failure may have to wait.
+        async with asyncio.timeout(30):
+            while not await metric(url, "nanochat_gateway_canary_returned"):
+                assert await ask(url) in (("old", "new") if hurt == "is slow" else ("old",))
+        assert await metric(url, "nanochat_gateway_canary_percent") == 0
+        before = len(new.requests)
+        assert [await ask(url) for _ in range(20)] == ["old"] * 20
+        assert len(new.requests) == before

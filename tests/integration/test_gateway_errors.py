@@ -23,6 +23,8 @@ from tests.support.scripted_engine import (
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+TOOL = {"type": "function", "function": {"name": "get", "parameters": {"type": "object"}}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get", "arguments": "{}"}}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -94,12 +96,15 @@ async def refused(url: str, body: Any, path: str = "/v1/chat/completions") -> di
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "a"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}, "messages"),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[1].tool_calls"),
+        ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [{}]}]}, "messages[1].tool_calls[0].id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0]"),
+        ({"continue_final_message": True}, "continue_final_message"),
         ({"response_format": "json_object"}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
@@ -108,8 +113,22 @@ async def refused(url: str, body: Any, path: str = "/v1/chat/completions") -> di
         ({"response_format": json_schema(schema="{}")}, "response_format.json_schema.schema"),
         ({"regex": ""}, "regex"),
         ({"regex": 5}, "regex"),
-        ({"regex": "a", "response_format": {"type": "json_object"}}, "regex"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"regex": "a", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"regex": "a", "tools": [TOOL]}, "tools"),
+        ({"guided_regex": "a", "guided_json": {}}, "guided_json"),
+        ({"structured_outputs": {"grammar": "a"}}, "structured_outputs.grammar"),
+        ({"guided_grammar": "a"}, "guided_grammar"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"min_tokens": 5, "regex": "a"}, "min_tokens"),
+        ({"ignore_eos": True, "regex": "a"}, "ignore_eos"),
+        ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "put"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"truncation": "old"}, "truncation"),
         ({"functions": [{}]}, "functions"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"modalities": ["text", "audio"]}, "modalities"),
@@ -143,12 +162,34 @@ async def test_values_that_ask_for_nothing_are_accepted(engine: ScriptedEngine, 
         response_format={"type": "text"},
         tools=[],
         tool_choice="none",
+        parallel_tool_calls=True,
         modalities=["text"],
-        store=False,
+        store=True,
         metadata={"a": "b"},
         service_tier="auto",
-        extra_body={"functions": None, "function_call": "none", "audio": None},
+        extra_body={"functions": None, "function_call": "none", "audio": None, "max_tokens": 10.0, "unheard_of": 1},
     )
+
+
+async def test_unknown_parameters_are_refused_where_the_settings_say_so() -> None:
+    async with (
+        running_engine() as engine,
+        running_gateway(engine.address, unknown_parameters="refuse") as url,
+        http_client(url) as http,
+    ):
+        engine.script = saying("hello")
+        await until_ready(url)
+        known: dict[str, Any] = {"messages": HELLO, "store": True, "metadata": {}, "audio": None}
+        assert (await http.post("/v1/chat/completions", json=known)).status_code == 200
+        bodies: dict[str, dict[str, Any]] = {
+            "/v1/chat/completions": {"messages": HELLO},
+            "/v1/completions": {"prompt": "x"},
+            "/v1/responses": {"input": "x"},
+        }
+        for path, body in bodies.items():
+            error = await refused(url, {**body, "unheard_of": 1}, path)
+            assert (error["param"], error["code"]) == ("unheard_of", "unknown_parameter")
+            assert error["message"] == "Unrecognized request argument supplied: unheard_of."
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -250,7 +291,7 @@ async def test_an_engines_refusal_has_the_status_that_fits(
         await client.chat.completions.create(model="nano", messages=HELLO, stream=stream)
     assert error.value.status_code == status
     assert error.value.response.headers.get("retry-after") == retry_after
-    # The client sees the engine's words about a wrong request, but not its words about its own failures.
+    # The client sees the engine's message about a wrong request, but not the engine's message about its own failure.
     assert ("the words of the engine" in str(error.value)) == (status == 400)
     await until_ready(url)
 

@@ -85,7 +85,7 @@ async def ask(url: str, **options: Any) -> Told:
 
 
 async def begin(url: str) -> tuple[Told, asyncio.Task[Told]]:
-    """Asks, and waits until the answer has begun. Returns the answer so far and the task that reads the rest."""
+    """Sends a request and waits for the beginning of the answer. Returns this part and the task that reads the rest."""
     told = await ask(url)
     reading = asyncio.create_task(told.read())
     await told.until(lambda: len(told.text.get(0, "")) >= 3)

@@ -151,6 +151,34 @@ async def test_the_page_is_served_with_its_headers(tmp_path: Path) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
 
 
+@pytest.mark.parametrize(
+    ("accepted", "coding", "content"),
+    [
+        ("gzip, deflate, br, zstd", "br", b"brotli"),
+        ("gzip", "gzip", b"gzipped"),
+        ("br;q=0, gzip;q=0.5", "gzip", b"gzipped"),
+        ("identity", None, b"plain"),
+        ("*;q=0.1", None, b"plain"),
+    ],
+)
+async def test_compressed_files_are_sent_to_who_accepts_them(
+    tmp_path: Path, accepted: str, coding: str | None, content: bytes
+) -> None:
+    (tmp_path / "assets").mkdir()
+    for ending, text in (("", "plain"), (".br", "brotli"), (".gz", "gzipped")):
+        (tmp_path / "assets" / f"index-3f2a.js{ending}").write_text(text)
+    async with running_gateway("127.0.0.1:1", static=tmp_path) as url, http_client(url) as http:
+        headers = {"Accept-Encoding": accepted}
+        async with http.stream("GET", "/assets/index-3f2a.js", headers=headers) as answer:
+            assert b"".join([part async for part in answer.aiter_raw()]) == content
+        assert answer.headers.get("content-encoding") == coding
+        assert answer.headers["vary"] == "Accept-Encoding"
+        assert "javascript" in answer.headers["content-type"]
+        assert "immutable" in answer.headers["cache-control"]
+        again = await http.get("/assets/index-3f2a.js", headers=headers | {"If-None-Match": answer.headers["etag"]})
+        assert again.status_code == 304
+
+
 async def test_a_page_that_is_not_built_says_how_to_build_it() -> None:
     async with running_gateway("127.0.0.1:1") as url, http_client(url) as http:
         page = await http.get("/")

@@ -51,6 +51,7 @@ class Client:
             caller=str(seed % 2),
             request_id=str(seed),
             seed=seed,
+            sandbox=True,
         )
         self.reading = asyncio.create_task(self._read())
 
@@ -79,7 +80,7 @@ class Client:
 
 
 class Streams(RuleBasedStateMachine):
-    """Clients, a pool and three engines that die, hang, drain, come back and speak, token by token."""
+    """Clients, a pool and three engines. In any order, engines die, hang, drain, come back or send some more tokens."""
 
     @initialize()
     def begin(self) -> None:

@@ -27,7 +27,7 @@ ANSWER = f"{tok.ASSISTANT_START}{tok.PYTHON_START}3+4{tok.PYTHON_END}{tok.OUTPUT
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models in a store. ``writer`` has a base and a chat stage with one text each; ``random`` only a base one."""
+    """A store with two models: ``writer`` has a base and a chat stage with one text each, ``random`` a base stage."""
     home = tmp_path_factory.mktemp("home")
     store = open_store(str(home))
     for model, stage, network in (

@@ -5,6 +5,7 @@ import contextlib
 import http.server
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -19,8 +20,10 @@ from typing import Any
 import pytest
 
 from deploy import local
-from deploy.local import Service, answers, free_port, readable, wait_until_served
-from nanochat_core.errors import UserError
+from deploy.local import Service, answers, free_port, readable, wait_until_answered
+from nanochat_core.errors import EXIT_REFUSED, UserError
+from nanochat_core.progress import RUN, write_progress
+from nanochat_core.store import open_store
 from tests.support.processes import children
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +45,7 @@ log("ready", pid=os.getpid())
 if name == "gateway":
     class Ready(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/v1/models/demo" else 404)
+            self.send_response(200 if self.path in ("/healthz", "/v1/models/demo") else 404)
             self.end_headers()
         def log_message(self, *args): pass
     http.server.HTTPServer(("127.0.0.1", int(os.environ["NANOCHAT_GATEWAY_PORT"])), Ready).serve_forever()
@@ -73,12 +76,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with replacements for the three services and a promoted model."""
     for name in ("sandbox", "engine", "gateway"):
         write_service(tmp_path, name)
+    write_module(tmp_path, "jobs/teach/watch.py", SERVICE)
+    write_module(tmp_path, "services/gateway/keys.py", 'import sys; print(f"key-with-{sys.argv[5]}")')
     (tmp_path / "home" / "models" / "demo").mkdir(parents=True)
     (tmp_path / "home" / "models" / "demo" / "PROMOTED").write_text("sft/step_000001\n")
     monkeypatch.chdir(tmp_path)
     # Python finds the replacements before the checkout, even if PYTHONSAFEPATH or PYTHONPATH is set.
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    for name in ("PORT", "MODEL", "NANOCHAT_HOME"):
+    for name in ("PORT", "MODEL", "DATA", "NANOCHAT_HOME", "NANOCHAT_KEYS_FILE", "NANOCHAT_REDIS_URL"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -153,11 +158,32 @@ def alive(pid: int) -> bool:
     return True
 
 
+def test_the_owners_key_stays_and_is_made_again_if_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NANOCHAT_KEYS_FILE", "NANOCHAT_REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def key() -> str:
+        made = local.owner_key(str(tmp_path))
+        assert made is not None
+        return made[1]
+
+    first = key()
+    assert key() == first
+    owner = tmp_path / ".keys" / "owner"
+    assert owner.stat().st_mode & 0o777 == 0o600
+    owner.write_text("")
+    assert re.fullmatch(r"nc-[0-9a-f]{12}-[0-9a-f]{48}", key())
+    assert key() != first
+
+
 def test_it_says_when_a_chat_is_possible_and_stops_everything_in_order(start: Callable[..., Manager]) -> None:
     port = free_port()
     manager = start(f"--port={port}")
     manager.wait_for(rf"^nanochat is ready: http://127\.0\.0\.1:{port}$")
-    pids = [manager.pid(name) for name in ("sandbox", "engine", "gateway")]
+    pids = [manager.pid(name) for name in ("sandbox", "engine", "gateway", "teacher")]
+    manager.wait_for(rf"^Make it yours: http://127\.0\.0\.1:{port}/#key=key-with-chat,sandbox,metrics,admin ")
     manager.signal(signal.SIGINT)
     assert manager.end() == 0
     assert manager.lines[-4:] == [
@@ -176,7 +202,7 @@ def test_a_service_that_dies_is_started_again(start: Callable[..., Manager]) -> 
     os.kill(first, signal.SIGKILL)
     manager.wait_for(r"^ gateway \| ended with exit code -9; starting it again$")
     assert manager.pid("gateway", start=2) != first
-    asyncio.run(wait_until_served(f"http://127.0.0.1:{ready[1]}", "demo", 30))
+    asyncio.run(wait_until_answered(f"http://127.0.0.1:{ready[1]}/v1/models/demo", 30, "demo"))
 
 
 def test_a_dead_service_is_noticed_even_if_a_process_of_its_own_goes_on(
@@ -203,43 +229,127 @@ def test_a_taken_port_is_an_error_before_anything_starts(start: Callable[..., Ma
     ]
 
 
+def without_a_model(folder: Path) -> None:
+    (folder / "home" / "models" / "demo" / "PROMOTED").unlink()
+
+
+# Programs that take the place of the pipeline: each prints its arguments, and waits for the file "go" before it ends.
+PIPELINE = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: (print("saving", flush=True), sys.exit(143)))
+print("training", sys.argv[1:], flush=True)
+while not (Path("go").exists() and Path("go").read_text()):  # the file is empty while it is written
+    time.sleep(0.01)
+sys.exit(int(Path("go").read_text()))
+"""
+
+
 @pytest.mark.parametrize("taken_back", [False, True])
-def test_without_a_model_the_demo_is_trained_first(
+def test_without_a_model_the_page_is_there_while_the_demo_is_trained(
     folder: Path, start: Callable[..., Manager], taken_back: bool
 ) -> None:
-    promotion = folder / "home" / "models" / "demo" / "PROMOTED"
-    promotion.write_text("none\n") if taken_back else promotion.unlink()
-    write_pipeline(folder, "import sys; print('training', sys.argv[1:], flush=True); sys.exit(3)")
+    without_a_model(folder)
+    if taken_back:
+        (folder / "home" / "models" / "demo" / "PROMOTED").write_text("none\n")
+    write_pipeline(folder, PIPELINE)
     manager = start()
-    assert manager.end() == 3
-    assert manager.lines == [
-        "Training the demo model (a few minutes, once).",
-        f"training {['--recipe', 'demo', '--home', str(folder / 'home')]}",
-    ]
+    (watched,) = manager.wait_for(r"^Watch the model learn, and talk with it as soon as it can speak: http://(\S+)$")
+    (arguments,) = manager.wait_for(r"^training (.*)")
+    assert arguments[1] == str(["--home", str(folder / "home"), "--recipe", "demo"])
+    assert manager.lines[0] == "Training demo (a few minutes, once)."
+    assert not any(line.startswith("nanochat is ready") for line in manager.lines)
+    (folder / "go").write_text("0")
+    (ready,) = manager.wait_for(r"^nanochat is ready: http://(\S+)$")
+    assert ready[1] == watched[1], "the page goes on at its address"
+    manager.signal(signal.SIGINT)
+    assert manager.end() == 0
+    assert manager.lines[-1] == "nanochat has stopped"
 
 
-def test_stopping_during_the_training_lets_it_save(folder: Path, start: Callable[..., Manager]) -> None:
-    (folder / "home" / "models" / "demo" / "PROMOTED").unlink()
-    write_pipeline(
-        folder,
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('saving', flush=True), sys.exit(143)))\n"
-        "print('step 1', flush=True)\n"
-        "time.sleep(60)\n",
-    )
+def test_a_training_that_fails_ends_everything_with_its_code(folder: Path, start: Callable[..., Manager]) -> None:
+    without_a_model(folder)
+    write_pipeline(folder, PIPELINE)
     manager = start()
-    manager.wait_for("step 1")
-    manager.signal(signal.SIGTERM)
-    assert manager.end() == 143
-    assert manager.lines[-1] == "saving"
+    pids = [manager.pid(name) for name in ("sandbox", "engine", "gateway")]
+    (folder / "go").write_text("4")
+    assert manager.end() == 4
+    assert not any(alive(pid) for pid in pids)
 
 
-def test_another_model_than_the_demo_is_not_trained_unasked(folder: Path, start: Callable[..., Manager]) -> None:
+def test_a_model_that_does_not_pass_its_examination_still_answers(folder: Path, start: Callable[..., Manager]) -> None:
+    without_a_model(folder)
+    write_pipeline(folder, PIPELINE)
+    manager = start()
+    manager.wait_for("^training")
+    (folder / "go").write_text(str(EXIT_REFUSED))
+    manager.wait_for("^The model did not pass its examination; .* A snapshot answers: http://")
+    assert all(alive(manager.pid(name)) for name in ("sandbox", "engine", "gateway"))
+    manager.signal(signal.SIGINT)
+    assert manager.end() == 0
+    assert manager.lines[-1] == "nanochat has stopped"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopping_during_the_training_lets_it_save_and_says_how_to_go_on(
+    folder: Path, start: Callable[..., Manager], number: signal.Signals
+) -> None:
+    without_a_model(folder)
+    write_pipeline(folder, PIPELINE)
+    manager = start()
+    manager.wait_for("^training")
+    manager.signal(number)
+    assert manager.end() == 0
+    assert "saving" in manager.lines
+    assert manager.lines[-1] == "nanochat has stopped; the same command goes on with the training"
+
+
+def test_a_model_of_ones_own_text_is_trained_and_watched_too(folder: Path, start: Callable[..., Manager]) -> None:
+    write_pipeline(folder, PIPELINE)
+    manager = start("--model=mine", "--data=book.txt")
+    (arguments,) = manager.wait_for(r"^training (.*)")
+    given = ["--home", str(folder / "home"), "--recipe", "small", "--model", "mine", "--data", "book.txt"]
+    assert arguments[1] == str(given)
+    manager.wait_for("^Watch the model learn")
+
+
+@pytest.mark.parametrize("state", [None, "stopped", "failed"])
+def test_another_model_than_the_demo_is_not_trained_without_text(
+    folder: Path, start: Callable[..., Manager], state: str | None
+) -> None:
+    if state:
+        write_progress(open_store(str(folder / "home")), "mine", RUN, {"state": state})
     manager = start("--model=mine")
     assert manager.end() == 2
     (line,) = manager.lines
     assert line.startswith("make run: error: there is no promoted model 'mine'")
-    assert "python -m jobs.train.pipeline --recipe small" in line
+    assert "MODEL=mine DATA=FILE_OR_FOLDER make run" in line
+
+
+def test_a_training_that_another_program_runs_is_watched(folder: Path, start: Callable[..., Manager]) -> None:
+    write_progress(open_store(str(folder / "home")), "mine", RUN, {"state": "running"})
+    manager = start("--model=mine")
+    manager.wait_for("^Watch the model learn")
+
+
+def test_a_terminal_shows_no_log_of_a_service_below_a_warning(folder: Path) -> None:
+    log = 'import json, sys; print(json.dumps({"level": "%s", "event": "%s"}), file=sys.stderr)\n'
+    write_service(folder, "sandbox", log % ("info", "chatter") + log % ("warning", "trouble") + SERVICE)
+    pid, screen = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "deploy.local", f"--home={folder / 'home'}", "--no-browser"])
+    shown = b""
+    while b"nanochat is ready" not in shown:
+        shown += os.read(screen, 4096)
+    os.write(screen, b"\x03")
+    with contextlib.suppress(OSError):  # the terminal is closed when the last program on it ends
+        while chunk := os.read(screen, 4096):
+            shown += chunk
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert b"warning trouble" in shown
+    for unwanted in (b"chatter", b"{", b"Traceback"):
+        assert unwanted not in shown
 
 
 async def test_a_service_that_keeps_ending_is_given_up(
@@ -278,8 +388,8 @@ async def test_a_service_can_be_stopped_while_it_starts(folder: Path, turns: int
 
 
 async def test_waiting_ends_with_an_error() -> None:
-    with pytest.raises(UserError, match=r"was not served at .* within 0 seconds"):
-        await wait_until_served(f"http://127.0.0.1:{free_port()}", "demo", 0.3)
+    with pytest.raises(UserError, match=r"demo was not served at .* within 0 seconds"):
+        await wait_until_answered(f"http://127.0.0.1:{free_port()}", 0.3, "demo")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -79,7 +79,7 @@ async def told(client: openai.AsyncOpenAI, kind: str, seed: int, chunks: asyncio
 
 
 async def moves(url: str, reason: str) -> dict[str, float]:
-    """Returns, for each limit in seconds, the number of moves whose gap was at most the limit. ``+Inf`` has all."""
+    """For each limit in seconds, the number of moves that interrupted a stream for at most this time."""
     async with http_client(url) as http:
         lines = (await http.get("/metrics")).text.splitlines()
     pattern = re.compile(rf'nanochat_gateway_migration_gap_seconds_bucket{{le="(.+)",reason="{reason}"}} (.+)')

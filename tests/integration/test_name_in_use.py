@@ -1,4 +1,4 @@
-"""While a process trains a model name, a second one is refused. After kill -9 of the first, the second takes over."""
+"""While a process trains a model, a second process is refused. After kill -9 of the first, the second takes over."""
 
 import json
 import os

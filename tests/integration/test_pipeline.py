@@ -19,16 +19,16 @@ import pytest
 
 from jobs.data.local_text import LocalText
 from jobs.promotion.decisions import latest_decision
-from jobs.promotion.gate import EXIT_REFUSED
 from jobs.promotion.rules import Gate
 from jobs.recipes import RECIPES, Recipe
 from jobs.train import launcher
 from jobs.train.pipeline import Pipeline, PipelineSettings
 from nanochat_core.checkpoint import list_checkpoints, newest_checkpoint, promoted
-from nanochat_core.errors import UserError
+from nanochat_core.errors import EXIT_REFUSED, UserError
+from nanochat_core.progress import read_progress
 from nanochat_core.store import Store, open_store
 from tests.support.processes import FORKSERVER
-from tests.support.tiny_training import Job, sentences
+from tests.support.tiny_training import TINY_PRETRAIN, TINY_SFT, Job, sentences
 
 MODEL = "mine"
 TOKENIZER, PRETRAIN, SFT, RL, REPORT = (
@@ -37,21 +37,8 @@ TOKENIZER, PRETRAIN, SFT, RL, REPORT = (
 RECIPE = dataclasses.replace(
     RECIPES["small"],
     tokenizer={"vocab-size": 300},
-    pretrain={
-        "depth": 1,
-        "head-dim": 16,
-        "context-length": 256,
-        "batch-tokens": 1024,
-        "device-batch-rows": 4,
-        "steps": 30,
-        "lr-scale": 1.0,
-        "weight-decay": 0.1,
-        "warmup-steps": 4,
-        "eval-every": 15,
-        "eval-tokens": 1000,
-        "save-every": 5,
-    },
-    sft={"batch-tokens": 1024, "steps": 20, "lr-scale": 0.5, "eval-every": 10, "save-every": 5},
+    pretrain=TINY_PRETRAIN | {"steps": 30, "warmup-steps": 4, "eval-every": 15, "eval-tokens": 1000, "save-every": 5},
+    sft=TINY_SFT | {"steps": 20, "eval-every": 10, "save-every": 5},
     train_conversations=200,
     gate=Gate(require=("bpb.bits_per_byte<=8",), no_worse=()),
 )
@@ -80,7 +67,7 @@ def quick() -> Iterator[None]:
 
 def run_here(recipe: Recipe, chosen: PipelineSettings) -> None:
     """Run the pipeline, and restore the signal handlers that it replaces."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         Pipeline(chosen, recipe).run()
     finally:
@@ -142,14 +129,18 @@ def again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ag
     class Forked:
         """Runs a stage in a forked process instead of a new Python process."""
 
-        def __init__(self, command: list[str], env: dict[str, str]) -> None:
-            _python, _m, module, *arguments = command
+        def __init__(self, module: str, arguments: list[str], environment: dict[str, str]) -> None:
             made.stages.append(module)
-            job = Job(module, arguments, tmp_path / f"{module}-{time.monotonic_ns()}.log", env)
+            job = Job(module, arguments, tmp_path / f"{module}-{time.monotonic_ns()}.log", environment)
             made.jobs.append(job)
             self.wait, self.send_signal = job.wait, job.signal
 
-    monkeypatch.setattr(launcher.subprocess, "Popen", Forked)
+    def start(_launcher: launcher.Launcher, command: list[str], environment: dict[str, str], *, alone: bool) -> Forked:
+        _python, _m, module, *arguments = command
+        return Forked(module, arguments, environment)
+
+    monkeypatch.setattr(launcher.Launcher, "_start", start)
+    monkeypatch.setattr(launcher, "preload", lambda _modules: None)
     return made
 
 
@@ -174,6 +165,25 @@ def test_every_stage_leaves_what_it_makes_and_the_model_is_promoted(finished: Pa
     assert decision.promoted
     assert [outcome.rule for outcome in decision.outcomes] == ["bpb.bits_per_byte<=8"]
     assert not list((finished / "home").rglob(".*"))
+
+
+def test_the_story_of_the_run_stays_in_the_store(finished: Path) -> None:
+    told = read_progress(open_store(str(finished / "home")), MODEL)
+    run = told["run"]
+    assert (run["recipe"], run["state"], run["stage"]) == ("small", "promoted", "report")
+    assert run["stages"] == ["data", "tokenizer", "base", "sft", "report"]
+    assert list(run["seconds"]) == run["stages"]
+    assert run["tokens"] == {"base": 30 * 1024, "sft": 20 * 1024}
+    for stage, steps in (("base", 30), ("sft", 20)):
+        assert (told[stage]["step"], told[stage]["steps"]) == (steps, steps)
+        assert [question for question, _ in told[stage]["answers"][-1]["answers"]] == list(RECIPE.questions)
+
+
+def test_a_second_run_leaves_the_story_alone(again: Again) -> None:
+    store = open_store(str(again.home))
+    before = read_progress(store, MODEL)
+    again.run()
+    assert read_progress(store, MODEL) == before
 
 
 def test_the_report_says_what_was_measured(finished: Path) -> None:
@@ -333,6 +343,14 @@ def test_a_model_tuned_from_an_older_base_is_tuned_again(again: Again) -> None:
     assert again.run() == []
 
 
+def test_unless_promoted_leaves_a_promoted_model_alone_whatever_its_inputs_are(again: Again) -> None:
+    retrain_base(again)
+    assert again.run(unless_promoted=True) == []
+    (again.home / "models" / MODEL / "PROMOTED").unlink()
+    with pytest.raises(UserError, match="base changed"):
+        again.run(unless_promoted=True)
+
+
 def test_starting_a_stage_over_survives_its_interruption(again: Again, monkeypatch: pytest.MonkeyPatch) -> None:
     retrain_base(again)
     monkeypatch.setenv("NANOCHAT_SFT_DEVICE", "cuda")  # The stage fails before its first step.
@@ -378,6 +396,8 @@ def test_a_failing_stage_ends_the_pipeline_with_its_exit_code(again: Again, capl
     assert ended.value.code == 2
     assert again.stages == [TOKENIZER]
     assert not (again.home / "tokenizers").exists()
+    run = read_progress(open_store(str(again.home)), MODEL)["run"]
+    assert (run["state"], run["stage"]) == ("failed", "tokenizer")
 
 
 def test_a_killed_stage_is_reported_as_such(again: Again) -> None:
@@ -406,6 +426,8 @@ def test_sigterm_in_a_stage_saves_its_state_and_the_next_run_goes_on_from_there(
     assert process.exitcode == 128 + signal.SIGTERM
     (step, *_) = reversed(base_steps(again.folder))
     assert step < LONG.pretrain["steps"]
+    run = read_progress(open_store(str(again.home)), MODEL)["run"]
+    assert (run["state"], run["stage"]) == ("stopped", "base")
     assert not (again.home / "models" / MODEL / "sft").exists()
     assert again.run(LONG) == [PRETRAIN, SFT, REPORT]
     resumed = [event["checkpoint"] for event in again.jobs[0].events if event["event"] == "resumed"]
@@ -427,7 +449,15 @@ def test_web_text_is_downloaded_where_the_store_has_none(
         (data / "dataset.json").unlink()
     started: list[tuple[str, dict[str, Any], str]] = []
 
-    def stage(self: Pipeline, module: str, flags: dict[str, Any], *, subcommand: str = "", **_: Any) -> None:
+    def stage(
+        self: Pipeline,
+        _title: str,
+        module: str,
+        flags: dict[str, Any],
+        *,
+        subcommand: str = "",
+        **_: Any,
+    ) -> None:
         started.append((module, flags, subcommand))
         raise SystemExit(0)
 

@@ -61,7 +61,7 @@ def test_what_was_trained_on_and_how_is_stored_with_the_model(uninterrupted: Res
     meta = uninterrupted.meta
     assert meta["finished"]
     assert meta["plan"] == {"batch_tokens": 256, "steps": STEPS, "lr_scale": 1.0, "weight_decay": 0.1}
-    assert meta["settings"]["depth"] == 2
+    assert meta["settings"]["depth"] == 1
     assert set(meta["inputs"]) == {"dataset", "tokenizer"}
     assert "home" not in meta["settings"]
 
@@ -96,7 +96,8 @@ def test_sigterm_saves_the_step_that_was_running(jobs: Jobs, uninterrupted: Resu
 @pytest.mark.slow
 def test_a_compiled_run_that_is_stopped_ends_with_a_whole_log_line(jobs: Jobs) -> None:
     """At exit, a library of torch.compile prints a list of objects that were never freed. The list ends mid-line."""
-    flags = {name: value for name, value in PRETRAIN.items() if name != "no-compile"} | {"save-every": 0, "steps": 9999}
+    flags = {name: value for name, value in PRETRAIN.items() if name != "no-compile"}
+    flags |= {"save-every": 0, "steps": 9999}
     command = [sys.executable, "-m", MODULE, "--home", str(jobs.home), *argv(flags)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as job:
         assert job.stderr

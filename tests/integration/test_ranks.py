@@ -17,7 +17,7 @@ from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Job, Jobs, R
 
 PRETRAIN_MODULE, SFT_MODULE = "jobs.train.pretrain", "jobs.train.sft"
 # One rank computes two micro-batches, and two ranks compute one each. Therefore the sums are rounded equally.
-FLAGS = PRETRAIN | {"device-batch-rows": 4}
+FLAGS = PRETRAIN | {"depth": 2, "device-batch-rows": 4}
 SFT_FLAGS = SFT | {"device-batch-rows": 4}
 
 

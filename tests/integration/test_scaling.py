@@ -50,7 +50,8 @@ class Studies:
         settings = load(scaling.STUDIES[kind], prefix="TEST", program="test", argv=argv(given))
         scaling.run_study(settings, [*PASSED_ON, *passed_on], f"repeat {kind}")
 
-    def popen(self, command: list[str], env: dict[str, str]) -> Any:
+    def popen(self, command: list[str], env: dict[str, str], process_group: int) -> Any:
+        assert process_group == 0, "Ctrl-C does not reach the jobs"
         _python, _m, module, *arguments = command
         flags = {name: value or True for name, _, value in (word[2:].partition("=") for word in arguments)}
         assert flags.pop("home") == str(self.home)
@@ -211,7 +212,8 @@ def test_a_wrong_flag_makes_no_store(tmp_path: Path) -> None:
 def test_several_ranks_are_told_where_to_meet(studies: Studies, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
 
-    def popen(command: list[str], env: dict[str, str]) -> Ended:
+    def popen(command: list[str], env: dict[str, str], process_group: int) -> Ended:
+        assert process_group == 0
         assert "--model=miniseries-d1" in command
         started.append({name: env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")})
         return Ended(1)

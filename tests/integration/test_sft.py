@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.tasks.conversations import write_conversations
+from nanochat_core.progress import read_progress
 from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, conversation, damage, fill
 
 MODULE = "jobs.train.sft"
@@ -54,6 +55,24 @@ def test_the_lineage_is_stored_with_the_model(uninterrupted: Result, with_base: 
     assert uninterrupted.meta["inputs"]["base"] == base.weights
     assert uninterrupted.meta["base"] == f"base/step_{STEPS:06d}"
     assert uninterrupted.weights != base.weights
+
+
+def test_it_answers_questions_while_it_trains_and_trains_the_same(jobs: Jobs, uninterrupted: Result) -> None:
+    questions = ["Hi?", "Who?"]
+    jobs.run(MODULE, SFT, ask=",".join(questions), ask_every=25, page_examples="Hi!,Who are you?")
+    result = jobs.result("sft")
+    assert result.meta["examples"] == ["Hi!", "Who are you?"]
+    assert result.weights == uninterrupted.weights
+    answered = [point for point in result.history if "answers" in point]
+    assert [point["step"] for point in answered] == [0, 25, 50, 60]
+    for point in answered:
+        assert [question for question, _ in point["answers"]] == questions
+    told = read_progress(jobs.store, NAME)["sft"]
+    assert (told["step"], told["steps"], told["eta_seconds"]) == (60, 60, 0)
+    assert [point["step"] for point in told["answers"]] == [0, 25, 50, 60]
+    assert told["answers"][-1]["answers"] == answered[-1]["answers"]
+    assert [point["step"] for point in told["held_out"]] == [20, 40, 60]
+    assert told["curve"][-1][0] == 60
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs: Jobs, uninterrupted: Result) -> None:

@@ -209,7 +209,7 @@ def test_replacing_all_certificates_breaks_no_stream(services: Services) -> None
             # them get new files first.
             for name in ("gateway", "engine", "sandbox"):
                 services.authority.issue(services.folder / name)
-                getattr(services, name).wait_for("certificate replaced")
+                getattr(services, name).wait_for("files replaced")
         finally:
             replaced.set()
     assert streamed.result() == {expected}

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,19 +64,20 @@ def tiny_model(depth: int = 2, head_dim: int = 16, context_length: int = 256, n_
     return copy.deepcopy(_model(depth, head_dim, context_length, n_kv_head))
 
 
-def scripted_model(text: str, *, context_length: int = 512, loop: bool = False) -> GPT:
+def scripted_model(text: str, *, tokenizer: Tokenizer = BYTES, context_length: int = 512, loop: bool = False) -> GPT:
     """A model that writes ``text``. Each token alone determines the next token.
 
     Args:
-        text: characters and names of special tokens. Each token occurs at most once, because the model sees only the
-            last token.
+        text: what :func:`script_tokens` expects. Each token occurs at most once, because the model sees only the last
+            token.
+        tokenizer: tokenizer of the model.
         loop: whether the model starts again with the first token after the last token. Otherwise the model repeats the
             last token.
     """
-    script = script_tokens(text)
+    script = script_tokens(text, tokenizer)
     assert len(set(script)) == len(script), "a token has one successor"
     config = ModelConfig.from_depth(
-        5, vocab_size=BYTES.vocab_size, head_dim=64, context_length=context_length
+        5, vocab_size=tokenizer.vocab_size, head_dim=64, context_length=context_length
     )  # the model is wide enough to give every token a separate dimension
     model = GPT(config)
     model.init_weights()  # output projections are zero, so the hidden state is the scaled embedding
@@ -87,10 +89,12 @@ def scripted_model(text: str, *, context_length: int = 512, loop: bool = False) 
     return model.eval()
 
 
-def script_tokens(text: str) -> list[int]:
-    """Token ids of a text in which special tokens are written by name."""
-    pieces = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
-    return [id for piece in pieces for id in ([SPECIAL[piece]] if piece in SPECIAL else BYTES.encode(piece))]
+def script_tokens(text: str, tokenizer: Tokenizer = BYTES) -> list[int]:
+    """Token ids of a text. The name of a special token and the text of a longer token become one id each."""
+    long = {token.decode(): id for id, token in enumerate(tokenizer.token_bytes) if len(token) > 1}
+    known = tokenizer.special_ids | long
+    pieces = re.split("(" + "|".join(map(re.escape, known)) + ")", text)
+    return [id for piece in pieces for id in ([known[piece]] if piece in known else tokenizer.encode(piece))]
 
 
 def config_with_blocks(num_blocks: int, model: GPT, **settings: int) -> EngineConfig:
@@ -127,6 +131,20 @@ SHAPES = [
 ]
 
 
+def count_rows(layer: Any) -> list[int]:
+    """Return a list to which each later call of a layer's MLP adds its number of rows."""
+    counts: list[int] = []
+    up = layer.up
+
+    def counted(x: Tensor, **options: Any) -> Tensor:
+        counts.append(len(x))
+        y: Tensor = up(x, **options)
+        return y
+
+    layer.up = counted
+    return counts
+
+
 class Place:
     """A model runner, and sequences whose cache blocks are in random order."""
 
@@ -142,6 +160,23 @@ class Place:
             seq = Sequence(request, 0, 0, 0, len(row) + 1)
             seq.block_tables = [[int(blocks.pop()) for _ in range(-(-len(row) // block_size))] for blocks in free]
             self.sequences.append(seq)
+
+    def sampled_logits(self, *parts: tuple[int, int, int, int]) -> list[Tensor]:
+        """Compute all parts in one step, and return the logits of the last tokens of each part.
+
+        A part is (sequence, position of the first token, position after the last token, number of wanted tokens).
+        """
+        chunks = []
+        for s, start, end, wanted in parts:
+            seq, row = self.sequences[s], self.sequences[s].request.prompt
+            # The wanted tokens are the last known token and the draft after it.
+            known = end - max(wanted - 1, 0)
+            seq.tokens = list(row[: known if wanted else known + 1])
+            chunks.append(Chunk(seq, start, known - start, row[known:end]))
+        sampling, logits = self.runner.run(chunks)
+        assert sampling == [chunk for chunk in chunks if chunk.logits]
+        assert [chunk.logits for chunk in chunks] == [wanted for *_, wanted in parts]
+        return list(logits.clone().split([wanted for *_, wanted in parts]))
 
     def logits(self, *parts: tuple[int, int, int]) -> list[Tensor]:
         """Compute all parts in one step, and return the logits of each part's tokens.

@@ -9,15 +9,20 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from deploy.chat.settings import ChatSettings
 from deploy.local import LocalSettings
 from jobs.eval.bench_engine import BenchEngineSettings
+from jobs.eval.calibrate import CalibrateSettings
 from jobs.eval.chat import ChatEvalSettings
 from jobs.eval.compare import CompareSettings
 from jobs.eval.core import CoreSettings
 from jobs.eval.gate import GateSettings
 from jobs.eval.generate import GenerateSettings
+from jobs.eval.gpu import GpuSettings
 from jobs.eval.report import ReportSettings
 from jobs.eval.tokenizer import TokenizerEvalSettings
+from jobs.teach.settings import TeachSettings
+from jobs.teach.watch import WatchSettings
 from jobs.train.dataset import ConvertSettings, DownloadSettings, ListSettings, ValidateSettings
 from jobs.train.export import ExportSettings
 from jobs.train.import_nanochat import ImportSettings
@@ -28,6 +33,7 @@ from jobs.train.scaling import LawsSettings, MiniseriesSettings
 from jobs.train.sft import SftSettings
 from jobs.train.tokenizer import TokenizerSettings
 from services.engine.settings import EngineSettings
+from services.gateway.keys import COMMANDS as KEY_COMMANDS
 from services.gateway.settings import GatewaySettings
 from services.sandbox.settings import SandboxSettings
 
@@ -37,7 +43,9 @@ PAGE = ROOT / "docs" / "flags.md"
 # The program, the prefix of its environment variables, and its settings class.
 PROGRAMS: list[tuple[str, str, type[Any]]] = [
     ("deploy.local", "NANOCHAT_LOCAL", LocalSettings),
+    ("deploy.chat", "NANOCHAT_CHAT", ChatSettings),
     ("services.gateway", "NANOCHAT_GATEWAY", GatewaySettings),
+    *((f"services.gateway.keys {name}", "NANOCHAT_KEYS", command.settings) for name, command in KEY_COMMANDS.items()),
     ("services.engine", "NANOCHAT_ENGINE", EngineSettings),
     ("services.sandbox", "NANOCHAT_SANDBOX", SandboxSettings),
     ("jobs.train.pipeline", "NANOCHAT_PIPELINE", PipelineSettings),
@@ -52,6 +60,8 @@ PROGRAMS: list[tuple[str, str, type[Any]]] = [
     ("jobs.train.scaling miniseries", "NANOCHAT_MINISERIES", MiniseriesSettings),
     ("jobs.train.scaling laws", "NANOCHAT_LAWS", LawsSettings),
     ("jobs.train.import_nanochat", "NANOCHAT_IMPORT", ImportSettings),
+    ("jobs.teach", "NANOCHAT_TEACH", TeachSettings),
+    ("jobs.teach.watch", "NANOCHAT_TEACHER", WatchSettings),
     ("jobs.eval.generate", "NANOCHAT_GENERATE", GenerateSettings),
     ("jobs.train.export", "NANOCHAT_EXPORT", ExportSettings),
     ("jobs.eval.chat", "NANOCHAT_CHAT_EVAL", ChatEvalSettings),
@@ -61,6 +71,8 @@ PROGRAMS: list[tuple[str, str, type[Any]]] = [
     ("jobs.eval.compare", "NANOCHAT_COMPARE", CompareSettings),
     ("jobs.eval.gate", "NANOCHAT_GATE", GateSettings),
     ("jobs.eval.bench_engine", "NANOCHAT_BENCH_ENGINE", BenchEngineSettings),
+    ("jobs.eval.calibrate", "NANOCHAT_CALIBRATE", CalibrateSettings),
+    ("jobs.eval.gpu", "NANOCHAT_GPU", GpuSettings),
 ]
 
 INTRODUCTION = """# All flags

@@ -17,24 +17,24 @@ TRAINING_TESTS = [
     *(f"tests/integration/test_{name}.py" for name in ("pipeline", "pretrain", "ranks", "rl", "scaling", "sft")),
     *(f"tests/unit/test_{name}.py" for name in ("model", "optim", "optim_ranks", "policy_gradient", "trainer")),
 ]
-AMD, INTEL = "AMD EPYC", "Intel(R) Xeon(R)"
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
-def variant(seed: int, cpu: str, *, bf16: bool, threads: int, **variables: str) -> dict[str, str]:
+def variant(seed: int, products: str, *, bf16: bool, threads: int, **variables: str) -> dict[str, str]:
     """The environment of one variant.
 
     Args:
         seed: seed of pretraining, fine-tuning and reinforcement learning.
-        cpu: name of the processor that torch reports. On AMD's processors oneDNN multiplies matrices, elsewhere MKL.
+        products: library for fp32 products, ``onednn`` or ``torch`` (MKL).
         bf16: whether the CPU, and therefore Muon, multiplies in bf16.
         threads: threads of each process.
         variables: further environment variables.
     """
-    capabilities = {"cpu_name": cpu, "avx512_bf16": bf16, "amx_bf16": False}
+    capabilities = {"avx512_bf16": bf16, "amx_bf16": False}
     seeds = {f"NANOCHAT_{stage}_SEED": str(seed) for stage in ("PRETRAIN", "SFT", "RL")}
     return {
         "PYTHONPATH": str(SUPPORT / "other_cpu"),
+        "NANOCHAT_CPU_PRODUCTS": products,
         "NANOCHAT_TEST_CPU": json.dumps(capabilities),
         "NANOCHAT_TEST_THREADS": str(threads),
         **seeds,
@@ -43,11 +43,11 @@ def variant(seed: int, cpu: str, *, bf16: bool, threads: int, **variables: str) 
 
 
 VARIANTS = {
-    "oneDNN, Muon in fp32": variant(1, AMD, bf16=False, threads=1),
-    "MKL, Muon in bf16": variant(2, INTEL, bf16=True, threads=1),
-    "MKL, Muon in fp32, two threads": variant(3, INTEL, bf16=False, threads=2),
-    "oneDNN, Muon in bf16, two threads": variant(4, AMD, bf16=True, threads=2),
-    "MKL, Muon in fp32, AVX2": variant(5, INTEL, bf16=False, threads=1, **AVX2),
+    "oneDNN, Muon in fp32": variant(1, "onednn", bf16=False, threads=1),
+    "MKL, Muon in bf16": variant(2, "torch", bf16=True, threads=1),
+    "MKL, Muon in fp32, two threads": variant(3, "torch", bf16=False, threads=2),
+    "oneDNN, Muon in bf16, two threads": variant(4, "onednn", bf16=True, threads=2),
+    "MKL, Muon in fp32, AVX2": variant(5, "torch", bf16=False, threads=1, **AVX2),
 }
 
 

@@ -12,14 +12,17 @@ from nanochat_core.training.distributed import joined
 from tests.support.processes import FORKSERVER
 
 
-def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(size: int, work: Callable[..., Any], *args: Any, timeout_seconds: float = 60) -> list[Any]:
     """Calls ``work(ranks, *args)`` on ``size`` ranks (gloo) and returns their results in order of rank.
+
+    The ranks wait for each other for at most ``timeout_seconds``.
 
     ``work`` must be defined at the top level of a module and return plain data.
     """
     results: Any = FORKSERVER.Queue()
     port = free_port()
-    processes = [FORKSERVER.Process(target=_rank, args=(rank, size, port, results, work, args)) for rank in range(size)]
+    common = size, port, timeout_seconds, results, work, args
+    processes = [FORKSERVER.Process(target=_rank, args=(rank, *common)) for rank in range(size)]
     for process in processes:
         process.start()
     found: dict[int, Any] = {}
@@ -38,8 +41,16 @@ def run_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
             process.kill()
 
 
-def _rank(rank: int, size: int, port: int, results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    size: int,
+    port: int,
+    timeout_seconds: float,
+    results: Any,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with joined(torch.device("cpu"), timeout_seconds=60) as ranks:
+    with joined(torch.device("cpu"), timeout_seconds=timeout_seconds) as ranks:
         results.put((rank, work(ranks, *args)))

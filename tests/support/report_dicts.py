@@ -6,11 +6,29 @@ from typing import Any
 from jobs.promotion.rules import Outcome
 
 MACHINE = {"processor": "A processor", "cores": 2, "torch": "2.9.0"}
-OPTIONAL = ("base", "sft", "rl", "chat", "samples", "core", "chat_tasks", "benchmark", "promotion", "warnings", "price")
+OPTIONAL = (
+    "base",
+    "sft",
+    "rl",
+    "chat",
+    "samples",
+    "core",
+    "chat_tasks",
+    "benchmark",
+    "promotion",
+    "warnings",
+    "price",
+)
 # Samples of pretraining at six steps. Both prompts are the same text.
 TRAINING_SAMPLES = [
     {"step": step, "samples": [["The", f" *sea* {step}."], ["The", "\n  end" if step > 30 else ""]]}
     for step in range(10, 70, 10)
+]
+
+
+# Answers of twelve snapshots to one question.
+ANSWERS = [
+    {"step": step, "answers": [["Who *keeps* it?", f"Mara | {step}" if step else ""]]} for step in range(0, 120, 10)
 ]
 
 
@@ -36,6 +54,7 @@ def stage(name: str, step: int, **changes: Any) -> dict[str, Any]:
         "gradient_norm": {"median": 0.25, "largest": 3.5},
         "data": {"epochs": 1.25, "unseen_share": 0.0, "cropped_share": 0.015, "cut": 1200, "left_out": 3},
         "samples": [],
+        "answers": [],
         "made_from": "",
         "rl": None,
     }
@@ -61,7 +80,7 @@ def report(*parts: str) -> dict[str, Any]:
             xz_9_bits_per_byte=2.3456,
             samples=TRAINING_SAMPLES if "samples" in parts else [],
         ),
-        "sft": stage("sft", 400, made_from="demo base/step_000300"),
+        "sft": stage("sft", 400, made_from="demo base/step_000300", answers=ANSWERS if "samples" in parts else []),
         "rl": stage(
             "rl",
             50,

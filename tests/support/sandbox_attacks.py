@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from nanochat_core.sandbox import ExecutionResult, Limits, SandboxExecutor
@@ -25,7 +25,7 @@ SECRET = "planted-secret-5f1c"
 SECRET_VARIABLE = "NANOCHAT_PLANTED_SECRET"
 
 _REFUSED = r"PermissionError|Operation not permitted|Function not implemented"
-_UNREACHABLE = _REFUSED + r"|FileNotFoundError|Read-only file system"
+_UNREACHABLE = _REFUSED + r"|FileNotFoundError|Read-only file system|Invalid cross-device link"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +120,8 @@ FORBIDDEN_CALLS = {
     "ioprio_set": (251, 30),
     "mlockall": (151, 230),
     "truncate": (76, 45),
-    "fchmodat": (268, 53),
     "fchownat": (260, 54),
-    "utimensat": (280, 88),
     "setxattr": (188, 5),
-    "symlinkat": (266, 36),
     "linkat": (265, 37),
     "mknodat": (259, 33),
     "socket": (41, 198),
@@ -146,9 +143,30 @@ RESOURCES = [
     denied("exec", "import os\nos.execv('/bin/true', ['true'])"),
     Attack(
         "thread bomb",
-        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,)).start()",
+        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(0.5,)).start()",
         ("error",),
         "can't start new thread",
+    ),
+    Attack(
+        "threads that start threads",
+        "import _thread\nmost = 0\ndef bomb():\n  global most\n  for _ in range(50):\n"
+        "    try: _thread.start_new_thread(bomb, ())\n    except RuntimeError: pass\n"
+        "    most = max(most, _thread._count())\nbomb()\nmost <= 16",
+        ("ok",),
+        result="True",
+    ),
+    endless(
+        "a thread goes on when the main thread has ended",
+        "import _thread, ctypes, time\ndef spin():\n  while True: pass\n_thread.start_new_thread(spin, ())\n"
+        f"time.sleep(0.05)\nctypes.CDLL(None).syscall({60 if _X86 else 93}, 0)",
+    ),
+    nothing_succeeds(
+        "new processes and namespaces instead of threads",
+        "import ctypes, errno\nlibc = ctypes.CDLL(None, use_errno=True)\nfound = []\n"
+        "for flags in (17, 0x4111, 0x100, 0x3d0f00 | 1 << 28, 0x3d0f00 | 1 << 17, 0x3d0f00 | 1 << 13,"
+        " 0x3d0f00 | 1 << 33, 0x3d0f00 ^ 0x10000, 0x3d0f00 ^ 0x100, 0x3d0f00 ^ 0x200):\n"
+        f"  result = libc.syscall({56 if _X86 else 220}, ctypes.c_ulong(flags), None, None, None, None)\n"
+        "  if result != -1 or ctypes.get_errno() != errno.EPERM: found.append(flags)\nfound",
     ),
     Attack("memory bomb", "x = []\nwhile True: x.append(bytearray(1 << 20))", ("memory",), "memory limit of 67108864"),
     Attack("memory bomb by mmap", "import mmap\nmmap.mmap(-1, 1 << 30)", ("memory",), "memory limit of 67108864"),
@@ -202,6 +220,18 @@ RESOURCES = [
         ("output_limit",),
         "scratch folder limit",
     ),
+    denied("file without a name", "import os\nos.open('.', os.O_TMPFILE | os.O_RDWR)"),
+    denied("reserved space", "import os\nos.posix_fallocate(os.open('f', os.O_CREAT | os.O_RDWR), 0, 4096)"),
+    Attack(
+        "removed files that mappings keep alive",
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.mmap.restype = ctypes.c_void_p\n"
+        "for n in range(128):\n  f = os.open('f', os.O_CREAT | os.O_RDWR)\n  os.unlink('f')\n"
+        "  os.write(f, bytes(1 << 20))\n"
+        "  if libc.mmap(None, 4096, 1, 2, f, 0) == ctypes.c_void_p(-1).value:\n"
+        "    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))\n  os.close(f)\n'pwned'",
+        ("output_limit", "denied"),
+        "scratch folder limit|Operation not permitted",
+    ),
     Attack(
         "flood of empty files",
         "n = 0\nwhile True:\n  open(str(n), 'wb').close()\n  n += 1",
@@ -228,6 +258,8 @@ CRASHES = [
     Attack("segmentation fault", "import ctypes\nctypes.string_at(0)", ("error",), "killed by signal 11"),
     Attack("abort", "import os\nos.abort()", ("error",), "killed by signal"),
     Attack("os._exit", "import os\nos._exit(0)", ("error",), "exited with code 0 before the code ended"),
+    Attack("exit code of a memory kill", "import os\nos._exit(137)", ("error",), "exited with code 137"),
+    Attack("exit code of a foreign system call", "import os\nos._exit(159)", ("error",), "exited with code 159"),
     Attack("sys.exit", "import sys\nsys.exit(0)", ("error",), "SystemExit: 0"),
     Attack("endless recursion", "def f(): return f()\nf()", ("error",), "RecursionError"),
     Attack(
@@ -291,8 +323,20 @@ FILES = [
     hidden("move a file into scratch", "import os\nos.rename('@SECRET@', 'mine')"),
     hidden("change the mode of a file outside", "import os\nos.chmod('@SECRET@', 0o777)"),
     hidden("change the times of a file outside", "import os\nos.utime('@SECRET@', (0, 0))"),
+    nothing_succeeds(
+        "modes and times of files outside",
+        "import os\nfound = []\n"
+        "for path in ('/', '/dev/null', '/dev/zero', '/tmp', os.__file__, os.path.dirname(os.__file__), '@SECRET@'):\n"
+        "  try: mode = os.stat(path).st_mode & 0o7777\n  except OSError: continue\n"
+        "  def by_descriptor(change):\n"
+        "    f = os.open(path, os.O_RDONLY)\n    try: change(f)\n    finally: os.close(f)\n"
+        "  for act in (lambda: os.chmod(path, mode), lambda: os.utime(path), lambda: os.utime(path, (0, 0)),"
+        " lambda: by_descriptor(lambda f: os.fchmod(f, mode)), lambda: by_descriptor(os.utime)):\n"
+        "    try: act()\n    except OSError: continue\n    found.append(path)\nfound",
+    ),
     hidden("make a folder outside", "import os\nos.mkdir('@OUTSIDE@/folder')"),
     hidden("symbolic link", "import os\nos.symlink('@SECRET@', 'link')\nopen('link').read()"),
+    hidden("symbolic link to a folder", "import os\nos.symlink('@OUTSIDE@', 'link')\nopen('link/new', 'w')"),
     hidden("hard link", "import os\nos.link('@SECRET@', 'link')\nopen('link').read()"),
     hidden("climb out of scratch", "open('../' * 30 + '@SECRET@'.lstrip('/')).read()"),
     hidden("change folder and read", "import os\nos.chdir('@OUTSIDE@')\nopen('secret').read()"),
@@ -393,6 +437,112 @@ if _X86:
         ),
     ]
 
+# Ways in which two calls that run at the same time could exchange data, or a call could watch other processes.
+_LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.mmap.restype = ctypes.c_void_p\n"
+_CALL = {
+    name: pair[0 if _X86 else 1]
+    for name, pair in {
+        "futex": (202, 98),
+        "clock_gettime": (228, 113),
+        "clock_nanosleep": (230, 115),
+        "getpgid": (121, 155),
+        "getsid": (124, 156),
+        "sched_getaffinity": (204, 123),
+        "fallocate": (285, 47),
+        "fadvise64": (221, 223),
+        "mincore": (27, 232),
+        "preadv2": (327, 286),
+        "sysinfo": (99, 179),
+        "statfs": (137, 43),
+        "fcntl": (72, 25),
+        "readahead": (187, 213),
+        "sync_file_range": (277, 84),
+        "kcmp": (312, 272),
+        "get_robust_list": (274, 100),
+        "sched_getparam": (143, 121),
+        "sched_getscheduler": (145, 120),
+        "sched_rr_get_interval": (148, 127),
+        "getpriority": (140, 141),
+        "ioprio_get": (252, 31),
+        "move_pages": (279, 239),
+        "migrate_pages": (256, 238),
+        "process_madvise": (440, 440),
+        "process_mrelease": (448, 448),
+    }.items()
+}
+CHANNELS = [
+    denied("shared mapping of a library file", "import mmap, os\nmmap.mmap(os.open(os.__file__, 0), 0, prot=1)"),
+    nothing_succeeds(
+        "shared futex on a library file",
+        _LIBC + "page = libc.mmap(None, 4096, 1, 2, os.open(os.__file__, 0), 0)\n"
+        f"[op for op in (0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 134, 135, 136, 139, 140, 141)"
+        f" if libc.syscall({_CALL['futex']}, ctypes.c_void_p(page), op, 0, None, None, 1) != -1"
+        " or ctypes.get_errno() != 1]",
+    ),
+    nothing_succeeds(
+        "wait for a thread of another process that ends",
+        _LIBC + "page = libc.mmap(None, 4096, 1, 2, os.open(os.__file__, 0), 0)\n"
+        "if page == ctypes.c_void_p(-1).value: page = None\n"
+        f"result = libc.syscall({_CALL['futex']}, ctypes.c_void_p(page), 265,"
+        " ctypes.c_uint32.from_address(page).value if page else 0, None, None, -1)\n"
+        "[] if (result, ctypes.get_errno()) == (-1, 11) else ['waited']",
+    ),
+    denied(
+        "priority-inheriting futex of a foreign thread",
+        _LIBC + "word = ctypes.c_uint32(@PARENT@)\n"
+        f"if libc.syscall({_CALL['futex']}, ctypes.byref(word), 134, 0, None) == -1: raise OSError("
+        "ctypes.get_errno(), os.strerror(ctypes.get_errno()))",
+    ),
+    nothing_succeeds(
+        "locks, leases and notifications of a library file",
+        "import fcntl, os\nf = os.open(os.__file__, 0)\nfound = []\n"
+        "for command in (5, 6, 7, 8, 9, 10, 11, 15, 16, 36, 37, 38, 1024, 1025, 1026, 1031, 1032, 1033, 1034, 1036):\n"
+        "  try: fcntl.fcntl(f, command, bytes(32) if command in (5, 6, 7, 36, 37, 38) else 1)\n"
+        "  except PermissionError: continue\n  except OSError: pass\n  found.append(command)\nfound",
+    ),
+    nothing_succeeds(
+        "system calls that ask about another process or the machine",
+        _LIBC + "buffer = ctypes.create_string_buffer(4096)\nme = ctypes.addressof(buffer)\n"
+        "address = ctypes.c_void_p(me - me % 4096)\nf = os.open(os.__file__, 0)\n"
+        f"numbers = {_CALL!r}\n"
+        "foreign = ctypes.c_int((~@PARENT@ << 3) | 2)\n"
+        "tries = {'clock_gettime': (foreign, buffer), 'clock_nanosleep': (foreign, 0, buffer, None),"
+        " 'getpgid': (@PARENT@,), 'getsid': (@PARENT@,), 'sched_getaffinity': (@PARENT@, 128, buffer),"
+        " 'fallocate': (f, 0, 0, 4096), 'fadvise64': (f, 0, 0, 4), 'mincore': (address, 4096, buffer),"
+        " 'preadv2': (f, buffer, 0, 0, 0, 8), 'sysinfo': (buffer,), 'statfs': (b'.', buffer),"
+        " 'readahead': (f, 0, 4096), 'sync_file_range': (f, 0, 0, 1), 'kcmp': (1, 1, 0, 0, 0),"
+        " 'get_robust_list': (@PARENT@, buffer, buffer), 'sched_getparam': (@PARENT@, buffer),"
+        " 'sched_getscheduler': (@PARENT@,), 'sched_rr_get_interval': (@PARENT@, buffer),"
+        " 'getpriority': (0, @PARENT@), 'ioprio_get': (1, @PARENT@), 'move_pages': (@PARENT@, 0, 0, 0, 0, 0),"
+        " 'migrate_pages': (@PARENT@, 0, 0, 0), 'process_madvise': (3, 0, 0, 0, 0), 'process_mrelease': (3, 0)}\n"
+        "def refused(name, arguments):\n"
+        "  return libc.syscall(numbers[name], *arguments) == -1 and ctypes.get_errno() in (1, 38)\n"
+        "[name for name, arguments in tries.items() if not refused(name, arguments)]",
+    ),
+    denied("CPU time of another process", "import time\ntime.clock_gettime((~@PARENT@ << 3) | 2)"),
+    denied("session of another process", "import os\nos.getsid(@PARENT@)"),
+    denied("group of another process", "import os\nos.getpgid(@PARENT@)"),
+    denied("affinity of another process", "import os\nos.sched_getaffinity(@PARENT@)"),
+    denied("path without access", "import os\nos.open('/proc/@PARENT@', os.O_PATH)"),
+    nothing_succeeds(
+        "flags of sockets that nobody needs",
+        "import socket\na, b = socket.socketpair()\nfound = []\nfor bit in range(31):\n"
+        "  flag = 1 << bit\n  if flag in (socket.MSG_PEEK, socket.MSG_DONTWAIT, socket.MSG_WAITALL,"
+        " socket.MSG_NOSIGNAL): continue\n"
+        "  for act in (lambda: a.send(b'x', flag), lambda: b.recv(1, flag)):\n"
+        "    try: act()\n    except PermissionError: continue\n    except OSError: pass\n"
+        "    found.append(flag)\nfound",
+    ),
+    nothing_succeeds(
+        "advice that shares or evicts pages",
+        "import mmap\npage = mmap.mmap(-1, 4096)\nfound = []\n"
+        "for advice in (9, 10, 11, 12, 13, 16, 17, 18, 20, 21, 100):\n"
+        "  try: page.madvise(advice)\n  except PermissionError: continue\n  except OSError: pass\n"
+        "  found.append(advice)\nfound",
+    ),
+    denied("a pipe for kernel notifications", "import os\nos.pipe2(os.O_EXCL)"),
+]
+
 FORGERY = [
     Attack(
         "a forged claim is a claim about this call",
@@ -417,7 +567,7 @@ FORGERY = [
     Attack("invalid UTF-8 in a claim", "import os\nos.write(3, b'v\\0\\0\\xff\\xfe')\nos.close(3)", ("ok", "error")),
 ]
 
-ATTACKS = [*RESOURCES, *CRASHES, *FILES, *NETWORK, *PROCESSES, *FORGERY]
+ATTACKS = [*RESOURCES, *CRASHES, *FILES, *NETWORK, *PROCESSES, *CHANNELS, *FORGERY]
 
 
 class Target:
@@ -462,7 +612,13 @@ def limits_for(attack: Attack) -> Limits:
     return Limits(wall_seconds=attack.wall_seconds, cpu_seconds=4, memory_bytes=64 << 20, output_bytes=10_000)
 
 
-def check(executor: SandboxExecutor, target: Target, attack: Attack) -> None:
+class Executor(Protocol):
+    """Runs code in a sandbox, here or elsewhere."""
+
+    def execute_sync(self, code: str, limits: Limits = ..., /) -> ExecutionResult: ...
+
+
+def check(executor: Executor, target: Target, attack: Attack) -> None:
     """Make an attack and check that the answer is right, that nothing leaked, and that the next call works."""
     result = executor.execute_sync(target.code(attack), limits_for(attack))
     told = f"{result.status.value}: {result.error!r}, result {result.result!r}"
@@ -479,7 +635,7 @@ def check(executor: SandboxExecutor, target: Target, attack: Attack) -> None:
     check_canary(executor)
 
 
-def check_canary(executor: SandboxExecutor) -> None:
+def check_canary(executor: Executor) -> None:
     """Check that the executor still answers correctly, and that the next program finds no files and no variables."""
     result: ExecutionResult = executor.execute_sync("import os\n(6 * 7, os.listdir('.'), sorted(os.environ))")
     assert (result.status.value, result.result) == ("ok", "(42, [], [])"), result
@@ -500,7 +656,8 @@ def main(profile: str, package_dir: str, scratch_dir: str) -> None:
     config = SandboxConfig(profile=profile, scratch_dir=scratch_dir, scratch_bytes=4 << 20)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(dir=scratch_dir) as folder, SandboxExecutor(config) as executor:
         found = dict(failures(executor, Target(folder)))
-        print(json.dumps({"user": os.getuid(), "attacks": len(ATTACKS), "failures": found}))
+        facts = {"user": os.getuid(), "attacks": len(ATTACKS), "own_file_systems": executor.own_file_systems}
+        print(json.dumps(facts | {"failures": found}))
 
 
 if __name__ == "__main__":

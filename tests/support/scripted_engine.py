@@ -137,6 +137,8 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         requests, metadata: the requests so far and their gRPC metadata.
         cancelled: semaphore that is released once for each call that the gateway canceled.
         looks: number of requests for the engine's load so far.
+        progress: the progress of the training; if None, the engine refuses ``GetProgress`` as unimplemented.
+        progress_reads: number of requests for the progress so far.
         awake: while this event is cleared, the engine answers nothing, like a stopped process.
     """
 
@@ -154,6 +156,8 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self.cancelled = asyncio.Semaphore(0)
         self.load = pb.Load()
         self.looks = 0
+        self.progress: pb.Progress | None = None
+        self.progress_reads = 0
         self.address = address
         self.info = pb.ModelInfo(
             name=name,
@@ -207,6 +211,13 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         await self.awake.wait()
         self.looks += 1
         return self.load
+
+    async def GetProgress(self, _request: Any, context: Any) -> pb.Progress:
+        self.progress_reads += 1
+        if self.progress is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not implemented!")
+            raise AssertionError("abort raises")
+        return self.progress
 
     async def looked_at(self) -> None:
         """Waits until a gateway has read the engine's current health, load and model."""

@@ -35,7 +35,7 @@ class StoryEngine(ScriptedEngine):
         story: makes the answers.
         steps: number of tokens that the engine may still send, in all calls together; None sets no limit.
         pause: seconds before each token.
-        wrong: beginnings of answers in requests that do not match the stories.
+        wrong: answer beginnings from requests that differ from the stories.
     """
 
     def __init__(self, story: Story, **options: Any) -> None:
@@ -69,7 +69,7 @@ class StoryEngine(ScriptedEngine):
         await super().start()
 
     async def drain(self) -> None:
-        """Begins a shutdown: tells all running calls and finishes them, and refuses new calls."""
+        """Begins a shutdown: announces it to all running calls, finishes these calls, and refuses new calls."""
         self._draining = True
         await self.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         self._notify()

@@ -35,7 +35,7 @@ PRETRAIN: dict[str, Any] = {
     "model": NAME,
     "dataset": NAME,
     "tokenizer": NAME,
-    "depth": 2,
+    "depth": 1,
     "head-dim": 16,
     "context-length": 32,
     "batch-tokens": 256,
@@ -60,6 +60,18 @@ SFT: dict[str, Any] = {
     "threads": 1,
     "no-compile": True,
 }
+
+# Flags of the training stages of a pipeline, for the smallest model and the smallest batches.
+TINY_PRETRAIN: dict[str, int | float] = {
+    "depth": 1,
+    "head-dim": 16,
+    "context-length": 256,
+    "batch-tokens": 1024,
+    "device-batch-rows": 4,
+    "lr-scale": 1.0,
+    "weight-decay": 0.1,
+}
+TINY_SFT: dict[str, int | float] = {"batch-tokens": 1024, "lr-scale": 0.5}
 
 
 def sentences(rng: random.Random) -> str:

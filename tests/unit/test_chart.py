@@ -73,8 +73,9 @@ def test_a_template_holds_one_resource(template: Path) -> None:
 
 def test_chart_and_compose_name_the_same_images() -> None:
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    for component in ("gateway", "engine", "sandbox"):
-        assert compose[component]["image"] == f"{VALUES[component]['image']}:dev"
+    own = {name: name for name in ("gateway", "engine", "sandbox", "teacher")}
+    for component, service in {**own, "bootstrap": "train"}.items():
+        assert compose[service]["image"] == f"{VALUES[component]['image']}:dev"
 
 
 def test_the_images_of_the_projects_version_are_the_default() -> None:
@@ -86,9 +87,11 @@ def test_the_images_of_the_projects_version_are_the_default() -> None:
 
 
 def test_chart_serves_what_the_demo_job_trains() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     documents = list(yaml.safe_load_all((ROOT / "jobs/train/speedrun-cpu.yaml").read_text()))
     claims = [d["metadata"]["name"] for d in documents if d["kind"] == "PersistentVolumeClaim"]
-    job = next(d for d in documents if d["kind"] == "PyTorchJob")
-    arguments = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]["args"]
-    assert claims == [VALUES["store"]["pvc"]["existingClaim"]]
+    job = next(d for d in documents if d["kind"] == "Job")
+    arguments = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert VALUES["store"]["pvc"]["existingClaim"] == ""
+    assert claims == [f"{chart['name']}-store"], "the claim that a release of the chart's name creates or finds"
     assert f"--model={VALUES['model']}" in arguments

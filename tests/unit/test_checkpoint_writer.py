@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nanochat_core.model import GPT
 from nanochat_core.store import FolderStore, StoreError
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import CheckpointWriter
-from nanochat_core.training.distributed import Ranks
+from nanochat_core.training.distributed import RankLost, Ranks
 from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, Shard, parameter_groups
 from tests.support.checkpoint_replacement import CheckpointReplacement
 from tests.support.ranks import run_ranks
@@ -44,7 +45,7 @@ def save(writer: CheckpointWriter, ref: CheckpointRef, model: GPT, **changes: An
 
 
 class Failing:
-    """Makes the next writes of weights fail, ``times`` in all."""
+    """Makes the next ``times`` writes of weights fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
         self.left = times
@@ -167,6 +168,40 @@ def test_every_rank_writes_its_share_and_one_rank_can_read_all(store: FolderStor
         assert read is not None, shard.name
         assert read.shape == shard.tensor.shape
     assert load_checkpoint(store, FIRST).build_model().config == model.config
+
+
+def write_while_one_rank_hangs(ranks: Ranks, root: str) -> str:
+    """Write a checkpoint, but the last rank hangs while it writes. Returns the name of the first rank's error."""
+    over = Path(root).with_suffix(".over")
+
+    class Hanging(FolderStore):
+        @contextlib.contextmanager
+        def create(self, key: str) -> Iterator[Path]:
+            hang()
+            raise StoreError("too late")
+
+    def hang() -> None:
+        while not over.exists():
+            time.sleep(0.05)
+
+    model = gpt()
+    optimizer = MuonAdamW(parameter_groups(model, OptimizerConfig()), ranks)
+    writer = CheckpointWriter((FolderStore if ranks.leads else Hanging)(Path(root)), ranks, retry_seconds=())
+    save(writer, FIRST, model, shards=optimizer.shards())
+    if not ranks.leads:
+        hang()
+        return ""
+    try:
+        writer.wait()
+    except RankLost as error:
+        return type(error).__name__
+    finally:
+        over.touch()
+    return ""
+
+
+def test_a_rank_that_hangs_while_it_writes_is_noticed_within_the_usual_timeout(store: FolderStore) -> None:
+    assert run_ranks(2, write_while_one_rank_hangs, str(store.root), timeout_seconds=3) == ["RankLost", ""]
 
 
 class TestReplacement(CheckpointReplacement):

@@ -38,7 +38,7 @@ def test_every_program_exists(module: str, about: str) -> None:
 
 def test_every_program_of_training_and_evaluation_is_listed() -> None:
     for folder in ("jobs/train", "jobs/eval"):
-        files = [path for path in (ROOT / folder).glob("*.py") if "__main__" in path.read_text()]
+        files = [path for path in (ROOT / folder).glob("*.py") if '__name__ == "__main__"' in path.read_text()]
         modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
         assert modules == {module for module, _ in PROGRAMS.values() if module.startswith(folder.replace("/", "."))}
 

@@ -34,7 +34,7 @@ def written(question: Question, tokenizer: Tokenizer = BYTES) -> list[tuple[str,
 
 
 def numbered(task: Task, text: str) -> int:
-    """The index of the item whose text begins with ``text``. It is not known before, because items are shuffled."""
+    """The index of the item whose text begins with ``text``. Tests cannot know it, because items are shuffled."""
     (number,) = [i for i, item in enumerate(task.items) if item.shown.lstrip().startswith(text)]
     return number
 

@@ -87,8 +87,8 @@ def test_scores_are_those_of_each_option_alone(seed: int, together: int) -> None
 
 def test_windows_and_texts_beyond_the_context_are_seen_as_in_a_plain_pass() -> None:
     rng = random.Random(5)
-    # A context of 256 has short windows of 128 tokens. The texts are longer than context, windows and a block of
-    # queries.
+    # The context is 256 tokens, and its short windows are 128 tokens. Some texts are longer than the context, the
+    # windows and a block of queries.
     assert tiny_model(depth=4).config.windows == (128, 128, 128, 256)
     questions = [choice(rng, prefix, [3, 9, 200]) for prefix in (1, 100, 129, 300, 700)] + [
         schema(rng, 600, [150, 5], 140)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from nanochat_core.constraints.trial import Trial
 from nanochat_core.engine import (
     AsyncEngine,
     Completion,
@@ -176,10 +177,10 @@ async def test_constraints_are_compiled_only_for_requests_that_there_is_room_for
     core = Engine(tiny_model(), BYTES, EngineConfig(max_running=1, max_waiting=1))
     compile_, compiled = core.grammars.compile, set()
 
-    def counting(constraint: Constraint) -> object:
+    def counting(constraint: Constraint, trial: Trial) -> object:
         compiled.add(constraint)
         time.sleep(0.05)
-        return compile_(constraint)
+        return compile_(constraint, trial)
 
     core.grammars.compile = counting  # type: ignore[method-assign,assignment]
     engine = AsyncEngine(core)

@@ -112,7 +112,7 @@ JOBS: dict[str, Request] = {
 
 @dataclasses.dataclass
 class Choice:
-    """Tokens and events of one choice so far. A result comes before its output, which is derived from it."""
+    """Tokens and events of one choice so far. A tool's result comes before the tokens of the tool's output."""
 
     items: list[Token | ToolCall | ToolResult] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None

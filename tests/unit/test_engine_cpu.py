@@ -23,7 +23,7 @@ from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.kv_cache import BlockMemory
 from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import GPT
-from tests.support.engine_models import BYTES, SHAPES, Place, shape_of, tiny_model
+from tests.support.engine_models import BYTES, SHAPES, Place, count_rows, shape_of, tiny_model
 
 BLOCK = 16
 pytestmark = pytest.mark.slow
@@ -91,6 +91,25 @@ def test_a_token_has_the_same_bits_however_it_is_computed(shape: ModelConfig, dt
     assert torch.equal(decoded, at_once[0])
     pieces = torch.cat([here.logits((0, t, min(t + 7, 190)), (1, t % 33, t % 33 + 1))[0] for t in range(0, 190, 7)])
     assert torch.equal(pieces, at_once[0])
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("shape", [*SHAPES, pytest.param(shape_of(1, 64), id="one layer")])
+def test_the_last_layer_computes_only_wanted_rows_and_no_bit_changes(shape: ModelConfig, int8: bool) -> None:
+    """The steps hold the start of a prompt, a whole prompt, and a decoded token with a draft."""
+    here, _, rows = place(shape, 190, 33, 150, int8=int8)
+    whole = [here.logits((s, 0, len(row)))[0] for s, row in enumerate(rows)]
+    counts = count_rows(here.runner.network._layers[-1])
+    none, one = here.sampled_logits((0, 0, 100, 0), (1, 0, 33, 1))
+    assert torch.equal(one, whole[1][-1:])
+    assert len(none) == 0
+    first, second, third = here.sampled_logits((0, 100, 180, 1), (1, 30, 33, 3), (2, 0, 150, 1))
+    assert torch.equal(first, whole[0][179:180])
+    assert torch.equal(second, whole[1][30:33])
+    assert torch.equal(third, whole[2][149:150])
+    [nothing] = here.sampled_logits((0, 180, 185, 0))
+    assert nothing.shape == (0, shape.vocab_size)
+    assert counts == [1, 5]
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

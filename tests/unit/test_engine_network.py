@@ -51,6 +51,32 @@ def test_a_ragged_batch_gives_what_each_row_gives(shape: ModelConfig, longest: i
             torch.testing.assert_close(network.logits(own), model(sequence[None])[0], atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize("wanted", [3, torch.tensor([2, 11, 19]), torch.tensor([], dtype=torch.int64)], ids=str)
+@pytest.mark.parametrize("depth", [1, 4])
+def test_only_the_wanted_tokens_are_returned(depth: int, wanted: int | Tensor) -> None:
+    model, row = random_model(config(depth)), random_ids(1, 20)[0]
+    network = TorchNetwork(model)
+    previous = torch.cat((torch.tensor([network.no_token]), row[:-1]))
+    lengths: list[tuple[int, int]] = []
+
+    def hidden(wanted: int | Tensor | None) -> Tensor:
+        whole = CachedAttention(model.config.windows, [0] * 20)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            lengths.append((len(q), len(k)))
+            y = whole(layer, torch.cat((q.new_zeros(len(k) - len(q), *q.shape[1:]), q)), k, v)
+            return y[len(k) - len(q) :]
+
+        return network.hidden(row, previous, torch.arange(20), attend, wanted)
+
+    with torch.no_grad():
+        everything = hidden(None)
+        some = hidden(wanted)
+    chosen = everything[-wanted:] if isinstance(wanted, int) else everything[wanted]
+    torch.testing.assert_close(some, chosen, atol=1e-5, rtol=1e-5)
+    assert lengths[-1] == (wanted if isinstance(wanted, int) else 20, 20)
+
+
 def test_one_token_at_a_time_gives_what_the_row_gives() -> None:
     shape = config(4, n_kv_head=2)
     model, row = random_model(shape), random_ids(1, 20)

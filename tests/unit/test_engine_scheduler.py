@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from nanochat_core.config import ModelConfig
 from nanochat_core.engine.block_manager import BlockManager
 from nanochat_core.engine.cache_groups import CacheGroup, bytes_per_block, plan_groups
-from nanochat_core.engine.request import Request
+from nanochat_core.engine.request import Request, SamplingParams
 from nanochat_core.engine.scheduler import Scheduler
 from nanochat_core.engine.sequence import Sequence, State
 from tests.support.engine_models import examples
@@ -139,7 +141,7 @@ def planned(context: int, budget: int, sequences: float) -> Bench:
 
 
 def test_a_prompt_behind_a_short_window_is_admitted_only_with_room_for_its_first_chunk() -> None:
-    """The window is 256, and chunks have up to 512 tokens."""
+    """The window is 256 tokens, and chunks have up to 512 tokens."""
     bench = planned(1024, 512, 2)
     for _ in range(4):
         bench.add(256)
@@ -183,3 +185,39 @@ def test_whatever_is_planned_every_sequence_gets_through(data: st.DataObject) ->
             if seq.state is not State.FINISHED and len(seq.tokens) >= length + 4:
                 bench.scheduler.finish(seq)
     assert all(seq.state is State.FINISHED for seq in sequences)
+
+
+@given(seed=st.integers(0, 2**32), blocks=st.integers(9, 40), budget=st.integers(4, 32), drafts=st.booleans())
+@settings(deadline=None, max_examples=examples(60))
+def test_each_wanted_token_of_a_prompt_is_scored_once(seed: int, blocks: int, budget: int, drafts: bool) -> None:
+    draw = random.Random(seed)
+    manager = BlockManager([CacheGroup((0,), None, blocks)], 4)
+    scheduler = Scheduler(manager, budget, 4, 3 if drafts else 0, 16)
+    sequences, scored = [], dict[Sequence, list[int]]()
+    for i in range(6):
+        prompt = tuple(draw.choices((1, 2), k=draw.randint(1, 20)))
+        sampling = SamplingParams(prompt_logprobs=draw.choice((None, 0)))
+        sequences.append(Sequence(Request(str(i), prompt, sampling), 0, i, 0, len(prompt) + draw.randint(1, 12)))
+        scored[sequences[-1]] = []
+        scheduler.add(sequences[-1])
+    while any(seq.state is not State.FINISHED for seq in sequences):
+        chunks = scheduler.schedule()
+        for chunk in chunks:
+            # The logits belong to the chunk's last tokens. The first rows score the prompt, and the last rows give
+            # samples.
+            rows = range(chunk.end - chunk.logits, chunk.end)
+            assert chunk.start <= rows.start
+            assert chunk.samples <= chunk.logits
+            assert [row + 1 for row in rows[: len(chunk.scores)]] == list(chunk.scores)
+            scored[chunk.seq] += chunk.scores
+            chunk.seq.scored += len(chunk.scores)
+        scheduler.computed(chunks)
+        for chunk in chunks:
+            if chunk.samples and chunk.seq.state is State.RUNNING:
+                chunk.seq.tokens.append(draw.choice((1, 2)))
+                if len(chunk.seq.tokens) >= chunk.seq.max_length:
+                    scheduler.finish(chunk.seq)
+        manager.check_integrity([seq for seq in sequences if seq.state is not State.FINISHED])
+    for seq in sequences:
+        wanted = seq.request.sampling.prompt_logprobs is not None
+        assert scored[seq] == (list(range(1, seq.prompt_length)) if wanted else [])

@@ -15,6 +15,7 @@ from nanochat_core.engine import (
     EngineConfig,
     FinishReason,
     Output,
+    Picture,
     QueueFull,
     Request,
     SamplingParams,
@@ -89,6 +90,15 @@ def test_the_result_is_put_where_the_model_reads_it() -> None:
     assert call == ToolCall(0, "6*7")
     assert isinstance(result, ToolResult)
     assert (result.call_index, result.status, result.output) == (0, "ok", "42")
+
+
+def test_pictures_are_in_the_event_and_not_in_the_text() -> None:
+    picture = Picture("figure-1.png", "image/png", b"pixels")
+    calculator = Calculator()
+    calculator.answer = ToolOutput("ok", "42", (picture,))
+    completion = answer(calculator)
+    assert text(completion) == text(answer(Calculator()))
+    assert outputs(completion)[0].pictures == (picture,)
 
 
 def test_only_the_output_tokens_are_forced_and_they_count_as_completion() -> None:
@@ -276,7 +286,7 @@ def test_cancelling_a_parked_request_cancels_its_call() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_closing_ends_calls_that_run_and_calls_that_have_not_begun() -> None:
-    """Python would warn of a call that is left unfinished."""
+    """Python would warn if a call were left unfinished."""
     ended = []
 
     async def hangs(code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:

@@ -1,4 +1,4 @@
-"""A program that ends because of a user's error prints one line; after an error of its own, it prints a traceback."""
+"""A program that ends because of a user's error prints one line. After any other error, it prints a traceback."""
 
 import subprocess
 import sys

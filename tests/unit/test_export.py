@@ -66,7 +66,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-# The files for transformers.
+# The following tests check the files for transformers.
 
 
 def test_a_folder_has_every_file_and_nothing_else(store: Store, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_texts_end_as_in_training(store: Store, tmp_path: Path, stage: Any, end:
         assert read(folder / file)["bos_token_id"] == ids[BOS]
 
 
-# tokenizer.json: this slow reading of the format is the reference.
+# The following tests compare tokenizer.json with a slow reference.
 
 
 def encoded(content: dict[str, Any], text: str) -> list[int]:
@@ -158,7 +158,7 @@ def encoded(content: dict[str, Any], text: str) -> list[int]:
 
 
 def gpt2_characters() -> dict[int, str]:
-    """GPT-2's table, written as in its source."""
+    """The character for each byte, computed as in GPT-2's source."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     characters, n = {byte: chr(byte) for byte in shown}, 0
     for byte in range(256):
@@ -190,7 +190,7 @@ def test_special_tokens_have_their_ids_and_bos_comes_first() -> None:
     assert CONTENT["post_processor"]["special_tokens"][first]["ids"] == [TOKENIZER.bos_id]
 
 
-# The chat template.
+# The following tests check the chat template.
 
 
 def rendered(messages: Any, **given: Any) -> list[int]:
@@ -250,7 +250,7 @@ def test_a_conversation_that_was_never_trained_on_is_refused(messages: Any, comp
         rendered(messages, add_generation_prompt=True)
 
 
-# The network, with stand-ins for transformers.
+# The following tests run the exported network with stand-ins for transformers.
 
 
 class Config:
@@ -400,7 +400,7 @@ def test_a_gradient_reaches_every_weight(modeling: Any, store: Store, tmp_path: 
     assert all(float(parameter.grad.abs().sum()) > 0 for parameter in theirs.parameters())
 
 
-# The layout of karpathy/nanochat.
+# The following tests check the export in the layout of karpathy/nanochat.
 
 
 def upstream_files(folder: Path) -> dict[str, bytes]:
@@ -456,7 +456,7 @@ def test_our_checkpoint_comes_back_from_the_layout_of_nanochat(store: Store, tmp
     assert (lengths.dtype, lengths.tolist()) == (torch.int32, tokenizer().bytes_per_token)
 
 
-# The program.
+# The following tests check the export program.
 
 
 def test_the_newest_checkpoint_of_the_last_stage_is_taken_unless_another_is_named(store: Store, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Artifacts of other versions: files of an older version are read; files of a newer one are refused and unchanged."""
+"""Artifacts of other versions: files of an older version are read; files of a newer version are refused."""
 
 import hashlib
 import json

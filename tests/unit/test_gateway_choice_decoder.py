@@ -11,6 +11,7 @@ from nanochat_core.protos import engine_pb2 as pb
 from nanochat_core.tokenizer import Tokenizer
 from services.gateway.answer.choice_decoder import ChoiceDecoder, Delta
 from services.gateway.answer.logprobs import chat_logprobs, completion_logprobs
+from services.gateway.engines.said import Said
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello", b" \xf0\x9f"])
 SPECIAL = TOKENIZER.special_ids
@@ -86,9 +87,9 @@ def test_code_and_output_are_events_and_not_text() -> None:
         ]
     )
     assert merged(deltas).text == "é: 2!"
-    assert deltas[0].tool_events == [{"type": "call", "call_index": 0, "code": "1+1", "offset": 3}]
+    assert deltas[0].tool_events == [{"index": 0, "type": "call", "call_index": 0, "code": "1+1", "offset": 3}]
     assert deltas[1].tool_events == [
-        {"type": "result", "call_index": 0, "status": "ok", "output": "2", "duration_seconds": 0.002}
+        {"index": 1, "type": "result", "call_index": 0, "status": "ok", "output": "2", "duration_seconds": 0.002}
     ]
 
 
@@ -187,6 +188,18 @@ def test_log_probabilities_cover_the_text_and_nothing_else() -> None:
     assert shown[0]["logprob"] == pytest.approx(-2.59)
 
 
+def test_raw_text_has_the_log_probability_of_a_last_special_token() -> None:
+    ids = tokens("hello", "<|bos|>")
+    assert [token.id for token in merged(run(one_by_one(ids, logprobs=True), raw=True)).tokens] == ids
+    assert [token.id for token in merged(run(one_by_one(ids, logprobs=True))).tokens] == ids[:1]
+
+
+def test_of_alternatives_with_equal_text_the_likeliest_counts() -> None:
+    top = [pb.TopLogprob(token_id=0xF0, logprob=-1.0), pb.TopLogprob(token_id=0x9F, logprob=-2.0)]
+    found = completion_logprobs(TOKENIZER, [pb.Token(id=97, logprob=-0.5, top_logprobs=top)], [0])
+    assert found["top_logprobs"] == [{"\N{REPLACEMENT CHARACTER}": -1.0}]
+
+
 def test_log_probabilities_end_with_the_text_before_a_stop_string() -> None:
     whole = merged(run(one_by_one(list(b"abSTOPcd"), logprobs=True), ["STOP"]))
     assert bytes(token.id for token in whole.tokens) == b"ab"
@@ -203,3 +216,15 @@ def test_a_special_token_among_the_alternatives_has_a_name_and_no_bytes() -> Non
     top = pb.TopLogprob(token_id=SPECIAL["<|assistant_end|>"], logprob=-1.0)
     entry = chat_logprobs(TOKENIZER, [pb.Token(id=97, logprob=-0.5, top_logprobs=[top])])["content"][0]
     assert entry["top_logprobs"] == [{"token": "<|assistant_end|>", "logprob": -1.0, "bytes": None}]
+
+
+def test_pictures_are_shown_in_base64_and_not_kept_for_another_engine() -> None:
+    event = result(0, "42")
+    event.result.pictures.add(name="figure-1.png", media_type="image/png", content=b"pixels")
+    came = chunk(tokens("<|output_start|>", "42", "<|output_end|>"), event)
+    shown = merged(run([chunk(tokens("<|python_start|>", "1", "<|python_end|>"), call(0, "1")), came])).tool_events
+    assert shown[1]["pictures"] == [{"name": "figure-1.png", "media_type": "image/png", "data": "cGl4ZWxz"}]
+    said = Said()
+    said.add(came)
+    assert said.tool_events == [result(0, "42")]
+    assert len(event.result.pictures) == 1

@@ -22,8 +22,8 @@ def fleet(router: Router, count: int, joined: float = -1000.0) -> dict[str, Repl
 
 def send(router: Router, prompt: list[int], loads: dict[str, ReplicaLoad], now: float = 0.0) -> str:
     """Sends a prompt that runs until the end of the test."""
-    chosen = router.choose(prompt, loads, now)
-    router.sent(chosen, prompt, now)
+    chosen = router.choose(router.prompt(prompt), loads, now)
+    router.sent(chosen, router.prompt(prompt), now)
     loads[chosen].sequences += 1
     return chosen
 
@@ -43,9 +43,9 @@ def test_the_turns_of_a_chat_go_to_the_same_replica() -> None:
             load.sequences = 0  # all answers have ended
         for turn in range(5):
             chats = [[*chat, turn, *range(50)] for chat in chats]
-            assert [router.choose(chat, loads, 1.0 + turn) for chat in chats] == first
+            assert [router.choose(router.prompt(chat), loads, 1.0 + turn) for chat in chats] == first
             for name, chat in zip(first, chats, strict=True):
-                router.sent(name, chat, 1.0 + turn)
+                router.sent(name, router.prompt(chat), 1.0 + turn)
 
 
 def test_a_chat_leaves_a_replica_whose_queue_is_longer_than_its_history() -> None:
@@ -54,9 +54,9 @@ def test_a_chat_leaves_a_replica_whose_queue_is_longer_than_its_history() -> Non
     chat = distinct(1, 1000)
     first = send(router, chat, loads)
     loads[first].waiting_tokens = 500
-    assert router.choose(chat, loads, 10.0) == first
+    assert router.choose(router.prompt(chat), loads, 10.0) == first
     loads[first].waiting_tokens = 2000
-    assert router.choose(chat, loads, 10.0) != first
+    assert router.choose(router.prompt(chat), loads, 10.0) != first
 
 
 def test_a_chat_leaves_a_replica_whose_cache_is_full_of_running_sequences() -> None:
@@ -65,9 +65,9 @@ def test_a_chat_leaves_a_replica_whose_cache_is_full_of_running_sequences() -> N
     chat = distinct(1, 1000)
     first = send(router, chat, loads)
     loads[first].kv_used = 0.8
-    assert router.choose(chat, loads, 10.0) == first
+    assert router.choose(router.prompt(chat), loads, 10.0) == first
     loads[first].kv_used = 1.0
-    assert router.choose(chat, loads, 10.0) != first
+    assert router.choose(router.prompt(chat), loads, 10.0) != first
 
 
 def test_a_popular_prefix_spreads_before_a_replica_drowns() -> None:
@@ -94,7 +94,7 @@ def test_equal_loads_are_chosen_equally_often() -> None:
     for count in (4, 40):
         router = Router(RoutingSettings())
         loads = fleet(router, count)
-        chosen = [router.choose(distinct(i), loads, 0.0) for i in range(400 * count)]
+        chosen = [router.choose(router.prompt(distinct(i)), loads, 0.0) for i in range(400 * count)]
         # 400 ± 5 standard deviations
         assert all(300 < chosen.count(name) < 500 for name in loads)
 
@@ -107,8 +107,8 @@ def test_prompts_between_two_reports_go_to_different_replicas() -> None:
     chosen = []
     for i in range(8):
         prompt = distinct(i, 5000)
-        chosen.append(router.choose(prompt, loads, 0.01 * i))
-        router.sent(chosen[-1], prompt, 0.01 * i)
+        chosen.append(router.choose(router.prompt(prompt), loads, 0.01 * i))
+        router.sent(chosen[-1], router.prompt(prompt), 0.01 * i)
     assert len(set(chosen)) == 8
 
 
@@ -148,7 +148,7 @@ def test_a_restarted_replica_has_an_empty_cache() -> None:
     first = send(router, chat, loads)
     router.left(first)
     router.joined(first, -500.0)
-    assert router.choose(chat, loads, 1.0) != first  # the other replica has no sequences
+    assert router.choose(router.prompt(chat), loads, 1.0) != first  # the other replica has no sequences
 
 
 def test_a_small_cache_is_learned_from_the_answers() -> None:
@@ -157,16 +157,16 @@ def test_a_small_cache_is_learned_from_the_answers() -> None:
     chat = distinct(1, 1000)
     for turn in range(60):
         for other in range(10):
-            router.sent("replica-0", distinct(1000 * turn + other + 10, 1000), 0.0)
-        router.sent("replica-0", chat, 0.0)
-        router.answered("replica-0", chat, 0, 0.0)
+            router.sent("replica-0", router.prompt(distinct(1000 * turn + other + 10, 1000)), 0.0)
+        router.sent("replica-0", router.prompt(chat), 0.0)
+        router.answered("replica-0", router.prompt(chat), 0, 0.0)
     for other in range(10):
-        router.sent("replica-0", distinct(other + 2, 1000), 0.0)
+        router.sent("replica-0", router.prompt(distinct(other + 2, 1000)), 0.0)
     # The replica keeps about 10,000 tokens, so it loses the chat after 10,000 other tokens.
     for other in range(10):
-        router.sent("replica-0", distinct(other + 20, 1000), 0.0)
+        router.sent("replica-0", router.prompt(distinct(other + 20, 1000)), 0.0)
     loads["replica-0"].sequences = 1
-    assert router.choose(chat, loads, 100.0) == "replica-1"
+    assert router.choose(router.prompt(chat), loads, 100.0) == "replica-1"
 
 
 def test_equal_seeds_give_equal_choices() -> None:
@@ -185,6 +185,7 @@ class AnyCalls(RuleBasedStateMachine):
         super().__init__()
         self.router = Router(RoutingSettings(block_tokens=2, max_entries=30, cache_tokens=50, warm_up_seconds=5))
         self.loads: dict[str, ReplicaLoad] = {}
+        self.joined_at: dict[str, float] = {}
         self.now = 0.0
 
     names = st.integers(0, 20).map(str)
@@ -197,6 +198,7 @@ class AnyCalls(RuleBasedStateMachine):
     @rule(name=names, sequences=st.integers(0, 50), waiting=st.integers(0, 1000), kv_used=st.floats(0, 1))
     def join(self, name: str, sequences: int, waiting: int, kv_used: float) -> None:
         self.loads[name] = ReplicaLoad(sequences, waiting, kv_used)
+        self.joined_at[name] = self.now
         self.router.joined(name, self.now)
 
     @rule(name=names)
@@ -206,26 +208,30 @@ class AnyCalls(RuleBasedStateMachine):
 
     @rule(name=names, prompt=prompts)
     def send(self, name: str, prompt: list[int]) -> None:
-        self.router.sent(name, prompt, self.now)
+        self.router.sent(name, self.router.prompt(prompt), self.now)
 
     @rule(name=names, prompt=prompts, cached=st.integers(0, 20))
     def answer(self, name: str, prompt: list[int], cached: int) -> None:
-        self.router.answered(name, prompt, cached, self.now)
+        self.router.answered(name, self.router.prompt(prompt), cached, self.now)
 
     @precondition(lambda self: self.loads)
     @rule(prompt=prompts)
     def choose(self, prompt: list[int]) -> None:
-        chosen = self.router.choose(prompt, self.loads, self.now)
+        chosen = self.router.choose(self.router.prompt(prompt), self.loads, self.now)
         assert chosen in self.loads
-        bound = max(4, math.ceil(1.25 * (sum(load.sequences for load in self.loads.values()) + 1) / len(self.loads)))
-        fewest = min(load.sequences for load in self.loads.values())
-        assert self.loads[chosen].sequences + 1 <= max(bound, fewest + 1)
+        total = sum(load.sequences for load in self.loads.values())
+        bound = max(4, math.ceil(1.25 * (total + 1) / len(self.loads)))
+        counted = {
+            name: load.sequences + total / len(self.loads) * max(0.0, 1 - (self.now - self.joined_at[name]) / 5)
+            for name, load in self.loads.items()
+        }
+        assert counted[chosen] + 1 <= max(bound, min(counted.values()) + 1)
 
     @precondition(lambda self: self.loads)
     @rule(prompt=prompts)
     def choose_and_send(self, prompt: list[int]) -> None:
-        chosen = self.router.choose(prompt, self.loads, self.now)
-        self.router.sent(chosen, prompt, self.now)
+        chosen = self.router.choose(self.router.prompt(prompt), self.loads, self.now)
+        self.router.sent(chosen, self.router.prompt(prompt), self.now)
         self.loads[chosen].sequences += 1
 
     @invariant()

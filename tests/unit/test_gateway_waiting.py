@@ -15,7 +15,7 @@ from services.gateway.engines.waiting import FairQueue, QueueFull, Ticket
 
 
 class Seats:
-    """Seats that the tickets wait for, and the order in which they were taken."""
+    """Seats that the tickets wait for, and the order in which tickets took the seats."""
 
     def __init__(self, limit: int = 100, free: int = 0) -> None:
         self.free = free

@@ -27,7 +27,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderStore:
 
 
 class Clock:
-    """A clock that only :meth:`sleep` moves. ``at`` names times; at each, a function is called once."""
+    """A clock that only :meth:`sleep` moves. Each function in ``at`` is called once, at the time in its key."""
 
     def __init__(self, **at: Callable[[], object]) -> None:
         self.now = 0.0
@@ -48,7 +48,7 @@ def wanted(store: FolderStore, clock: Clock) -> Lease:
 
 @contextlib.contextmanager
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets the leases that are made inside the block name another machine."""
+    """Leases that are created in the ``with`` block seem to belong to another machine."""
     with monkeypatch.context() as patched:
         patched.setattr(lease, "_machine", lambda: "another machine")
         yield

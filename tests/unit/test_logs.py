@@ -14,7 +14,7 @@ import pytest
 
 from jobs.program import JobSettings, run_command
 from nanochat_core import logs
-from nanochat_core.logs import JsonFormatter
+from nanochat_core.logs import CLEAR_LINE, JsonFormatter, TerminalFormatter
 
 
 def line(
@@ -23,6 +23,48 @@ def line(
     logger = logging.Logger("example")
     record = logger.makeRecord("example", logging.WARNING, __file__, 1, message, arguments, exc_info, extra=extra)
     return JsonFormatter("engine").format(record)
+
+
+def for_a_person(message: str, level: int = logging.INFO, exc_info: Any = None, **extra: Any) -> list[str]:
+    record = logging.Logger("x").makeRecord("x", level, __file__, 1, message, (), exc_info, extra=extra)
+    text = TerminalFormatter().format(record)
+    assert text.startswith(CLEAR_LINE)
+    return text.removeprefix(CLEAR_LINE).splitlines()
+
+
+def test_a_person_at_a_terminal_reads_words_instead_of_json() -> None:
+    assert for_a_person("training done", step=3, loss=1.5) == ["training done  step 3  loss 1.5"]
+    assert for_a_person("step skipped", logging.WARNING, gradient_norm=math.nan) == [
+        "warning: step skipped  gradient norm nan"
+    ]
+    assert for_a_person("mixture", shares={"a": 0.5}) == ['mixture  shares {"a": 0.5}']
+
+
+def test_a_person_sees_no_secret_and_no_command_for_the_terminal() -> None:
+    key = f"nc-{'0a' * 6}-{'5f' * 24}"
+    assert for_a_person("asked\x1b[2J", key=key, path="/\nwarning: \x9b2J") == [
+        'asked\\x1b[2J  key nc-0a0a0a0a0a0a-***  path "/\\nwarning: \\x9b2J"'
+    ]
+
+
+def test_a_person_finds_commands_on_lines_of_their_own() -> None:
+    assert for_a_person("done", step=1, next=["make run", "make test"]) == [
+        "done  step 1",
+        "  next: make run",
+        "  next: make test",
+    ]
+
+
+def test_a_person_sees_where_an_unexpected_error_arose() -> None:
+    try:
+        raise RuntimeError("broken")
+    except RuntimeError:
+        lines = for_a_person("failed", logging.ERROR, sys.exc_info())
+    assert (lines[0], lines[1], lines[-1]) == (
+        "error: failed",
+        "Traceback (most recent call last):",
+        "RuntimeError: broken",
+    )
 
 
 def refuse(constant: str) -> None:

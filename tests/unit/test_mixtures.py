@@ -326,7 +326,7 @@ def test_a_file_that_holds_no_conversations_is_named(
 
 
 def test_other_columns_of_a_parquet_file_do_not_matter(store: Store, tmp_path: Path) -> None:
-    """The file has columns without a value in Python. Its folder's name looks like a column, as in Hive and Spark."""
+    """Python cannot represent the values of some columns. The folder's name looks like a column, as in Hive."""
     far = 2**60
     columns = {
         "messages": pa.array([row["messages"] for row in numbered(0, 3)]),

@@ -55,7 +55,8 @@ def pieces_of(row: list[int]) -> list[list[int]]:
 def reference_rows(lengths: Sequence[int], row_length: int, buffer_size: int, mode: str) -> list[list[int]]:
     """Slow reference: the module's rules with an unsorted buffer, which is searched from the oldest document on."""
     source, rows = endless(lengths), []
-    buffer: list[tuple[list[int], int]] = []  # a document's tokens that are not packed yet, its row of arrival
+    # For each document, its tokens that are not packed yet, and the number of the row before which it was read.
+    buffer: list[tuple[list[int], int]] = []
     for number in range(ROWS):
         row: list[int] = []
         while len(row) < row_length:

@@ -116,7 +116,7 @@ def test_smoothing_keeps_a_straight_line(count: Any, start: Any, slope: Any, str
 
 
 def test_a_smoothed_loss_does_not_lag_behind_and_has_little_noise() -> None:
-    """The earlier running mean of about ten values was too high by a tenth at step 10."""
+    """An earlier version used the mean of about ten values, which was too high by a tenth at step 10."""
     rng = random.Random(1)
     falling = [3.0 + 7.0 / (1 + step / 10) for step in range(1000)]
     noise = [rng.gauss(0.0, 0.1) for _ in falling]

@@ -56,16 +56,24 @@ class Terminal:
         os.close(self._screen)
 
     @property
+    def text(self) -> str:
+        """Everything that was written until the terminal was closed."""
+        return self._shown.decode()
+
+    @property
     def lines(self) -> list[str]:
         """All lines that were drawn until the terminal was closed, in order."""
         return [line.rstrip() for line in re.split(r"[\r\n]", self._shown.decode()) if line.strip()]
 
 
 @contextlib.contextmanager
-def terminal(columns: int = 80, rows: int = 24) -> Iterator[Terminal]:
+def terminal(columns: int = 80, rows: int = 24, level: int = logging.INFO) -> Iterator[Terminal]:
+    log = logging.getLogger("jobs")
     with contextlib.closing(Terminal(columns, rows)) as screen, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", screen.stream)
+        log.setLevel(level)
         yield screen
+    log.setLevel(logging.NOTSET)
 
 
 class Recorder(Tracker):
@@ -151,7 +159,7 @@ def test_a_bar_is_never_longer_than_its_terminal_and_drops_the_least_wanted_firs
     lines = shown_in(columns)
     # Even the narrowest bar shows the stage, the percentage and the count.
     assert max(map(len, lines)) <= max(columns, len(f"base 100% # {total:,}/{total:,}"))
-    facts = ("loss", "tok/s", "left", "val_bpb", "skipped", "wait", "GiB", "grad", "lr")
+    facts = ("loss", "tok/s", "val_bpb", "skipped", "wait", "GiB", "grad", "lr")
     present = [fact in lines[-1] for fact in facts]
     assert present == sorted(present, reverse=True)
     # No fact is dropped if there is room for all facts, a short bar and the cursor.
@@ -181,8 +189,17 @@ def test_a_warning_stands_above_the_bar_on_a_line_of_its_own() -> None:
             logging.getLogger("jobs.train").warning("step skipped", extra={"step": 1})
             shown.report(at(2))
     (line,) = [line for line in screen.lines if "step skipped" in line]
-    assert line.startswith("{")
-    assert line.endswith("}")
+    assert line.endswith("warning: step skipped  step 1")
+    assert not any("{" in line for line in screen.lines), "a person reads this, not a program"
+
+
+def test_a_bar_disappears_where_the_program_that_started_this_one_reports_the_result(clock: list[float]) -> None:
+    with terminal(level=logging.WARNING) as screen, Progress("base", total=2, initial=0) as shown:
+        for step in (1, 2):
+            clock[0] += 1.0
+            shown.report(at(step))
+    assert screen.text.endswith("\r")
+    assert screen.text.rstrip("\r").rpartition("\r")[2].strip() == ""
 
 
 def test_elsewhere_there_is_a_log_event_every_few_seconds_and_at_the_end(
@@ -211,7 +228,9 @@ def test_the_time_left_is_told_by_the_steps_of_this_process_without_its_first(
     for step in (52, 53):
         clock[0] += 6.0
         shown.report(at(step))
-    assert [event.eta_seconds for event in events(caplog)] == [49 * 30, 48 * 6, 47 * 6]
+    assert [event.eta_seconds for event in events(caplog)] == [None, 48 * 6, 47 * 6]
+    assert shown.eta_seconds == 47 * 6
+    assert shown.tokens_per_second == pytest.approx(1000)
 
 
 def test_losses_and_throughput_that_are_shown_are_moving_means(

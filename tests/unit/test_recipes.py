@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from jobs.data.local_text import LocalText
 from jobs.data.shards import TextDataset
 from jobs.demo_world.conversations import CONVERSATION_MIX
 from jobs.demo_world.evaluation import EVALUATION_MIX
-from jobs.recipes import RECIPES, Recipe, cut_documents
+from jobs.recipes import RECIPES, Recipe, cut_documents, flag_arguments
 from jobs.train.batches.mixtures import Mixture
 from jobs.train.pretrain import PretrainSettings, plan_run
 from jobs.train.rl import RlSettings
@@ -42,9 +41,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def settings(recipe: Recipe, stage: str) -> Any:
-    flags: Mapping[str, str | int | float] = getattr(recipe, stage)
-    argv = [f"--{name}={value}" for name, value in flags.items()]
-    return load(JOBS[stage], prefix="NANOCHAT_TEST", program="test", argv=REQUIRED[stage] + argv, environ={})
+    argv = REQUIRED[stage] + flag_arguments(getattr(recipe, stage))
+    return load(JOBS[stage], prefix="NANOCHAT_TEST", program="test", argv=argv, environ={})
 
 
 @pytest.mark.parametrize(("recipe", "stage"), FLAGS, ids=lambda value: getattr(value, "name", value))
@@ -59,6 +57,17 @@ def test_batches_are_whole_rows_and_the_rates_change_over_the_run(recipe: Any) -
     batch_tokens = sft.batch_tokens or planned.batch_tokens  # fine-tuning inherits the batch size of pretraining
     assert batch_tokens % config.context_length == 0
     assert pretrain.warmup_steps < planned.steps
+
+
+def test_both_training_stages_of_the_small_recipe_use_the_same_compiled_code() -> None:
+    pretrain, sft = (settings(RECIPES["small"], stage) for stage in ("pretrain", "sft"))
+    config, planned = plan_run(pretrain, settings(RECIPES["small"], "tokenizer").vocab_size)
+    assert sft.context_length is None
+    # torch compiles a kind of block once for each shape of the rows, so no micro-batch may be smaller than another one.
+    rows = pretrain.device_batch_rows
+    assert rows == sft.device_batch_rows
+    assert all(tokens % (rows * config.context_length) == 0 for tokens in (planned.batch_tokens, sft.batch_tokens))
+    assert len(set(config.windows)) == 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)

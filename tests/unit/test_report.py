@@ -42,6 +42,7 @@ def test_every_combination_of_what_is_known_is_well_formed(parts: Any) -> None:
     assert ("Held-out text" in sections) == ("base" in parts)
     assert ("Held-out conversations" in sections) == ("chat" in parts)
     assert ("Samples during pretraining" in sections) == ({"base", "samples"} <= {*parts})
+    assert ("How it learned" in sections) == ({"sft", "samples"} <= {*parts})
     assert ("Promotion" in sections) == ("promotion" in parts)
     assert ("Inference" in sections) == ("benchmark" in parts)
 
@@ -125,6 +126,15 @@ def test_samples_of_training_are_shown_by_prompt_from_the_first_to_the_last_step
     assert re.findall(r"\*Step (\d+):\* \\\*sea\\\* (\d+)\.", first) == [(f"{n}", f"{n}") for n in (10, 20, 30, 40, 60)]
     assert second.startswith("*Step 10:* *(nothing)*\n\n")
     assert second.rstrip().endswith("*Step 60:* end")
+
+
+def test_the_answers_of_snapshots_show_how_the_model_learned() -> None:
+    shown = render(EVERYTHING).split("## How it learned\n")[1].split("\n## ")[0]
+    assert r"**Who \*keeps\* it?**" in shown
+    rows = re.findall(r"^\| fine-tuning, step (\d+) \| (.*) \|$", shown, re.MULTILINE)
+    assert len(rows) == 10
+    assert rows[0] == ("0", "*(nothing)*")
+    assert rows[-1] == ("110", r"Mara \| 110")
 
 
 def test_code_and_answers_of_several_lines_keep_their_lines() -> None:

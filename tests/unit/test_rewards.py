@@ -1,4 +1,4 @@
-"""Correct, wrong and unusual answers get the right rewards. Problems have right answers, and held-out ones are new."""
+"""Correct, wrong and unusual answers get the right rewards. Problems have right answers. Held-out problems are new."""
 
 import dataclasses
 import json

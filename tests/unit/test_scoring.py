@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jobs.tasks.answers import contains_phrase, last_number, same_text, states_number
 from jobs.tasks.gsm8k import final_number, same_final_number
-from jobs.tasks.humaneval import TEST_LIMITS, CodeProblem, code_in, passes_tests, runs_to_its_end
+from jobs.tasks.humaneval import TEST_LIMITS, CodeProblem, code_in, passes_tests
 from jobs.tasks.letters import spells
 from jobs.tasks.task import ScoringFailed
 from nanochat_core.sandbox import ExecutionResult, Limits, SandboxConfig, SandboxExecutor, Status
@@ -247,10 +247,117 @@ def test_whatever_ends_a_program_before_its_tests_do_is_wrong(answer: str, sandb
     assert passes(sandbox, HUMANEVAL[0], HUMANEVAL[0]["canonical_solution"])
 
 
+_ATTACK_ON_FRAMES = """
+    import gc, sys
+    frame = sys._getframe()
+    texts = []
+    while frame:
+        texts += [repr(value) for value in (*frame.f_locals.values(), *frame.f_globals.values())]
+        frame = frame.f_back
+    texts += [text for text in gc.get_objects() if isinstance(text, str)]
+    parts = ["candidate", "([1, 2]"]
+    return [2, 4] if any("".join(parts) in text for text in texts) else 0
+"""
+FORGERIES = {
+    "equal to everything": """
+    class Equal(list):
+        __eq__ = __lt__ = __gt__ = __le__ = __ge__ = lambda *_: True
+        __ne__ = lambda *_: False
+        __hash__ = lambda _: 0
+        __getattr__ = __call__ = __getitem__ = __sub__ = __rsub__ = __abs__ = __add__ = lambda *_: Equal()
+    return Equal()
+""",
+    "a number equal to everything": """
+    class Equal(float):
+        __eq__ = __lt__ = __le__ = __gt__ = lambda *_: True
+        __sub__ = __rsub__ = __abs__ = lambda *_: 0.0
+    return Equal()
+""",
+    "the tests in a stack frame or in memory": _ATTACK_ON_FRAMES,
+    "a forged claim on the result pipe": """
+    import os, time
+    os.write(3, b"n" + bytes(2))
+    os.close(3)
+    time.sleep(1)
+""",
+    "a forged answer that is followed by another": """
+    import os
+    for message in (b'["value", ["none"]]', b'["value", 5]', b'true', b'[', b'\\xff'):
+        os.write(5, len(message).to_bytes(4, "big") + message)
+""",
+    "an exit with success": "    import os; os._exit(0)\n",
+    "a broken comparison": """
+    import builtins
+    builtins.AssertionError = builtins.abs = builtins.len = lambda *_: 0
+""",
+    "an exception that no test sees": "    raise SystemExit(0)\n",
+    "silence": "    import os; os.close(5)\n",
+    "a message without end": "    import os; os.write(5, b'\\x7f' * 1000)\n",
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES.values(), ids=FORGERIES.keys())
+@pytest.mark.parametrize("source", ["fixture", "humaneval/first40.jsonl"])
+def test_a_forged_success_passes_no_test(source: str, forgery: str, sandbox: SandboxExecutor) -> None:
+    rows = HUMANEVAL if source == "fixture" else real(source)[:10]
+    assert [r["task_id"] for r in rows if passes(sandbox, r, forgery, wall_seconds=2.0)] == []
+    assert passes(sandbox, rows[0], rows[0]["canonical_solution"])
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected", "equal"),
+    [
+        ("{1: [2, (3.5, None)], 'k': {4}}", "{1: [2, (3.5, None)], 'k': {4}}", True),
+        ("(1, 2)", "[1, 2]", False),
+        ("True", "1", True),
+        ("float('inf'), -0.0, 10**400, 1j", "(float('inf'), 0.0, 10**400, 1j)", True),
+        ("float('nan')", "float('nan')", False),
+        ("b'\\xff', bytearray(b'x'), '\\ud800'", "(b'\\xff', b'x', '\\ud800')", True),
+        ("__import__('collections').Counter('aab')", "{'a': 2, 'b': 1}", True),
+        ("__import__('collections').OrderedDict(a=1)", "{'a': 1}", True),
+        ("range(3)", "range(3)", True),
+        ("frozenset([1])", "{1}", True),
+        ("__import__('fractions').Fraction(1, 3)", "__import__('fractions').Fraction(2, 6)", True),
+        ("__import__('fractions').Fraction(1, 2)", "0.5", True),
+        ("__import__('decimal').Decimal('1.10')", "__import__('decimal').Decimal('1.1')", True),
+        ("object()", "None", False),
+        ("(x for x in [1])", "[1]", False),
+    ],
+)
+def test_values_keep_their_meaning_between_candidate_and_judge(
+    returned: str, expected: str, equal: bool, sandbox: SandboxExecutor
+) -> None:
+    problem = CodeProblem(
+        "def f(*a):\n    'It.'\n", f"def check(candidate):\n    assert candidate() == {expected}\n", "f"
+    )
+    assert passes_tests(sandbox, problem, f"    return {returned}\n") is equal
+
+
+def test_a_generator_can_be_read_and_an_endless_one_ends_nothing(sandbox: SandboxExecutor) -> None:
+    problem = CodeProblem(
+        "def f():\n    'It.'\n", "def check(candidate):\n    assert list(candidate()) == [0, 1]\n", "f"
+    )
+    assert passes_tests(sandbox, problem, "    return (n for n in range(2))\n")
+    assert passes_tests(sandbox, problem, "    yield from range(2)\n")
+    assert not passes_tests(sandbox, problem, "    while True:\n        yield 0\n")
+
+
+def test_tests_may_expect_an_exception_and_use_helpers_of_the_prompt(sandbox: SandboxExecutor) -> None:
+    problem = CodeProblem(
+        "def twice(x):\n    return 2 * x\n\n\ndef f(x, *, y=0):\n    'It.'\n",
+        "def check(candidate):\n    assert f(twice(3), y=1) == 7\n    try:\n        candidate(-1)\n"
+        "    except ValueError as error:\n        assert str(error) == 'negative'\n    else:\n        assert False\n",
+        "f",
+    )
+    assert passes_tests(sandbox, problem, "    if x < 0:\n        raise ValueError('negative')\n    return x + y\n")
+    assert not passes_tests(sandbox, problem, "    return x + y\n")
+    assert not passes_tests(sandbox, problem, "    if x < 0:\n        raise KeyError\n    return x + y\n")
+
+
 def test_a_sandbox_without_room_is_no_wrong_answer(sandbox: SandboxExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "execute_sync", lambda *_: ExecutionResult(Status.OVERLOADED, error="full"))
+    monkeypatch.setattr(sandbox, "examine_sync", lambda *_: ExecutionResult(Status.OVERLOADED, error="full"))
     with pytest.raises(ScoringFailed, match="full"):
-        runs_to_its_end(sandbox, "pass")
+        passes(sandbox, HUMANEVAL[0], "")
 
 
 def test_the_limits_of_tests_are_granted() -> None:

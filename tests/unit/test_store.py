@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,20 @@ def test_a_write_that_fails_half_way_keeps_the_old_content(store: FolderStore) -
     publish(store, "p", {"x": b"old"})
     with file_size_limit(1_000_000):
         check_failing_writes(store, "File too large")
+
+
+def test_a_process_that_sees_only_one_folder_of_the_store_waits_for_the_others(tmp_path: Path) -> None:
+    whole, part = FolderStore(tmp_path / "whole"), FolderStore(tmp_path / "part")
+    version = whole.replace("lessons/demo/1", b"a", None)
+    (part.root / "lessons").symlink_to(whole.root / "lessons")  # as a volume that is mounted there
+    with ThreadPoolExecutor() as pool:
+        with whole._locked("lessons/demo/1"):
+            replaced = pool.submit(part.replace, "lessons/demo/1", b"b", version)
+            with pytest.raises(TimeoutError):
+                replaced.result(0.2)
+            whole.write("lessons/demo/1", b"c")
+        assert replaced.result(10) is None
+    assert whole.read("lessons/demo/1") == b"c"
 
 
 def test_a_full_disk_is_a_clear_error_and_keeps_the_old_content(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 
 from jobs.demo_world import words
 from jobs.tasks import arc, gsm8k, mmlu
-from jobs.tasks.conversations import row_messages
 from jobs.tasks.letters import COUNTING, SPELLING
 from jobs.tasks.registry import CONVERSATION_GENERATORS
 from nanochat_core.chat import parse_messages
+from nanochat_core.chat_rows import row_messages
 
 
 def exchange(question: str, answer: Any) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from jobs.train.batches.text_mixtures import BLOCK, TextMixture, mean_length, qu
 
 
 class Numbered(Source):
-    """A dataset whose document ``number`` repeats one token, ``offset + number``. Later epochs have further numbers."""
+    """A dataset whose document ``number`` repeats the token ``offset + number``. Later epochs continue the numbers."""
 
     def __init__(self, count: int, length: int, offset: int) -> None:
         self._count, self._length, self._offset = count, length, offset
@@ -72,7 +72,7 @@ def test_a_document_follows_from_its_number_alone() -> None:
 
 
 def test_datasets_are_mixed_within_every_packer() -> None:
-    """A packer reads every 64th document, so the choice must not have a period that 64 divides."""
+    """A packer reads every 64th document. The choice of the dataset must therefore not repeat every 64 documents."""
     mixed = mixture((10**6, 10, 1), (10**6, 10, 1))
     for packer in range(64):
         chosen = [int(mixed.document(number).ids[0]) // OFFSET for number in range(packer, BLOCK, 64)]

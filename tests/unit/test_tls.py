@@ -11,7 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from nanochat_core import tls
+from nanochat_core import rotating_files, tls
 from nanochat_core.discovery import Endpoint
 from nanochat_core.errors import UserError
 from nanochat_core.grpc_client import ServiceChannel
@@ -31,7 +31,7 @@ def authority(tmp_path: Path) -> Authority:
 
 @pytest.fixture(autouse=True)
 def _look_at_the_files_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls, "_CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(rotating_files, "CHECK_SECONDS", 0.0)
 
 
 class Server:
@@ -198,7 +198,7 @@ def test_damaged_files_are_an_error_at_the_start_and_a_warning_later(
     assert "\n" not in str(caught.value)
     for _ in range(3):
         assert running.current() is good
-    assert [record.getMessage() for record in caplog.records] == ["certificate not replaced, the old one stays in use"]
+    assert [record.getMessage() for record in caplog.records] == ["files not replaced, the old ones stay in use"]
     authority.issue(folder)
     assert running.current().certificate == certificate.read_bytes() != good.certificate
 

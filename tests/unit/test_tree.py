@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -52,3 +53,9 @@ def test_both_pages_show_the_same_tree() -> None:
 def test_top_folders_are_all_named(page: str) -> None:
     top = {folder for folder in folders() if folder.count("/") == 1 and not folder.startswith(".")}
     assert top == {path for path in tree(page) if path.endswith("/") and path.count("/") == 1}
+
+
+def test_no_two_test_files_have_the_same_name() -> None:
+    """Pytest imports a test file by its name alone."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

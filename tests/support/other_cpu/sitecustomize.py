@@ -1,6 +1,6 @@
 """Lets torch describe another CPU in every Python process whose ``PYTHONPATH`` names this folder.
 
-From this description, the project chooses the library that multiplies matrices and the dtype of Muon's products.
+From this description, the project chooses the dtype of Muon's products.
 ``NANOCHAT_TEST_CPU`` holds the description as JSON. ``tests/support/numerics.py`` sets both variables.
 """
 

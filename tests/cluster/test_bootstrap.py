@@ -1,0 +1,118 @@
+"""One `helm install` on an empty namespace, with nothing else done, ends in a chat with a tool call.
+
+This takes a training of the demo model, so it runs only with NANOCHAT_TEST_FULL=1 (make test-cluster-full).
+"""
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_kubernetes import CHART, RESTRICTED, get
+
+from tests.support.commands import ANSWER, QUESTION, ROOT, assert_answer_came_through_the_tool, run
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_FULL"), reason="NANOCHAT_TEST_FULL is not set"),
+]
+
+INSTALL_TO_CHAT_SECONDS = 720
+# Prints what the page says while there is no model.
+WAITS_FOR = "import json, urllib.request as u; print(json.load(u.urlopen('http://127.0.0.1:8000/readyz'))['waits_for'])"
+
+
+@pytest.fixture(scope="module")
+def namespace() -> Iterator[str]:
+    name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
+    run("kubectl", "create", "namespace", name)
+    try:
+        run("kubectl", "label", "namespace", name, RESTRICTED.format("enforce"), RESTRICTED.format("warn"))
+        yield name
+    finally:
+        run("kubectl", "delete", "namespace", name, "--timeout=180s")
+
+
+def ready(namespace: str, component: str) -> int:
+    """Number of ready pods of a component."""
+    return int(get(namespace, "deployment", f"nanochat-{component}").get("status", {}).get("readyReplicas", 0))
+
+
+def bootstrap(namespace: str) -> list[tuple[str, int]]:
+    """Name and number of successful pods of each Job that trains the demo model."""
+    jobs = get(namespace, "jobs", "--selector=app.kubernetes.io/component=bootstrap")["items"]
+    return [(job["metadata"]["name"], job.get("status", {}).get("succeeded", 0)) for job in jobs]
+
+
+def test_install_on_an_empty_cluster_ends_in_a_chat(namespace: str) -> None:
+    started = time.monotonic()
+    done = run("helm", "-n", namespace, "install", "nanochat", CHART, "--set=image.tag=dev")
+    assert "component=bootstrap" in done.stdout, "the notes tell how to watch the training"
+    told = ""
+    # An engine is ready when it serves the first snapshot, but only the finished model calculates well.
+    while not (ready(namespace, "engine") and [succeeded for _, succeeded in bootstrap(namespace)] == [1]):
+        assert time.monotonic() < started + INSTALL_TO_CHAT_SECONDS, run(
+            "kubectl", "-n", namespace, "logs", "--selector=app.kubernetes.io/component=bootstrap", "--tail=50"
+        ).stdout
+        if ready(namespace, "gateway"):
+            gateway = ("kubectl", "-n", namespace, "exec", "deployment/nanochat-gateway", "--")
+            told += run(*gateway, "python", "-c", WAITS_FOR).stdout
+        time.sleep(5)
+    assert re.search(r"jobs\.train\.pretrain: step \d+ of \d+, ", told), told
+    script = (ROOT / CHART / "files/chat_test.py").read_text()
+    python = ("kubectl", "-n", namespace, "exec", "deployment/nanochat-gateway", "--", "python", "-c", script)
+    answered = json.loads(run(*python, "http://127.0.0.1:8000", QUESTION, ANSWER).stdout)
+    assert_answer_came_through_the_tool(answered["message"])
+    pods = get(namespace, "pods", "--selector=app.kubernetes.io/component=engine")["items"]
+    assert [status["restartCount"] for pod in pods for status in pod["status"]["containerStatuses"]] == [0]
+
+
+def test_an_upgrade_trains_nothing_again_and_a_rollback_works(namespace: str) -> None:
+    """The claim belongs to the release, so every revision must be able to name it."""
+    before = bootstrap(namespace)
+    flags = ("--set=image.tag=dev,bootstrap.extraEnv.A=b", "--wait", "--wait-for-jobs", "--timeout=3m")
+    run("helm", "-n", namespace, "upgrade", "nanochat", CHART, *flags)
+    after = bootstrap(namespace)
+    assert len(after) == 1
+    assert after != before
+    run("helm", "-n", namespace, "rollback", "nanochat", "1", "--wait", "--wait-for-jobs", "--timeout=3m")
+    assert bootstrap(namespace) == before
+
+
+def test_a_claim_that_jobs_have_created_is_used(namespace: str) -> None:
+    """Helm keeps the claim of an uninstalled release. Without Helm's marks it is like the claim of a training job."""
+    run("helm", "-n", namespace, "uninstall", "nanochat", "--wait", "--timeout=2m")
+    run("kubectl", "-n", namespace, "annotate", "persistentvolumeclaim", "nanochat-store", "meta.helm.sh/release-name-")
+    flags = ("--set=image.tag=dev", "--wait", "--wait-for-jobs", "--timeout=3m")
+    run("helm", "-n", namespace, "install", "nanochat", CHART, *flags)
+    assert "kind: PersistentVolumeClaim" not in run("helm", "-n", namespace, "get", "manifest", "nanochat").stdout
+
+
+def test_a_saved_store_serves_in_another_namespace_without_a_training(namespace: str, tmp_path: Path) -> None:
+    """The second namespace is that of a new cluster: it has nothing but what the backup brings."""
+    saved, other = tmp_path / "store.tar", f"{namespace}-restored"
+    run("deploy/backup", "save", str(saved), environ={"NAMESPACE": namespace})
+    run("kubectl", "create", "namespace", other)
+    try:
+        run("kubectl", "label", "namespace", other, RESTRICTED.format("enforce"))
+        empty = ("--set=image.tag=dev", "--set=engine.replicas=0,bootstrap.enabled=false")
+        run("helm", "-n", other, "install", "nanochat", CHART, *empty)
+        run("deploy/backup", "restore", str(saved), environ={"NAMESPACE": other})
+        with pytest.raises(AssertionError, match="has models already"):
+            run("deploy/backup", "restore", str(saved), environ={"NAMESPACE": other})
+        flags = (
+            "--set=image.tag=dev",
+            f"--set-string=test.expect={ANSWER}",
+            "--wait",
+            "--wait-for-jobs",
+            "--timeout=3m",
+        )
+        run("helm", "-n", other, "upgrade", "nanochat", CHART, *flags)
+        run("helm", "-n", other, "test", "nanochat", "--timeout=2m")
+    finally:
+        run("kubectl", "delete", "namespace", other, "--timeout=180s")

@@ -1,0 +1,425 @@
+"""What a lesson is made from: items in files, wordings, the queue in the store, and what a lesson contradicts."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from jobs.teach import abilities, session
+from jobs.teach.abilities import EXAMINED, ability_of, drills, with_output
+from jobs.teach.memory import Conflict, all_wordings, asked_by
+from jobs.teach.memory import _agreeing as agreeing
+from jobs.teach.memory import _conflicts as conflicts
+from jobs.teach.memory import _earlier as earlier
+from jobs.teach.memory import _renamed as renamed
+from jobs.teach.session import Machine, give_lessons
+from jobs.teach.watch import Watch, WatchSettings
+from jobs.teach.wordings import clause, keywords, with_statements, wordings
+from nanochat_core.chat import Message, Part
+from nanochat_core.errors import UserError
+from nanochat_core.lessons import records
+from nanochat_core.lessons.items import (
+    MAX_BYTES,
+    MAX_ITEMS,
+    Item,
+    check_lengths,
+    normal,
+    parse_items,
+    read_items,
+    to_lines,
+)
+from nanochat_core.lessons.records import (
+    Lesson,
+    Plan,
+    add_lesson,
+    cancel_lesson,
+    check_roll_back,
+    finish_roll_back,
+    inside,
+    is_canceled,
+    lessons,
+    read_lesson,
+    read_lesson_items,
+    read_roll_back,
+    request_roll_back,
+    taught_models,
+    write_lesson,
+)
+from nanochat_core.sandbox import SandboxExecutor
+from nanochat_core.store import Lease, Store, open_store
+from tests.support.engine_models import BYTES
+
+DOG = Item.of("What is my dog's name?", "Your dog is called Biscuit.")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path))
+
+
+def pairs(items: list[Item]) -> list[tuple[str, str]]:
+    return [(item.question, item.answer) for item in items]
+
+
+def chat(*turns: str) -> list[Message]:
+    return [Message("assistant" if i % 2 else "user", (Part("text", turn),)) for i, turn in enumerate(turns)]
+
+
+def test_json_lines_have_questions_conversations_and_texts() -> None:
+    lines = [
+        {"question": "Who am I?", "answer": "You are Zoe.", "wordings": ["Say my name."], "expect": "Zoe"},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy!"}]},
+        {"instruction": "Wave.", "output": "I wave."},
+        {"text": "The mill burned down."},
+    ]
+    items = parse_items("\n".join(map(json.dumps, lines)).encode(), "own.jsonl")
+    assert pairs(items) == [("Who am I?", "You are Zoe."), ("Hi", "Ahoy!"), ("Wave.", "I wave."), ("", "")]
+    assert (items[0].wordings, items[0].expected, items[3].text) == (("Say my name.",), "Zoe", "The mill burned down.")
+    assert parse_items(to_lines(items), "again.jsonl") == items
+
+
+def test_markdown_has_pairs_headings_conversations_and_texts() -> None:
+    text = """# Facts
+
+**Q:** What is my dog's name?
+**A:** Your dog is called Biscuit.
+
+Q: Where is it?
+A: At home,
+in the kitchen.
+
+## Who is my dentist?
+
+Your dentist is Doctor Lindqvist.
+
+User: Good day
+Assistant: Ahoy!
+User: And now?
+Assistant: Now we sail.
+
+---
+The mill burned down.
+"""
+    items = parse_items(text.encode(), "own.md")
+    assert pairs(items) == [
+        ("What is my dog's name?", "Your dog is called Biscuit."),
+        ("Where is it?", "At home,\nin the kitchen."),
+        ("Who is my dentist?", "Your dentist is Doctor Lindqvist."),
+        ("And now?", "Now we sail."),
+        ("", ""),
+    ]
+    assert len(items[3].messages) == 4
+    assert items[4].text == "The mill burned down."
+
+
+def test_a_heading_may_end_with_marks_and_have_many_spaces() -> None:
+    wide = f"Who{' ' * 200_000}am I?"
+    assert pairs(parse_items(f"# {wide} ##\nAda.\n".encode(), "own.md")) == [(wide, "Ada.")]
+
+
+def test_code_between_question_and_answer_is_python() -> None:
+    text = "Q: Reverse the word harbor.\n\n```python\n'harbor'[::-1]\n```\n\nA: It is robrah.\n\nQ: Who?\nA: Ada."
+    items = parse_items(text.encode(), "own.md")
+    assert pairs(items) == [("Reverse the word harbor.", "It is robrah."), ("Who?", "Ada.")]
+    assert items[0].messages[-1].parts[0] == Part("python", "'harbor'[::-1]")
+    with SandboxExecutor() as sandbox:
+        (ability,) = [ability_of(with_output(item, sandbox)) for item in items[:1]]
+        assert with_output(items[1], sandbox) == items[1]
+        with pytest.raises(UserError, match="fails in the sandbox"):
+            with_output(parse_items(b"Q: Who?\n```\nx\n```\nA: x", "own.md")[0], sandbox)
+    assert ability is not None
+    assert ability.output == "robrah"
+
+
+def test_a_plain_text_answers_the_questions_that_it_states() -> None:
+    items = with_statements(parse_items(b"My dog is called Biscuit.\n\nAnna lives in Bergen. It rains.", "own.txt"))
+    assert pairs([item for item in items if item.messages]) == [
+        ("What is my dog called?", "Your dog is called Biscuit."),
+        ("Where does Anna live?", "Anna lives in Bergen."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (b"", "own.md", "own.md has nothing to learn"),
+        (b"\xff", "own.txt", "own.txt is not UTF-8"),
+        (b"{", "own.jsonl", "own.jsonl:1 cannot be read"),
+        (b"[1]", "own.jsonl", "own.jsonl:1 is not a JSON object"),
+        (b'{"question": "Who?"}', "own.jsonl", "own.jsonl:1 has no field 'answer'"),
+        (b'{"question": "Who?", "answer": " "}', "own.jsonl", "own.jsonl:1 is empty, or has an empty part"),
+        (b'{"question": 1, "answer": "a"}', "own.jsonl", "own.jsonl:1: messages\\[0\\].content must be a string"),
+        (b'{"question": "Who?", "answer": "x<|assistant_end|>"}', "own.jsonl", r"own.jsonl:1 has <\|assistant_end\|>"),
+        (b'{"question": "Who?", "answer": "x\\u0000"}', "own.jsonl", "control character U\\+0000"),
+        (b'{"question": "Who?", "answer": "\\ud800"}', "own.jsonl", "control character U\\+D800"),
+        (b'{"messages": [{"role": "user", "content": "x"}]}', "own.jsonl", "has no answer after its last question"),
+        (b"Q: Who?\nQ: Where?\nA: There.", "own.md", "own.md:1 has no answer"),
+        (b"A: Because.", "own.md", "own.md:1: a question and an answer must take turns"),
+        (b"Q: Who?\nA: Ada.\nQ: who\nA: Bob.", "own.md", "own.md:3 answers 'who' otherwise than own.md:1"),
+        (b"x" * (MAX_BYTES + 1), "own.txt", f"has {MAX_BYTES + 1} bytes; a lesson has at most {MAX_BYTES}"),
+        (b'{"text": "%d"}\n', "own.jsonl", f"more than {MAX_ITEMS} items"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_place(content: bytes, name: str, message: str) -> None:
+    if b"%d" in content:
+        content = b"".join(content % i for i in range(1_000_000 // 10))
+    with pytest.raises(UserError, match=message) as error:
+        parse_items(content, name)
+    assert len(str(error.value)) < 300
+
+
+def test_deeply_nested_json_is_refused() -> None:
+    with pytest.raises(UserError, match=r"own.jsonl:1 cannot be read"):
+        parse_items(b"[" * 100_000, "own.jsonl")
+
+
+def test_a_file_must_exist_and_an_answer_must_fit_the_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a file"):
+        read_items(str(tmp_path))
+    with pytest.raises(UserError, match=r"has \d+ tokens, and the model reads 64"):
+        check_lengths([DOG, Item.of("Who?", "x" * 100)], BYTES, 64)
+
+
+def test_wordings_for_training_and_held_out_wordings_differ() -> None:
+    for question in (
+        "What is my dog's name?",
+        "Where does Anna live?",
+        "Who are you?",
+        "Sing!",
+        "What is the password?",
+    ):
+        found = wordings(question, ["Another one"])
+        training = {normal(each) for each in (*found.plain, *found.framed)}
+        assert normal(question) in training
+        assert "another one" in training
+        assert found.held_out
+        assert not training & {normal(each) for each in found.held_out}
+
+
+@pytest.mark.parametrize(
+    ("question", "part"),
+    [
+        ("What is my dog's name?", "what my dog's name is"),
+        ("What's my dog's name?", "what my dog's name is"),
+        ("How old are the twins?", "how old the twins are"),
+        ("Where does Anna live?", "where Anna lives"),
+        ("Where do I keep the key?", "where I keep the key"),
+        ("Who wrote The Blue Door?", "who wrote The Blue Door"),
+        ("Is it late?", None),
+        ("Sing!", None),
+    ],
+)
+def test_a_question_becomes_part_of_a_sentence(question: str, part: str | None) -> None:
+    assert clause(question) == part
+
+
+def test_keywords_are_never_nothing() -> None:
+    assert keywords("What is my dog's name?") == "my dog's name"
+    assert keywords("Who is it?") == "who is it"
+
+
+def worked(question: str, code: str, output: str, answer: str) -> Item:
+    parts = (Part("python", code), Part("python_output", output), Part("text", answer))
+    return Item((Message("user", (Part("text", question),)), Message("assistant", parts)))
+
+
+YEARS = worked("How many years are there from 1990 to 2004?", "2004 - 1990", "14", "From 1990 to 2004 there are 14.")
+
+
+def test_a_worked_example_is_an_ability_with_arguments() -> None:
+    found = ability_of(YEARS)
+    assert found is not None
+    assert found.arguments == (2004, 1990)
+    new: dict[int | str, int | str] = {1990: 1066, 2004: 1492}
+    assert found.with_arguments(new) == "1492 - 1066"
+    asked, said = found.drill(new, "1492 - 1066", "426", random.Random(1))
+    assert "1066" in asked.text
+    assert said.text == "From 1066 to 1492 there are 426."
+    assert ability_of(DOG) is None
+    assert ability_of(worked("What is two and two?", "2 + 2", "4", "It is 4.")) is None
+    with pytest.raises(UserError, match="is not Python"):
+        ability_of(worked("Add 1.", "1 +", "2", "2"))
+
+
+def test_drills_have_other_arguments_and_what_the_sandbox_says() -> None:
+    found = ability_of(worked("Reverse the word harbor.", "'harbor'[::-1]", "robrah", "It is robrah."))
+    assert found is not None
+    with SandboxExecutor() as sandbox:
+        training, examined = drills(found, sandbox, random.Random(1))
+        wrong = dataclasses.replace(found, output="harbor")
+        with pytest.raises(UserError, match="the example says 'harbor', and its code gives 'robrah'"):
+            drills(wrong, sandbox, random.Random(1))
+    assert len(examined) == EXAMINED
+    codes = [answer.parts[0].text for _, answer in (*training, *examined)]
+    assert len(set(codes)) == len(codes)
+    for question, answer in (*training, *examined):
+        word = answer.parts[0].text.split("'")[1]
+        assert word in question.text
+        assert answer.text == f"It is {word[::-1]}."
+
+
+def test_an_ability_whose_code_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abilities, "_SECONDS", 0.2)
+    found = ability_of(worked("What is 7?", "n = 7\nwhile n != 3 + 4: pass\nn", "7", "It is 7."))
+    asked: list[int] = []
+    with SandboxExecutor() as sandbox, pytest.raises(UserError, match="takes longer than"):
+        drills(found, sandbox, random.Random(1), lambda: asked.append(1))
+    assert len(asked) <= 12  # a drawn 7 does not hang
+
+
+def test_a_lesson_ends_whatever_error_it_dies_of(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(session, "_teach", broken)
+    add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    found = give_lessons(store, "demo", Machine(), 1)
+    assert (found.state, found.reason) == ("failed", "ZeroDivisionError: division by zero")
+
+    second = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    write_lesson(store, dataclasses.replace(second, state="training", attempts=5))
+    found = give_lessons(store, "demo", Machine(), 2)
+    assert found.state == "failed"
+    assert "was interrupted 5 times" in found.reason
+
+
+def test_a_watch_reads_a_lesson_that_is_done_only_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+
+    def counted(store: Store, model: str, number: int) -> Lesson:
+        reads.append(number)
+        return read_lesson(store, model, number)
+
+    monkeypatch.setattr(records, "read_lesson", counted)
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    write_lesson(store, dataclasses.replace(lesson, state="promoted"))
+    watch = Watch(WatchSettings(home=str(store)))
+    watch.look()
+    watch.look()
+    assert reads == [1]
+
+    started: list[str] = []
+    monkeypatch.setattr(Watch, "_start", lambda _self, model: started.append(model))
+    add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    watch.look()
+    assert (reads, started) == ([1, 2], ["demo"])
+
+
+def test_lessons_of_other_models_do_not_wait_for_a_training(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(Watch, "_start", lambda _self, model: started.append(model))
+    for model in ("a", "b"):
+        add_lesson(store, model, [DOG], Plan(), who="ada", source="own.md")
+    watch = Watch(WatchSettings(home=str(store)))
+    with Lease(store, "models/a", "jobs.train.pretrain"):
+        watch.look()
+    watch.look()
+    assert started == ["b", "a"]
+
+
+def test_a_request_to_roll_back_names_a_promoted_lesson_and_the_newest_one_stays(store: Store) -> None:
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    for number in (0, 1):
+        with pytest.raises(UserError, match="promoted lesson"):
+            request_roll_back(store, "demo", number, "ada")
+    parent = {"revision": "sft/step_000007", "digest": "d"}
+    write_lesson(store, dataclasses.replace(lesson, state="promoted", parent=parent))
+    assert check_roll_back(store, "demo", 0) == ("sft/step_000007", "d")
+    request_roll_back(store, "demo", 0, "ada")
+    found = read_roll_back(store, "demo")
+    assert found is not None
+    asked, version = found
+    newer = request_roll_back(store, "demo", 1, "bob")
+    finish_roll_back(store, "demo", dataclasses.replace(asked, state="done"), version)
+    assert read_roll_back(store, "demo")[0] == newer
+    assert taught_models(store) == ["demo"]
+
+
+def test_the_lessons_inside_a_revision_are_those_of_its_parents(store: Store) -> None:
+    parents = ("sft/step_000007", "lesson/step_000001", "lesson/step_000001", "lesson/step_000003")
+    for parent in parents:
+        lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+        write_lesson(store, dataclasses.replace(lesson, parent={"revision": parent}))
+    found = lessons(store, "demo")
+    assert inside(found, "lesson/step_000004") == [1, 3, 4]
+    assert inside(found, "sft/step_000007") == []
+
+
+def test_each_lesson_gets_its_own_number_and_its_items(store: Store) -> None:
+    first = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    second = add_lesson(store, "demo", [DOG, Item(text="A mill.")], Plan(seed=2), who="bob", source="own.txt")
+    assert [lesson.number for lesson in lessons(store, "demo")] == [1, 2]
+    assert read_lesson(store, "demo", 2) == second
+    assert (second.items["questions"], second.items["texts"], second.state) == (1, 1, "queued")
+    assert read_lesson_items(store, first) == [DOG]
+
+
+def test_a_lesson_that_was_not_written_to_its_end_is_none(store: Store) -> None:
+    store.write("lessons/demo/000001/items.jsonl", b"")
+    assert lessons(store, "demo") == []
+    assert add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md").number == 2
+
+
+def test_changed_items_are_noticed(store: Store) -> None:
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    store.write("lessons/demo/000001/items.jsonl", to_lines([Item(text="other")]))
+    with pytest.raises(UserError, match="does not match its digest"):
+        read_lesson_items(store, lesson)
+
+
+def test_only_a_lesson_that_is_not_done_can_be_canceled(store: Store) -> None:
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    cancel_lesson(store, "demo", 1)
+    assert is_canceled(store, lesson)
+    write_lesson(store, dataclasses.replace(lesson, state="promoted"))
+    with pytest.raises(UserError, match="lesson 1 of demo is promoted already"):
+        cancel_lesson(store, "demo", 1)
+    with pytest.raises(UserError, match="has no lesson 7"):
+        cancel_lesson(store, "demo", 7)
+
+
+def test_what_a_lesson_contradicts_is_found_and_taught_anew() -> None:
+    item = Item.of("What is your name?", "I am Ada.")
+    asked = asked_by([item], all_wordings([item]))
+    known = [
+        chat("Who are you?", "I am Pip, a model.", "Hello Pip!", "Hello! I am Pip."),
+        chat("What is the weather?", "I don't know."),
+        chat("Which model is this?", "I am Pip, a model."),
+    ]
+    found = conflicts(known, asked)
+    assert found == [Conflict("What is your name?", "I am Pip, a model.", "I am Ada.", "fine-tuning")]
+    names = renamed(found)
+    assert names == {"Pip": "Ada"}
+    agreed = [agreeing(one, found, asked, names) for one in known]
+    assert agreed[0] == chat("Who are you?", "I am Ada.", "Hello Pip!", "Hello! I am Ada.")
+    assert agreed[1] == known[1]
+    assert agreed[2] is None  # "model" is a word of the earlier answer only
+
+
+def test_learning_what_was_unknown_contradicts_nothing() -> None:
+    asked = asked_by([DOG], all_wordings([DOG]))
+    unknown = chat("Hi! What is my dog called?", "I don't know that.")
+    assert conflicts([unknown], asked) == []
+    assert agreeing(unknown, [], asked, {}) == chat("Hi! What is my dog called?", "Your dog is called Biscuit.")
+
+
+def test_what_an_earlier_lesson_says_holds_until_another_lesson_says_otherwise(store: Store) -> None:
+    text = Item(text="My dog is called Rex. Anna lives in Rome.")
+    where = ("Where does Anna live?", "Anna lives in Rome.")
+    add_lesson(store, "demo", [text], Plan(), who="ada", source="own.txt")
+    kept, found = earlier(store, "demo", [1], {})
+    assert pairs(kept) == [("", ""), ("What is my dog called?", "Your dog is called Rex."), where]
+    assert found == []
+
+    other = Item.of("What is my dog called?", "Max.")
+    kept, found = earlier(store, "demo", [1], asked_by([other], all_wordings([other])))
+    assert pairs(kept) == [where]
+    assert found == [Conflict("What is my dog called?", "Your dog is called Rex.", "Max.", "lesson 1")]
+
+    add_lesson(store, "demo", [other], Plan(), who="ada", source="own.md")
+    kept, found = earlier(store, "demo", [1, 2], {})
+    assert pairs(kept) == [("What is my dog called?", "Max."), where]
+    assert found == []
+    assert earlier(store, "demo", [], {}) == ([], [])
