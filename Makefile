@@ -12,12 +12,12 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH):$(or $(XDG_CACHE_HOME),$(HOME)/.cac
 # Some environments forbid Python to store compiled modules. Each process would then compile all of torch's Python again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run test test-unit test-web test-cluster test-numerics chaos lint lint-types lint-rules servers format docs protos lock images release clean setup
+.PHONY: help run test test-unit test-web test-cluster test-cluster-full test-numerics test-clients chaos bench gpu lint lint-types lint-rules servers format docs manifests protos lock images release clean setup
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-run: setup $(STATIC)/index.html ## Train the demo model if there is none, then serve the chat page (PORT=8000 to choose)
+run: setup $(STATIC)/index.html ## Serve the chat page (PORT=8000 to choose), and train the demo model if there is none
 	@exec $(PYTHON) -m deploy.local
 
 # Tests run side by side, in the order of collection. The end-to-end tests train a model first, so they keep one process busy
@@ -37,17 +37,34 @@ test-unit: setup ## The unit tests that start no server and train nothing: the l
 TEST_STORE := $(CURDIR)/build/test-store
 test-cluster: setup ## Tests of images, compose, chart and jobs; needs make images and a cluster that kubectl points at
 	@rm -rf $(TEST_STORE) && mkdir -p $(TEST_STORE)
-	@NANOCHAT_TEST_STORE=$(TEST_STORE) $(NANOCHAT_CLUSTER_EXEC) $(PYTHON) -m pytest -m cluster tests/cluster/test_kubernetes.py tests/cluster/test_jobs_on_s3.py
+	@NANOCHAT_TEST_STORE=$(TEST_STORE) $(NANOCHAT_CLUSTER_EXEC) $(PYTHON) -m pytest -m cluster tests/cluster/test_kubernetes.py tests/cluster/test_jobs_on_s3.py tests/cluster/test_policies.py \
+	  tests/cluster/test_sandbox.py
 	@NANOCHAT_TEST_STORE=$(TEST_STORE) $(PYTHON) -m pytest -m cluster tests/cluster/test_compose.py
+
+test-cluster-full: setup ## The slow tests on a cluster: install, upgrade, canary, deleted pods, alerts
+	@NANOCHAT_TEST_FULL=1 $(NANOCHAT_CLUSTER_EXEC) $(PYTHON) -m pytest -m cluster tests/cluster/test_bootstrap.py tests/cluster/test_stages.py tests/cluster/test_kubernetes.py \
+	  tests/cluster/test_monitoring.py tests/cluster/test_redis.py tests/cluster/test_gpu_pool.py
 
 test-numerics: setup $(STATIC)/index.html ## Run the tests that train with the rounding of other processors, and other seeds
 	@$(PYTHON) -m tests.support.numerics
+
+test-clients: setup ## Install client libraries of other projects, apart from the project, and try them with the gateway
+	@tests/install-clients
+	@$(PYTHON) -m pytest tests/integration/test_clients.py -rs
 
 # MINUTES and SEED may be set: make chaos MINUTES=1 SEED=7
 MINUTES := 10
 SEED := 1
 chaos: setup ## Kill, stop and start all services under load, and count what clients see
 	@$(PYTHON) -m tests.benchmarks.chaos --minutes $(MINUTES) --seed $(SEED)
+
+# BENCH may hold flags: make bench BENCH="--peer PATH --only engine"
+bench: setup ## Repeat all measurements of speed in the documentation, beside other projects; writes build/speed/speed.md
+	@$(PYTHON) -m tests.benchmarks.speed $(BENCH)
+
+# GPU may hold flags: make gpu GPU="--device cpu --output build/gpu". Without a .venv, the machine's Python runs it.
+gpu: ## Check this machine's GPU and measure its speed; writes docs/gpu/<card>.md
+	@$(if $(wildcard $(PYTHON)),$(PYTHON),python3) -m jobs.eval.gpu $(GPU)
 
 lint: setup ## Style, types, the rules of who imports whom, unused dependencies, workflows
 	@$(MAKE) --no-print-directory --jobs=2 lint-types lint-rules
@@ -71,8 +88,12 @@ test-web: $(STATIC)/index.html
 format: setup ## Rewrite the code in the project's format
 	@ruff check --fix . ; ruff format .
 
-docs: setup ## Write docs/flags.md again from the programs' settings
+docs: setup ## Write docs/flags.md and docs/roofline.md again, from the programs' settings and from formulas
 	@$(PYTHON) -m tests.support.flag_reference
+	@$(PYTHON) -m tests.support.roofline_page
+
+manifests: ## Build jobs/*/*.yaml again from deploy/kustomize; needs kustomize or kubectl
+	@deploy/manifests
 
 protos: setup ## Regenerate the gRPC stubs
 	@$(PYTHON) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. nanochat_core/protos/*.proto
@@ -80,7 +101,7 @@ protos: setup ## Regenerate the gRPC stubs
 # The lock names no package index, so it also works with a mirror.
 lock: setup ## Pin the dependencies again after a change to pyproject.toml (UPGRADE=--upgrade takes newer versions)
 	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header $(UPGRADE) \
-	  pyproject.toml $(addprefix --extra ,gateway engine sandbox tracing jobs) $(addprefix --group ,dev installer node) -o requirements.lock
+	  pyproject.toml $(addprefix --extra ,gateway engine sandbox tracing chat jobs) $(addprefix --group ,dev installer node sandbox-science) -o requirements.lock
 
 images: ## Build nanochat-{gateway,engine,sandbox,jobs}:dev (BUILD_NETWORK=host where builds have no network)
 	@REVISION=$$(git rev-parse HEAD 2>/dev/null) docker compose --profile train build gateway engine sandbox train
