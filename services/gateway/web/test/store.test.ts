@@ -1,11 +1,17 @@
 // @vitest-environment jsdom
+import fc from "fast-check";
 import { beforeEach, expect, test, vi } from "vitest";
-import { newHeader, type Header, type StoredConversation } from "../src/chat/merge";
+import { mergeHeaders, newHeader, type Header, type StoredConversation } from "../src/chat/merge";
 import { assistantMessage, userMessage, type Message } from "../src/chat/message";
 import { ConversationStore } from "../src/storage/conversation-store";
 import { DEFAULTS, storedSettings } from "../src/storage/settings";
+import { TestBrowser } from "./browser";
 
 beforeEach(() => localStorage.clear());
+
+function headerKeys(storage: Storage): string[] {
+  return Object.keys(storage).filter((key) => key.startsWith("nanochat.conversation."));
+}
 
 function conversation(text = "Hello"): StoredConversation {
   return { header: newHeader("c1", text, 1), messages: [userMessage(text)] };
@@ -80,7 +86,8 @@ test.each(['{"version":1', "null", '{"version":2}', '{"version":1,"id":"x","titl
 test("messages whose header is lost are found again", () => {
   const store = new ConversationStore(localStorage);
   store.save(conversation());
-  localStorage.setItem("nanochat.conversation.c1", "{");
+  const [key] = headerKeys(localStorage);
+  localStorage.setItem(key!, "{");
   expect(store.load()[0]).toMatchObject({ header: { title: { value: "Hello" } }, messages: [{ content: "Hello" }] });
 });
 
@@ -92,7 +99,7 @@ test("a deleted conversation loses its messages, and its name after a month", ()
   expect(store.load()).toEqual([{ header, messages: deleted.messages }]); // the deletion may be undone
   vi.useFakeTimers({ now: Date.now() + 2 * 3_600_000 });
   expect(store.load()).toEqual([{ header, messages: [] }]);
-  expect(Object.keys(localStorage)).toEqual(["nanochat.conversation.c1"]);
+  expect(Object.keys(localStorage)).toEqual([expect.stringMatching(/^nanochat\.conversation\.c1\.[0-9a-f]{16}$/)]);
   vi.setSystemTime(Date.now() + 31 * 86_400_000);
   expect(store.load()).toEqual([]);
   expect(Object.keys(localStorage)).toEqual([]);
@@ -119,6 +126,69 @@ test("a full storage is reported, keeps what it has, and recovers once there is 
   expect(store.load()).toEqual([kept]);
   store.save(kept);
   expect(store.refusal.value).toBeNull();
+});
+
+test("a full storage still stores that a conversation was deleted, and keeps no other entry of its header", () => {
+  const store = new ConversationStore(localStorage);
+  const full = conversation();
+  store.save(full);
+  localStorage.setItem("spare", "x".repeat(50)); // room for the time of the deletion, but not for another header
+  for (let size = 1 << 22; size >= 1; size >>= 1) {
+    try {
+      localStorage.setItem(`other${size}`, "x".repeat(size));
+    } catch {
+      // The next one is smaller, until there is no room for any.
+    }
+  }
+  localStorage.removeItem("spare");
+  store.saveHeader({ ...full.header, deleted: { value: true, at: Date.now() } });
+  expect(store.refusal.value).toBeNull();
+  expect(store.load()[0]!.header.deleted.value).toBe(true);
+  expect(headerKeys(localStorage)).toHaveLength(1);
+});
+
+const changes = fc.array(
+  fc.record({
+    tab: fc.constantFrom(0, 1),
+    step: fc.constantFrom("change", "change", "deliver", "reload"),
+    value: fc.constantFrom("a", "b"),
+    at: fc.integer({ min: 1, max: 2 }),
+  }),
+  { maxLength: 30 },
+);
+
+/** Two tabs make the same change, hear of each other, and store the header again. */
+const SAME_CHANGE = (["change", "deliver", "change"] as const).flatMap((step) =>
+  ([0, 1] as const).map((tab) => ({ tab, step, value: "a" as const, at: 1 })),
+);
+
+test("tabs that change a header at the same time lose no change, and leave one entry of it", () => {
+  fc.assert(
+    fc.property(changes, (script) => {
+      const browser = new TestBrowser();
+      const tabs = [browser.open(), browser.open()];
+      let all = newHeader("c1", "", 0);
+      for (const { tab, step, value, at } of script) {
+        if (step === "change") {
+          const header: Header = { ...newHeader("c1", "", 0), chosen: { [value]: { value, at } } };
+          new ConversationStore(tabs[tab]!.storage).saveHeader(header);
+          all = mergeHeaders(all, header);
+        } else if (step === "deliver") {
+          tabs[tab]!.deliver(at);
+        } else {
+          browser.close(tabs[tab]!);
+          tabs[tab] = browser.open();
+        }
+        const [stored] = new ConversationStore(browser.open().storage).load();
+        expect(stored?.header.chosen ?? {}).toEqual(all.chosen);
+      }
+      browser.deliverAll();
+      const last = tabs[0]!.storage;
+      new ConversationStore(last).saveHeader(all);
+      expect(headerKeys(last)).toHaveLength(1);
+    }),
+    { numRuns: 500, examples: [[SAME_CHANGE]] },
+  );
 });
 
 test("a full storage makes room from what was deleted", () => {

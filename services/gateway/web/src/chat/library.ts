@@ -2,7 +2,7 @@ import { batch, computed, signal, type ReadonlySignal, type Signal } from "@prea
 import { headerFor, type ConversationStore } from "../storage/conversation-store";
 import { Tabs, type Channel } from "../storage/tabs";
 import { Conversation } from "./conversation";
-import { changed, compareProgress, mergeHeaders, sameHeader, type Header, type StoredConversation } from "./merge";
+import { changed, compareProgress, type Header, type StoredConversation } from "./merge";
 import { settled, type Message } from "./message";
 
 const WATCH_MS = 3_000; // time between two questions whether an answer is still being written
@@ -16,8 +16,8 @@ export class Library {
   );
   private readonly tabs: Tabs;
   private readonly watched = new Set<string>();
-  /** What this tab has deleted, and may still undo. */
-  private readonly deletedHere = new Set<Conversation>();
+  /** What this tab has deleted, and may still undo, with the time of the deletion. */
+  private readonly deletedHere = new Map<Conversation, number>();
 
   constructor(
     private readonly store: ConversationStore,
@@ -55,8 +55,8 @@ export class Library {
       for (const conversation of conversations) {
         conversation.running.peek()?.stop();
         conversation.change(({ deleted }) => ({ deleted: changed(deleted, true) }));
+        this.deletedHere.set(conversation, conversation.header.peek().deleted.at);
         this.saveHeader(conversation);
-        this.deletedHere.add(conversation);
       }
     });
   }
@@ -88,7 +88,7 @@ export class Library {
     this.tabs.stop(answer);
   }
 
-  /** Takes over the header that another tab has stored, and corrects it if that tab did not know all. */
+  /** Takes over the header that another tab has stored. */
   adoptHeader(header: Header): void {
     const conversation = this.find(header.id);
     if (!conversation) {
@@ -100,21 +100,28 @@ export class Library {
     const deleted = conversation.deleted.peek();
     if (deleted) conversation.running.peek()?.stop();
     if (wasDeleted && !deleted) this.saveMessages(conversation, ...conversation.toStored().messages);
-    if (!sameHeader(mergeHeaders(header, conversation.header.peek()), header)) this.saveHeader(conversation);
   }
 
-  /** Takes over a message that another tab has stored. */
+  /** Takes over a message that another tab has stored, and stores what this tab knows if it knows better. */
   adoptMessage(id: string, message: Message): void {
     const conversation = this.find(id) ?? this.create({ header: headerFor(id, message), messages: [] });
     if (conversation.running.peek()?.answer === message.id) return; // nobody knows better than the tab that writes it
-    const [known] = conversation.add([message]);
-    if (compareProgress(known!.peek(), message) > 0) this.saveMessages(conversation, known!.peek());
-    this.watchOver(conversation, known!.peek());
+    const known = conversation.add([message])[0]!.peek();
+    // This tab may have stored a lesser copy over the one that it hears of only now, so what counts is what is stored.
+    const stored = this.store.message(id, message.id);
+    if (!stored || compareProgress(known, stored) > 0) this.saveMessages(conversation, known);
+    this.watchOver(conversation, known);
   }
 
-  /** Before the page closes: stores the unfinished answers of this tab, and makes its deletions final. */
+  /**
+   * Before the page closes: stores the unfinished answers of this tab, and makes its deletions final. If another tab has
+   * deleted the conversation since, the deletion is that tab's, whose person may still undo it.
+   */
   close(): void {
-    for (const { id, deleted } of this.deletedHere) if (deleted.peek()) this.store.removeMessages(id);
+    for (const [{ id, header }, at] of this.deletedHere) {
+      const { deleted } = header.peek();
+      if (deleted.value && deleted.at === at) this.store.removeMessages(id);
+    }
     for (const conversation of this.conversations.peek()) {
       const message = conversation.message(conversation.running.peek()?.answer ?? "");
       if (message) this.saveMessages(conversation, settled(message.peek()));

@@ -1,5 +1,6 @@
 import { signal } from "@preact/signals";
-import { mergeHeaders, newHeader, type Header, type StoredConversation } from "../chat/merge";
+import { newId } from "../chat/id";
+import { mergeHeaders, newHeader, sameHeader, type Header, type StoredConversation } from "../chat/merge";
 import type { Message } from "../chat/message";
 import { withoutPictures } from "../chat/pictures";
 import { titleOf } from "../chat/title";
@@ -18,12 +19,14 @@ export interface RemoteChanges {
 }
 
 /**
- * Stores conversations in the browser: an entry for the header of each, and an entry for each of its messages.
+ * Stores conversations in the browser: an entry for each of their messages, and usually one entry for the header of each.
  *
- * Browsers do not make reading and writing an entry one step, so two tabs that write the same entry can lose a change.
- * That is why each message has its own entry: only the tab that writes an answer writes the entry of the answer. If
- * a header loses a change, a tab that knows the change stores it again. An unreadable entry stays until the person
- * decides about it.
+ * Browsers do not make reading and writing an entry one step, and a tab learns late of what the others store, so two
+ * tabs that write the same entry can lose a change. That is why each message has its own entry: only the tab that writes
+ * an answer writes the entry of the answer. Any tab may change a header, so each change gets an entry with a new key,
+ * which holds all that the tab knows of the header. The tab then removes the entries that the new one covers. What is
+ * stored is the merge of a header's entries. No removal can take anything from it, because an entry goes only after one
+ * that covers it was stored. An unreadable entry stays until the person decides about it.
  */
 export class ConversationStore {
   /** Set while the browser refuses to store more, or stores nothing at all. */
@@ -50,8 +53,9 @@ export class ConversationStore {
     const messages = new Map<string, Message[]>();
     for (const key of this.keys(HEADER)) {
       for (const { header, messages: old } of read(key, parseEntry)) {
-        headers.set(header.id, header);
-        if (old.length > 0) messages.set(header.id, old);
+        const other = headers.get(header.id);
+        headers.set(header.id, other ? mergeHeaders(other, header) : header);
+        if (old.length > 0) getOrSet(messages, header.id).push(...old);
       }
     }
     for (const key of this.keys(MESSAGE)) {
@@ -63,28 +67,46 @@ export class ConversationStore {
     for (const [id, found] of messages) if (!headers.has(id)) headers.set(id, headerFor(id, found[0]!));
     for (const [id, header] of headers) {
       if (!isDeleted(header, FORGET_AFTER_MS)) continue;
-      this.storage!.removeItem(HEADER + id);
+      for (const { key } of this.headersOf(id)) this.storage!.removeItem(key);
       headers.delete(id);
     }
     return [...headers.values()].map((header) => ({ header, messages: messages.get(header.id) ?? [] }));
   }
 
-  /** Stores a header, merged with the stored one. Returns what is stored. */
+  /** Stores a header, merged with what is stored of it. Returns the merged header. */
   saveHeader(header: Header): Header {
-    const stored = this.entry(header.id);
-    // An entry of the first format holds the messages too; they get entries of their own before it is overwritten.
-    if (stored && !this.saveMessages(header.id, stored.messages)) return header;
-    const merged = stored ? mergeHeaders(header, stored.header) : header;
-    this.put(HEADER + header.id, merged);
+    const stored = this.headersOf(header.id);
+    // An entry of the first format holds the messages too; they get entries of their own before it is removed.
+    if (!stored.every((entry) => this.saveMessages(header.id, entry.messages))) return header;
+    const merged = stored.reduce((sum, entry) => mergeHeaders(sum, entry.header), header);
+    // Of equal entries all tabs keep the same one; otherwise each of two tabs could remove the one that the other keeps.
+    const same = stored.filter((entry) => sameHeader(entry.header, merged)).map((entry) => entry.key);
+    let kept = same.sort()[0] ?? `${HEADER}${header.id}.${newId()}`;
+    if (same.length === 0 && !this.put(kept, merged)) {
+      // Without room for a second entry, the change replaces the first one. Only here can two tabs lose a change.
+      kept = stored[0]?.key ?? kept;
+      if (!this.put(kept, merged)) return merged;
+    }
+    for (const { key } of stored) if (key !== kept) this.storage!.removeItem(key);
     return merged;
   }
 
   /** Leaves out pictures for which the browser has no room. Returns whether it had room for the rest. */
   saveMessages(conversation: string, messages: readonly Message[]): boolean {
     return messages.every((message) => {
-      const key = `${MESSAGE}${conversation}.${message.id}`;
+      const key = messageKey(conversation, message.id);
       return this.put(key, message) || this.put(key, plain(message));
     });
+  }
+
+  /** The stored copy of a message; null if there is none that can be read. */
+  message(conversation: string, id: string): Message | null {
+    const text = this.storage?.getItem(messageKey(conversation, id));
+    try {
+      return text == null ? null : parseMessage(text);
+    } catch {
+      return null;
+    }
   }
 
   save({ header, messages }: StoredConversation): void {
@@ -125,13 +147,17 @@ export class ConversationStore {
     });
   }
 
-  private entry(id: string): StoredConversation | null {
-    const text = this.storage?.getItem(HEADER + id);
-    try {
-      return text == null ? null : parseEntry(text);
-    } catch {
-      return null;
-    }
+  /** The entries of a header that can be read. */
+  private headersOf(id: string): (StoredConversation & { key: string })[] {
+    return this.keys(HEADER)
+      .filter((key) => conversationOf(key) === id)
+      .flatMap((key) => {
+        try {
+          return [{ key, ...parseEntry(this.storage!.getItem(key)!) }];
+        } catch {
+          return [];
+        }
+      });
   }
 
   private put(key: string, value: Header | Message): boolean {
@@ -155,9 +181,9 @@ export class ConversationStore {
   /** Removes the messages of deleted conversations. Returns whether there were any. */
   private makeRoom(): boolean {
     const before = this.storage!.length;
-    for (const key of this.keys(HEADER)) {
-      const id = key.slice(HEADER.length);
-      if (this.entry(id)?.header.deleted.value) this.removeMessages(id);
+    for (const id of new Set(this.keys(HEADER).map(conversationOf))) {
+      const headers = this.headersOf(id).map((entry) => entry.header);
+      if (headers.length > 0 && headers.reduce(mergeHeaders).deleted.value) this.removeMessages(id);
     }
     return this.storage!.length < before;
   }
@@ -193,6 +219,11 @@ function getOrSet(lists: Map<string, Message[]>, key: string): Message[] {
   return list;
 }
 
-function conversationOf(messageKey: string): string {
-  return messageKey.slice(MESSAGE.length).split(".")[0]!;
+function messageKey(conversation: string, id: string): string {
+  return `${MESSAGE}${conversation}.${id}`;
+}
+
+/** The conversation's id in a key of its header or of one of its messages. Earlier versions' keys of headers end with it. */
+function conversationOf(key: string): string {
+  return key.split(".")[2]!;
 }
