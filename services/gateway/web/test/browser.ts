@@ -44,13 +44,14 @@ interface Write {
   value: string | null;
 }
 
-/** A tab of a `TestBrowser`. */
+/** A tab of a `TestBrowser`. Whatever the code of a closed tab still does, no other tab learns of it. */
 export class BrowserTab {
   readonly storage: TabStorage;
   readonly window = new EventTarget();
   readonly channel: Channel = {
     onmessage: null,
     postMessage: (message) => {
+      if (!this.browser.tabs.includes(this)) return;
       for (const other of this.browser.tabs) {
         if (other !== this) other.channel.onmessage?.call(other.channel, { data: message } as MessageEvent);
       }
@@ -59,7 +60,9 @@ export class BrowserTab {
   private seen: number;
 
   constructor(private readonly browser: TestBrowser) {
-    this.storage = new TabStorage(browser.disk(), (key, value) => browser.log.push({ from: this, key, value }));
+    this.storage = new TabStorage(browser.disk(), (key, value) => {
+      if (browser.tabs.includes(this)) browser.log.push({ from: this, key, value });
+    });
     this.seen = browser.log.length;
   }
 
@@ -107,11 +110,13 @@ export class TestBrowser {
     return entries;
   }
 
-  /** Delivers everything, also what the tabs answer to it. */
+  /** Delivers everything, also what the tabs answer to it. Throws if they do not stop answering each other. */
   deliverAll(): void {
-    for (let before = -1; before !== this.log.length;) {
-      before = this.log.length;
+    for (let rounds = 0; rounds < 100; rounds += 1) {
+      const before = this.log.length;
       for (const tab of this.tabs) tab.deliver();
+      if (this.log.length === before) return;
     }
+    throw new Error("the tabs answer each other for ever");
   }
 }

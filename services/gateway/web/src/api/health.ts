@@ -13,19 +13,22 @@ export class Health {
   /** The server's own words about what it waits for while its state is "loading"; they may be missing. */
   readonly waitsFor = signal<string | null>(null);
   private timer: ReturnType<typeof setTimeout> | undefined;
+  private stopped = false;
 
   constructor(private readonly api: Pick<Api, "readiness">) {}
 
-  /** Checks immediately, and from then on repeatedly. */
+  /** Checks immediately, and from then on repeatedly until `stop` is called. */
   async check(): Promise<ServerState> {
     clearTimeout(this.timer);
     this.state.value = await this.ask();
     clearTimeout(this.timer);
+    if (this.stopped) return this.state.value;
     this.timer = setTimeout(() => void this.check(), this.state.value === "ready" ? CALM_MS : WORRIED_MS);
     return this.state.value;
   }
 
   stop(): void {
+    this.stopped = true;
     clearTimeout(this.timer);
   }
 
