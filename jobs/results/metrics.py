@@ -64,21 +64,23 @@ def ancestors(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, Check
 
     An ancestor is a checkpoint from which ``checkpoint``, or another ancestor, was trained.
     """
-    ref, meta, known = checkpoint.ref, checkpoint.meta, {checkpoint.weights_digest}
+    ref, meta = checkpoint.ref, checkpoint.meta
+    # A stage may leave the weights as they were, so the digest of a parent may be that of its child.
+    known = {ref}
     while True:
-        inputs = set(meta.get("inputs", {}).values()) - known
+        inputs = set(meta.get("inputs", {}).values())
         parents = (
             (digest, candidate)
             for stage in (LESSON, *reversed(STAGES))
             for candidate in reversed(list_checkpoints(store, meta.get("base_model", ref.model), stage))
-            if (digest := weights_digest(store, candidate)) in inputs
+            if candidate not in known and (digest := weights_digest(store, candidate)) in inputs
         )
         parent = next(parents, None)
         if parent is None:
             return
         yield parent
-        digest, ref = parent
-        known.add(digest)
+        ref = parent[1]
+        known.add(ref)
         meta = load_meta(store, ref)
 
 

@@ -13,6 +13,7 @@ from jobs.promotion.decisions import Decision, decisions
 from jobs.promotion.gate import decide
 from jobs.promotion.rules import Gate
 from jobs.results.evaluations import Evaluation
+from jobs.results.metrics import metrics_of
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint, promote, promoted
 from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2 as pb
@@ -97,6 +98,18 @@ def test_metrics_of_the_model_that_it_was_made_from_count(store: Store) -> None:
     assert asked(store, FIRST, Gate(require=("core.core>=0.25",))).accepted
     trained(store, SECOND, 0.9, inputs={"base": "0" * 64}, base="base/step_000005", base_model="other")
     assert not asked(store, SECOND, Gate(require=("core.core>=0.25",))).accepted
+
+
+def test_metrics_of_the_base_model_count_if_a_stage_changed_no_weight(store: Store) -> None:
+    base, tuned = CheckpointRef("tiny", "base", 5), CheckpointRef("tiny", "sft", 1)
+    save_checkpoint(store, base, model=tiny_model(depth=3), tokenizer=BYTES, meta={})
+    Evaluation.of(store, load_checkpoint(store, base), "core", {}).finish({"core": 0.3, "tasks": {}})
+    digest = load_checkpoint(store, base).weights_digest
+    for ref, parent in ((tuned, base), (CheckpointRef("tiny", "rl", 1), tuned)):
+        meta = {"inputs": {parent.stage: digest}, parent.stage: parent.revision}
+        save_checkpoint(store, ref, model=tiny_model(depth=3), tokenizer=BYTES, meta=meta)
+        assert load_checkpoint(store, ref).weights_digest == digest
+        assert metrics_of(store, load_checkpoint(store, ref))["core.core"].value == 0.3
 
 
 def test_of_several_base_models_only_the_last_one_counts(store: Store) -> None:
