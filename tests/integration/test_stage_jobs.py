@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jobs.promotion.rules import Gate
 from jobs.recipes import RECIPES, Recipe
 from jobs.train.cluster.api import Api
-from jobs.train.cluster.manifest import STATUS, Owner
+from jobs.train.cluster.manifest import STATUS, SUSPENDED, Owner
 from jobs.train.cluster.stage_jobs import StageJobs
 from jobs.train.pipeline import Pipeline, PipelineSettings, Processes
 from jobs.train.stages import StageRun
@@ -326,6 +326,36 @@ def test_suspending_the_job_suspends_its_stage_and_resuming_it_goes_on(make: Mak
         world.run_once()
     (stage,) = world.cluster.unfinished()
     assert stage["spec"]["runPolicy"]["suspend"]
+    world.cluster.suspend_job(False)
+    assert world.run() == "done"
+    assert world.cluster.created == [f"{JOB}-{stage}-1" for stage in STAGES]
+    assert artifacts(world.home) == recorded.artifacts
+
+
+def test_stages_in_a_queue_start_when_kueue_admits_them(make: Make, recorded: Recorded) -> None:
+    world = make()
+    world.cluster.queue_stages("training", moments=5)
+    assert world.run() == "done"
+    assert world.cluster.created == [f"{JOB}-{stage}-1" for stage in STAGES]
+    assert artifacts(world.home) == recorded.artifacts
+
+
+def test_suspending_the_job_leaves_a_stage_in_its_queue(make: Make, recorded: Recorded) -> None:
+    world = make(world=["", "", "suspended"])
+    world.cluster.queue_stages("training", moments=5)
+    with pytest.raises(SystemExit):
+        world.run_once()
+    job = world.cluster.job()
+    assert job is not None
+    assert json.loads(job["metadata"]["annotations"][STATUS]) == {
+        "stage": "tokenizer",
+        "attempt": "1",
+        "state": "suspended",
+        "message": "it waits in the queue training of Kueue; kubectl describe workloads says why",
+    }
+    (stage,) = world.cluster.unfinished()
+    assert stage["spec"]["runPolicy"]["suspend"], "Kueue has not admitted it yet"
+    assert SUSPENDED not in stage["metadata"]["annotations"], "the next process must not resume it"
     world.cluster.suspend_job(False)
     assert world.run() == "done"
     assert world.cluster.created == [f"{JOB}-{stage}-1" for stage in STAGES]

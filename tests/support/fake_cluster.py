@@ -1,4 +1,4 @@
-"""A Kubernetes API server, training operator and garbage collector inside one process, with scripted faults.
+"""A Kubernetes API server, training operator, Kueue and garbage collector inside one process, with scripted faults.
 
 The client library works as with a real server; only its connection pool is replaced. Time passes only while the client
 waits. Two scripts are lists of words that name faults. Each call takes the next word of the first script, and each wait
@@ -19,6 +19,7 @@ from kubernetes.client import ApiClient, Configuration
 Object = dict[str, Any]
 
 NAMESPACE, UID = "research", "5b1c"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 # What may happen to a call of the client.
 CALL_FAULTS = (
     "unavailable",  # the server answers 503
@@ -78,6 +79,8 @@ class FakeCluster:
         self.allowed: set[tuple[str, str]] = set()
         self.slow_end = False
         self._held: dict[str, int] = {}
+        self._queue_moments = 0
+        self._queued: dict[str, int] = {}
         self._version = 100
         self._history: list[tuple[int, Object]] = []
         self._objects: dict[tuple[str, str], Object] = {}
@@ -109,6 +112,13 @@ class FakeCluster:
         status = {"conditions": [{"type": "Succeeded", "status": "True"}]}
         self._put("pytorchjobs", {"metadata": metadata, "status": status})
         self._held[name] = moments
+
+    def queue_stages(self, queue: str, moments: int) -> None:
+        """Label the PodTemplates with a queue of Kueue, which admits each PyTorchJob after ``moments`` waits."""
+        self._queue_moments = moments
+        for template in self._all("podtemplates"):
+            template["metadata"].setdefault("labels", {})[QUEUE_LABEL] = queue
+            self._put("podtemplates", template)
 
     def suspend_job(self, suspended: bool) -> None:
         job = self._objects["jobs", self.job_name]
@@ -184,6 +194,13 @@ class FakeCluster:
             if not self._held[name]:
                 del self._held[name]
                 self._delete_stage_job(name)
+        for job in self.stage_jobs():
+            if (name := job["metadata"]["name"]) in self._queued:
+                self._queued[name] -= 1
+                if not self._queued[name]:
+                    del self._queued[name]
+                    job["spec"]["runPolicy"]["suspend"] = False
+                    self._put("pytorchjobs", job)
         for pod in self._all("pods"):
             if "deletionTimestamp" in pod["metadata"]:
                 del self._objects["pods", pod["metadata"]["name"]]
@@ -315,6 +332,9 @@ class FakeCluster:
             if plural == "pytorchjobs":
                 self.created.append(name)
                 body["metadata"] |= {"namespace": NAMESPACE, "uid": f"uid-{self._version}"}
+                if QUEUE_LABEL in body["metadata"]["labels"]:
+                    body["spec"]["runPolicy"]["suspend"] = True
+                    self._queued[name] = self._queue_moments
             return _response(201, self._put(plural, body))
         if not name:
             selector = dict(part.split("=") for part in query.get("labelSelector", "").split(",") if part)

@@ -108,6 +108,7 @@ def test_labels_and_annotations_of_the_template_pass_through() -> None:
     job = stage_job(StageRun("sft", "jobs.train.sft", {}, "node"), OWNER, TEMPLATE, attempt=2, pods=1)
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gold"
     assert job["metadata"]["annotations"] == {"team": "a", "nanochat/attempt": "2", "nanochat/progress": ""}
+    assert "controller" not in job["metadata"]["ownerReferences"][0], "Kueue would count no quota for the PyTorchJob"
     assert job["spec"]["nprocPerNode"] == "4"
     pod = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]
     assert pod["metadata"] == {"labels": {"app": "train", "nanochat/job": "run"}}

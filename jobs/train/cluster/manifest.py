@@ -50,7 +50,11 @@ class Owner:
 
     @property
     def reference(self) -> Object:
-        """An owner reference to the Job."""
+        """An owner reference to the Job.
+
+        The reference does not make the Job the controller of its PyTorchJobs. If it did and the Job was in a queue of
+        Kueue, Kueue would admit the PyTorchJobs together with the Job, and count no quota for them.
+        """
         return {"apiVersion": "batch/v1", "kind": "Job", "name": self.name, "uid": self.uid}
 
 

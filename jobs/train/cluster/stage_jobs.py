@@ -87,6 +87,11 @@ class Attempt:
         return int(self.job["metadata"]["annotations"][ATTEMPT])
 
     @property
+    def queue(self) -> str:
+        """Name of the queue of Kueue in which the attempt waits or has waited; empty if it needs no admission."""
+        return str(self.job["metadata"]["labels"].get(QUEUE_LABEL, ""))
+
+    @property
     def progress(self) -> str:
         """The newest checkpoint of the stage when the attempt started."""
         return str(self.job["metadata"]["annotations"].get(PROGRESS, ""))
@@ -260,7 +265,11 @@ class StageJobs:
             self._set_suspended(attempt, False)
             log.info("attempt resumed", extra={"stage": attempt.stage, "job": attempt.name})
         elif attempt.has("Suspended"):
-            self._report(attempt, "suspended", "it is suspended, or waits in a queue")
+            if queue := attempt.queue:
+                waits = f"it waits in the queue {queue} of Kueue; kubectl describe workloads says why"
+            else:
+                waits = "suspend is set in the PyTorchJob"
+            self._report(attempt, "suspended", waits)
         elif reasons := waiting_reasons(self._pods(attempt)):
             self._report(attempt, "waiting", "; ".join(reasons))
         elif attempt.has("Running"):
@@ -348,7 +357,7 @@ class StageJobs:
             if not _is_stopped(self._api.job(self._owner.name), self._clock()):
                 return
             for attempt in map(Attempt, self._api.stage_jobs(self._selector())[0]):
-                if not attempt.ended and QUEUE_LABEL not in attempt.job["metadata"]["labels"]:
+                if not attempt.ended and not attempt.queue:
                     self._set_suspended(attempt, True)
                     log.info("attempt suspended", extra={"stage": attempt.stage, "job": attempt.name})
 
