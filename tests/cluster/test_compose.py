@@ -162,7 +162,7 @@ def test_load_spreads_over_all_engines_behind_the_name(stack: Stack) -> None:
 
 def test_dashboard_asks_for_metrics_that_exist(stack: Stack) -> None:
     """After a chat every metric of the dashboard has been scraped."""
-    dashboard = (ROOT / "deploy/dashboards/nanochat.json").read_text()
+    dashboard = (ROOT / "deploy/helm/nanochat/files/dashboards/nanochat.json").read_text()
     asked = set(re.findall(r"nanochat_[a-z]+_[a-z_]+", dashboard))
 
     def missing() -> set[str]:

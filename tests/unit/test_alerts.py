@@ -19,7 +19,7 @@ from services.sandbox.metrics import Metrics as SandboxMetrics
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy/helm/nanochat/files/alerts.yaml"
 CASES = ROOT / "tests/data/alerts_test.yaml"
-DASHBOARDS = sorted((ROOT / "deploy/dashboards").glob("*.json"))
+DASHBOARDS = sorted((ROOT / "deploy/helm/nanochat/files/dashboards").glob("*.json"))
 ALERTS: list[dict[str, Any]] = [
     rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
 ]

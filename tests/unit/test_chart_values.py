@@ -462,7 +462,7 @@ def test_clients_know_the_pods_whose_health_they_check_before_these_are_ready() 
 
 def test_dashboards_and_alerts_are_those_of_the_repository() -> None:
     objects = {each["kind"]: each for each in rendered("dashboards.enabled=true", "prometheusRule.enabled=true")}
-    dashboards = {path.name: json.loads(path.read_text()) for path in (CHART.parents[1] / "dashboards").glob("*.json")}
+    dashboards = {path.name: json.loads(path.read_text()) for path in (CHART / "files/dashboards").glob("*.json")}
     assert {name: json.loads(text) for name, text in objects["ConfigMap"]["data"].items()} == dashboards
     rules = yaml.safe_load((CHART / "files/alerts.yaml").read_text())
     assert objects["PrometheusRule"]["spec"] == rules
