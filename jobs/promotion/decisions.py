@@ -61,7 +61,11 @@ def decisions(store: Store, ref: CheckpointRef) -> list[Decision]:
 
 
 def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] | None:
-    """The newest decision that promoted a checkpoint of the model, and the checkpoint's name."""
+    """The newest decision that promoted a checkpoint of the model, and the checkpoint's name.
+
+    The decision is stored before the checkpoint is promoted. If the process died between these two writes, the
+    checkpoint is not promoted.
+    """
     found = []
     for key in store.keys(folder(model)):
         revision, made = _read(store, key)
@@ -71,10 +75,16 @@ def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] |
 
 
 def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
-    """Store a decision, unless it equals the last decision on the checkpoint."""
+    """Store a decision.
+
+    A decision that equals the last one on the checkpoint is not stored, unless it promotes the checkpoint again after
+    another one was promoted.
+    """
     known = decisions(store, ref)
     if known and dataclasses.replace(known[-1], time=decision.time) == decision:
-        return
+        last = last_promotion(store, ref.model) if decision.promoted else None
+        if last is None or last[0] == ref:
+            return
     entries = [dataclasses.asdict(each) for each in (*known, decision)]
     content = with_format({"model": ref.model, "revision": ref.revision, "decisions": entries}, _FORMAT)
     store.write(_key(ref), (json.dumps(content, indent=2) + "\n").encode())

@@ -26,6 +26,10 @@ from nanochat_core.store import Lease, Store
 log = logging.getLogger("jobs.eval.gate")
 
 
+class PromotedChanged(UserError):
+    """The promoted checkpoint is not the one that the caller of the gate expects. Nothing was decided."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Incumbent:
     """The promoted checkpoint; if its promotion was withdrawn, the checkpoint that was promoted last.
@@ -41,7 +45,15 @@ class Incumbent:
     gone: bool = False
 
 
-def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool, against: str = "") -> Decision:
+def decide(
+    store: Store,
+    checkpoint: Checkpoint,
+    gate: Gate,
+    *,
+    promoting: bool,
+    against: str = "",
+    expected: CheckpointRef | None = None,
+) -> Decision:
     """Judge a checkpoint, and write the decision to the store and the report.
 
     A refusal leaves the promoted checkpoint in place, with one exception: if training has replaced the weights of the
@@ -51,11 +63,18 @@ def decide(store: Store, checkpoint: Checkpoint, gate: Gate, *, promoting: bool,
     Args:
         promoting: whether to promote the checkpoint if it is accepted.
         against: name of the model to compare with (its promoted checkpoint); empty for the model of ``checkpoint``.
+        expected: the checkpoint that ``checkpoint`` may replace; None if it may replace every checkpoint. The promoted
+            checkpoint is read under the gate's lease, so no promotion and no roll-back can come in between.
 
     Raises:
+        PromotedChanged: neither ``expected`` nor ``checkpoint`` itself is promoted.
         UserError: a rule cannot be read, or the model to compare with has no promoted checkpoint.
     """
     with Lease(store, f"reports/{checkpoint.ref.model}", "jobs.eval.gate"):
+        if expected is not None and (found := promoted(store, expected.model)) not in (expected, checkpoint.ref):
+            raise PromotedChanged(
+                f"{found.revision if found else 'no revision'} is promoted now, and no longer {expected.revision}"
+            )
         return _decide(store, checkpoint, gate, promoting, against)
 
 
@@ -77,7 +96,7 @@ def _decide(store: Store, checkpoint: Checkpoint, gate: Gate, promoting: bool, a
         metrics=metrics,
         against=f"{compared.ref.model} {compared.ref.revision}" if compared and other is not None else "",
         promoted=accepted and promoting,
-        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        time=_now(),
     )
     add_decision(store, ref, decision)
     if decision.promoted:
@@ -115,7 +134,7 @@ def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
 
 
 def restore(store: Store, ref: CheckpointRef, digest: str) -> None:
-    """Promote a checkpoint again that the gate has promoted before.
+    """Promote a checkpoint again that the gate has promoted before, and store that as a further decision.
 
     ``digest`` is the sha256 of the expected weights. Raises UserError if the checkpoint is gone, has other weights, or
     was never promoted with these weights.
@@ -125,6 +144,13 @@ def restore(store: Store, ref: CheckpointRef, digest: str) -> None:
             raise UserError(
                 f"{ref.prefix} in {store} has the weights {found[:12]}, not {digest[:12]}; nothing is changed"
             )
-        if not any(each.promoted and each.digest == digest for each in decisions(store, ref)):
+        made = [each for each in decisions(store, ref) if each.promoted and each.digest == digest]
+        if not made:
             raise UserError(f"{ref.prefix} was never promoted with these weights; nanochat eval gate may promote it")
+        add_decision(store, ref, dataclasses.replace(made[-1], time=_now()))
         promote(store, ref)
+
+
+def _now() -> str:
+    """The time in UTC (ISO 8601). Microseconds keep the order of two promotions in quick succession."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import random
@@ -10,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jobs.measures.machine import describe_machine
-from jobs.promotion.decisions import latest_decision
-from jobs.promotion.gate import decide, restore
+from jobs.promotion.decisions import Decision, decisions, last_promotion
+from jobs.promotion.gate import PromotedChanged, decide, restore
 from jobs.promotion.rules import Gate
 from jobs.teach.abilities import Drill, ability_of, drills, with_output
 from jobs.teach.curriculum import curriculum
@@ -29,6 +30,7 @@ from nanochat_core.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     promoted,
+    weights_digest,
 )
 from nanochat_core.device import choose_device
 from nanochat_core.errors import UserError
@@ -61,10 +63,6 @@ _POLL_SECONDS = 1.0
 # A lesson that was interrupted this often fails, because it probably ends its own process, for example for memory.
 _MOST_ATTEMPTS = 5
 _MOST_QUOTED = 50
-
-
-class _ParentChanged(Exception):
-    """Another revision of the model was promoted while the lesson was given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +105,10 @@ def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
 
 
 def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesson:
-    """Give one lesson to its end. The parts that an interrupted process has finished are not repeated."""
+    """Give one lesson to its end. The parts that an interrupted process has finished are not repeated.
+
+    If another revision is promoted meanwhile, for example by a roll-back, the lesson begins anew from that revision.
+    """
     state: State = "failed"
     try:
         if lesson.attempts >= _MOST_ATTEMPTS:
@@ -115,28 +116,37 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
         return _teach(store, lesson, machine, lease)
     except LessonCanceled:
         state, reason = "canceled", ""
-    except _ParentChanged:
-        state, reason = "queued", ""
-        log.warning("another model was promoted meanwhile; the lesson begins anew", extra={"lesson": lesson.number})
-    except (StoreError, LeaseLost, NameInUse):
+    except PromotedChanged as error:
+        state, reason = "queued", f"the lesson began anew, because {error}"
+        log.warning("the lesson begins anew", extra={"lesson": lesson.number, "reason": str(error)})
+    except (NameInUse, SystemExit):
+        # The process lives, or was asked to end. Such an attempt does not count as one that ended its own process.
+        with contextlib.suppress(StoreError, LeaseLost):
+            _written(store, read_lesson(store, lesson.model, lesson.number), lease, attempts=lesson.attempts)
+        raise
+    except (StoreError, LeaseLost):
         raise  # These errors do not decide the lesson. It stays in the queue and can be given again.
     except UserError as error:
         reason = str(error)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         log.exception("a lesson failed", extra={"lesson": lesson.number})
-    finished = "" if state == "queued" else now()
-    done = dataclasses.replace(
-        read_lesson(store, lesson.model, lesson.number), state=state, finished=finished, reason=reason
-    )
-    lease.renew()
-    write_lesson(store, done)
-    return _give(store, done, machine, lease) if state == "queued" else done
+    done = dataclasses.replace(read_lesson(store, lesson.model, lesson.number), state=state, reason=reason)
+    if state == "queued":
+        # A new start is no interruption, so the attempts are counted anew.
+        return _give(store, _written(store, done, lease, attempts=0), machine, lease)
+    if (decision := _promotion(store, done)) is not None:
+        # The model was promoted before the error, so the lesson has not failed. Only a part of its record is missing.
+        reason = f"promoted, but the record is not complete: {reason or 'the lesson was canceled too late'}"
+        done = dataclasses.replace(
+            done, state="promoted", reason=reason, digest=decision.digest, decision=decision.summary()
+        )
+    return _written(store, done, lease, finished=now())
 
 
 def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesson:
     _check_canceled(store, lesson)
-    if not lesson.attempts and taught_ref(lesson) in list_checkpoints(store, lesson.model, LESSON):
+    if not lesson.parent and taught_ref(lesson) in list_checkpoints(store, lesson.model, LESSON):
         raise UserError(
             f"{taught_ref(lesson).prefix} exists, but its lesson is not in this store; use the folder lessons/ that "
             "belongs to the models"
@@ -222,19 +232,19 @@ def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Less
     lesson = _written(store, lesson, lease, state="examining", training=training)
     after = exam.take(store, taught, lesson)
     _check_canceled(store, lesson)
-    if promoted(store, lesson.model) not in (parent.ref, taught.ref):
-        raise _ParentChanged
-    accepted, summary = _decided(store, taught, lesson, exam)
+    decision = _promotion(store, lesson) or decide(
+        store, taught, lesson_gate(lesson, exam), promoting=True, expected=parent.ref
+    )
     return _written(
         store,
         lesson,
         lease,
-        state="promoted" if accepted else "refused",
+        state="promoted" if decision.promoted else "refused",
         finished=now(),
         after=after["groups"],
         wrong=tuple(wrong(after)[:_MOST_QUOTED]),
         lost=tuple(lost(before, after)[:_MOST_QUOTED]),
-        decision=summary,
+        decision=decision.summary(),
         digest=taught.weights_digest,
     )
 
@@ -254,7 +264,7 @@ def taught_ref(lesson: Lesson) -> CheckpointRef:
 
 def _check_canceled(store: Store, lesson: Lesson) -> None:
     """Raise LessonCanceled if somebody has canceled the lesson before its promotion."""
-    if is_canceled(store, lesson) and promoted(store, lesson.model) != taught_ref(lesson):
+    if is_canceled(store, lesson) and _promotion(store, lesson) is None:
         raise LessonCanceled
 
 
@@ -283,15 +293,15 @@ def _drills(store: Store, items: Sequence[Item], lesson: Lesson) -> tuple[dict[i
 def _parent(store: Store, lesson: Lesson) -> Checkpoint:
     """The checkpoint from which the training starts: the promoted one.
 
-    If the promoted checkpoint is already this lesson's own, it is the checkpoint from which the lesson started.
+    If the lesson's own checkpoint was promoted already, it is the checkpoint from which the lesson started.
     """
+    if _promotion(store, lesson) is not None:
+        return load_checkpoint(store, CheckpointRef.parse(lesson.model, lesson.parent["revision"]))
     current = promoted(store, lesson.model)
     if current is None:
         raise UserError(f"no revision of model {lesson.model!r} is promoted in {store}; train and promote it first")
     if current.stage == "base":
         raise UserError(f"{lesson.model} {current.revision} cannot chat yet; fine-tune it first")
-    if current == taught_ref(lesson) and lesson.parent:
-        current = CheckpointRef.parse(lesson.model, lesson.parent["revision"])
     return load_checkpoint(store, current)
 
 
@@ -315,12 +325,22 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
     return Gate(tuple(require), (*kept, *earlier, *loss))
 
 
-def _decided(store: Store, taught: Checkpoint, lesson: Lesson, exam: Examination) -> tuple[bool, dict[str, Any]]:
-    """Whether the gate promotes the taught model, and the decision for reports.
+def _promotion(store: Store, lesson: Lesson) -> Decision | None:
+    """The decision that promoted the lesson's model; None if this did not happen.
 
-    If an earlier process has already promoted the taught model, the gate does not decide again.
+    A process may have died after the promotion and before it recorded that in the lesson. If somebody has rolled back
+    since then, the lesson must not be promoted again.
     """
-    last = latest_decision(store, taught.ref, taught.weights_digest)
-    if last is None or not last.promoted or promoted(store, lesson.model) != taught.ref:
-        last = decide(store, taught, lesson_gate(lesson, exam), promoting=True)
-    return last.promoted, last.summary()
+    if not lesson.parent:  # The lesson never began. A checkpoint of its name belongs to another lessons folder.
+        return None
+    ref = taught_ref(lesson)
+    try:
+        digest = weights_digest(store, ref)
+    except DamagedCheckpoint:
+        return None
+    made = [each for each in decisions(store, ref) if each.promoted and each.digest == digest]
+    last = last_promotion(store, lesson.model)
+    # The decision is written before the promotion. If this decision is still the last one and another checkpoint is
+    # promoted, then the process died between the two.
+    replaced = last is not None and last[0] != ref
+    return made[-1] if made and (replaced or promoted(store, lesson.model) == ref) else None

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from jobs.promotion.decisions import Decision, decisions
-from jobs.promotion.gate import decide
+from jobs.promotion.decisions import Decision, decisions, last_promotion
+from jobs.promotion.gate import PromotedChanged, decide, restore
 from jobs.promotion.rules import Gate
 from jobs.results.evaluations import Evaluation
 from jobs.results.metrics import metrics_of
@@ -229,3 +229,35 @@ def test_what_is_promoted_by_hand_without_a_decision_is_compared_with_what_was_m
     trained(store, SECOND, 0.5, depth=3)
     assert not asked(store, SECOND, Gate()).accepted
     assert promoted(store, "tiny") == FIRST
+
+
+def test_a_model_replaces_only_the_promoted_one_that_it_was_made_from(store: Store) -> None:
+    trained(store, FIRST, 0.9)
+    trained(store, SECOND, 0.95, depth=3)
+    with pytest.raises(PromotedChanged, match="no revision is promoted now, and no longer sft/step_000001"):
+        asked(store, SECOND, expected=FIRST)
+    asked(store, FIRST)
+    other = CheckpointRef("tiny", "sft", 3)
+    with pytest.raises(PromotedChanged, match="sft/step_000001 is promoted now, and no longer sft/step_000003"):
+        asked(store, SECOND, expected=other)
+    assert (promoted(store, "tiny"), decisions(store, SECOND)) == (FIRST, [])
+    for _ in range(2):  # the second time, the model itself is promoted already
+        assert asked(store, SECOND, expected=FIRST).promoted
+    assert promoted(store, "tiny") == SECOND
+
+
+def test_the_newest_promotion_is_known_even_if_a_model_was_promoted_again(store: Store) -> None:
+    trained(store, FIRST, 0.9)
+    trained(store, SECOND, 0.95, depth=3)
+    asked(store, FIRST)
+    asked(store, SECOND)
+    for _ in range(2):
+        restore(store, FIRST, load_checkpoint(store, FIRST).weights_digest)
+    newest = last_promotion(store, "tiny")
+    assert newest is not None
+    assert (newest[0], promoted(store, "tiny")) == (FIRST, FIRST)
+    assert [len(decisions(store, each)) for each in (FIRST, SECOND)] == [2, 1]
+    asked(store, SECOND)
+    newest = last_promotion(store, "tiny")
+    assert newest is not None
+    assert newest[0] == SECOND

@@ -1,0 +1,135 @@
+"""The states of a lesson: what the store says after roll-backs, cancellations and deaths at any moment."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.promotion.decisions import decisions
+from jobs.teach import session
+from jobs.teach.session import Machine, give_lessons, roll_back, taught_ref
+from nanochat_core.checkpoint import CheckpointRef, promoted, weights_digest
+from nanochat_core.lessons.records import Lesson, cancel_lesson, read_lesson, write_lesson
+from nanochat_core.store import Lease, Store
+from tests.support.lesson_store import (
+    MODEL,
+    REFUSED,
+    SFT,
+    Killed,
+    WatchedStore,
+    queue,
+    with_model,
+    without_training,
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WatchedStore:
+    without_training(monkeypatch)
+    with_model(tmp_path)
+    return WatchedStore(tmp_path)
+
+
+def give(store: Store, number: int) -> Lesson:
+    return give_lessons(store, MODEL, Machine(1, "cpu"), number)
+
+
+def test_a_lesson_is_promoted_or_refused(store: WatchedStore) -> None:
+    first, second = queue(store, "Rex."), queue(store, REFUSED)
+    assert give(store, 2).state == "refused"
+    assert read_lesson(store, MODEL, 1).state == "promoted"
+    assert promoted(store, MODEL) == taught_ref(first)
+    assert taught_ref(second) != taught_ref(first)
+
+
+def test_a_roll_back_just_before_the_gate_takes_its_lease_is_not_undone(
+    store: WatchedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue(store, "Rex.")
+    give(store, 1)
+    queue(store, "Max.")
+    decide, done = session.decide, list[int]()
+
+    def later(*args: object, **options: object) -> object:
+        if not done:
+            done.append(1)
+            roll_back(store, MODEL, 0)
+        return decide(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(session, "decide", later)
+    lesson = give(store, 2)
+    assert lesson.parent["revision"] == SFT.revision, "the lesson does not bring lesson 1 back"
+    assert lesson.state == "promoted"
+    assert lesson.reason == (
+        "the lesson began anew, because sft/step_000001 is promoted now, and no longer lesson/step_000001"
+    )
+    assert lesson.attempts == 1
+
+
+def killed_before(store: WatchedStore, number: int, matches: Callable[[str], bool]) -> None:
+    """Give a lesson, and kill the process before it writes the first file whose key ``matches``."""
+
+    def before(key: str) -> None:
+        if matches(key):
+            raise Killed
+
+    store.before = before
+    with pytest.raises(Killed):
+        give(store, number)
+    store.before = lambda _: None
+
+
+def after_promotion(store: WatchedStore) -> Callable[[str], bool]:
+    """Matches the lesson's own file once the lesson's model is promoted."""
+    own = f"lessons/{MODEL}/000002/lesson.json"
+    return lambda key: key == own and promoted(store, MODEL) == CheckpointRef(MODEL, "lesson", 2)
+
+
+def test_a_roll_back_after_a_death_between_promotion_and_record_is_not_undone(store: WatchedStore) -> None:
+    first, second = queue(store, "Rex."), queue(store, "Max.")
+    killed_before(store, 2, after_promotion(store))
+    assert read_lesson(store, MODEL, 2).state == "examining"
+    roll_back(store, MODEL, 1)
+    lesson = give(store, 2)
+    assert (lesson.state, lesson.digest) == ("promoted", weights_digest(store, taught_ref(second)))
+    assert promoted(store, MODEL) == taught_ref(first)
+
+
+def test_a_lesson_whose_model_is_promoted_has_not_failed_whatever_comes_after(store: WatchedStore) -> None:
+    queue(store, "Rex.")
+    second = queue(store, "Max.")
+    killed_before(store, 2, after_promotion(store))
+    interrupted = read_lesson(store, MODEL, 2)
+    write_lesson(store, dataclasses.replace(interrupted, attempts=5))
+    cancel_lesson(store, MODEL, 2)
+    lesson = give(store, 2)
+    assert (lesson.state, promoted(store, MODEL)) == ("promoted", taught_ref(second))
+    assert lesson.digest == weights_digest(store, taught_ref(second))
+    assert "promoted, but the record is not complete: the lesson was interrupted 5 times" in lesson.reason
+
+
+def test_a_death_between_decision_and_promotion_promotes_the_lesson_later(store: WatchedStore) -> None:
+    lesson = queue(store, "Rex.")
+    killed_before(store, 1, lambda key: key == f"models/{MODEL}/PROMOTED")
+    assert promoted(store, MODEL) == SFT
+    assert give(store, 1).state == "promoted"
+    assert promoted(store, MODEL) == taught_ref(lesson)
+    assert [each.promoted for each in decisions(store, taught_ref(lesson))] == [True]
+
+
+def test_waiting_for_another_program_is_no_interruption(store: WatchedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue(store, "Rex.")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Lease(store, f"reports/{MODEL}", "jobs.eval.report"))
+        waits = list[float]()
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 7:
+                stack.close()
+
+        monkeypatch.setattr(session.time, "sleep", sleep)
+        lesson = give(store, 1)
+    assert (lesson.state, lesson.attempts, len(waits)) == ("promoted", 1, 7)
