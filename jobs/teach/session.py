@@ -121,7 +121,7 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
         log.warning("the lesson begins anew", extra={"lesson": lesson.number, "reason": str(error)})
     except (NameInUse, SystemExit):
         # The process lives, or was asked to end. Such an attempt does not count as one that ended its own process.
-        with contextlib.suppress(StoreError, LeaseLost):
+        with contextlib.suppress(UserError):
             _written(store, read_lesson(store, lesson.model, lesson.number), lease, attempts=lesson.attempts)
         raise
     except (StoreError, LeaseLost):
@@ -131,7 +131,10 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         log.exception("a lesson failed", extra={"lesson": lesson.number})
-    done = dataclasses.replace(read_lesson(store, lesson.model, lesson.number), state=state, reason=reason)
+    recorded = read_lesson(store, lesson.model, lesson.number)
+    if recorded.state == "damaged":
+        return recorded
+    done = dataclasses.replace(recorded, state=state, reason=reason)
     if state == "queued":
         # A new start is no interruption, so the attempts are counted anew.
         return _give(store, _written(store, done, lease, attempts=0), machine, lease)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -108,7 +109,8 @@ def train(
     ):
         while state.step < end:
             report = step(batches, stop)
-            losses.append(report.loss)
+            if math.isfinite(report.loss):  # a step without a finite loss is skipped
+                losses.append(report.loss)
             if report.stopped_by:
                 raise SystemExit(128 + report.stopped_by)
             if runtime.lease is not None:
@@ -116,7 +118,8 @@ def train(
             if state.step % CHECK_EVERY == 0 or state.step in (latest, end):
                 right = answered(model, probes)
                 share = sum(right) / max(1, len(right))
-                history.append({"step": state.step, "loss": sum(losses) / len(losses), "unseen": share})
+                mean = {"loss": sum(losses) / len(losses)} if losses else {}
+                history.append({"step": state.step, **mean, "unseen": share})
                 losses.clear()
                 tested(history, time.monotonic() - started)
                 if not warming_down and ((all(right) and state.step >= _FEWEST_STEPS) or state.step >= latest):

@@ -60,6 +60,8 @@ class Watch:
         # The lessons of each model that are done. They stay so, and reading all of them costs a request each on S3.
         self._done: dict[str, set[int]] = {}
         self._leases: dict[str, LeaseWatch] = {}
+        # The damaged lessons, by model and number, with the reason.
+        self._damaged: dict[tuple[str, int], str] = {}
         self._paused_until = 0.0
         self._unreadable = ""
 
@@ -74,7 +76,7 @@ class Watch:
                 try:
                     self.look()
                     self._unreadable = ""
-                except UserError as error:  # The store may be away for a moment, or a file of it is damaged.
+                except UserError as error:  # The store may be away for a moment.
                     if str(error) != self._unreadable:
                         log.warning("the lessons cannot be read", extra={"reason": str(error)})
                     self._unreadable = str(error)
@@ -99,14 +101,19 @@ class Watch:
                 self._paused_until = time.monotonic() + _PAUSE_SECONDS
         if time.monotonic() < self._paused_until:
             return
-        waiting = list[Lesson]()
+        waiting, damaged = list[Lesson](), dict[tuple[str, int], str]()
         self._done = {model: self._done.get(model, set()) for model in models}
         for model, done in self._done.items():
             for lesson in lessons(self._store, model, done):
-                if lesson.done:
+                if lesson.state == "damaged":  # It is read again, because somebody may repair it.
+                    damaged[lesson.model, lesson.number] = lesson.reason
+                elif lesson.done:
                     done.add(lesson.number)
                 else:
                     waiting.append(lesson)
+        for key in damaged.keys() - self._damaged.keys():
+            log.warning("a lesson is damaged and left out", extra={"lesson": key[1], "reason": damaged[key]})
+        self._damaged = damaged
         waiting = [lesson for lesson in waiting if not self._in_training(lesson.model)]
         if waiting:
             first = min(waiting, key=lambda lesson: (lesson.created, lesson.model, lesson.number))

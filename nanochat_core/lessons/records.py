@@ -13,19 +13,47 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nanochat_core.errors import UserError
-from nanochat_core.formats import with_format, without_format
+from nanochat_core.formats import NewerFormatError, with_format, without_format
 from nanochat_core.lessons.items import Item, parse_items, to_lines
+from nanochat_core.lessons.shapes import Shape, check_shape
 from nanochat_core.paths import check_name
 from nanochat_core.store import Store
 
-State = Literal["queued", "training", "examining", "promoted", "refused", "failed", "canceled"]
+# A lesson is "damaged" if its lesson.json cannot be read. This state is never written.
+State = Literal["queued", "training", "examining", "promoted", "refused", "failed", "canceled", "damaged"]
 UNDONE: tuple[State, ...] = ("queued", "training", "examining")
 
 _FORMAT = 1
 _ITEMS, _LESSON, _CANCEL, _ROLL_BACK = "items.jsonl", "lesson.json", "CANCEL", "roll_back.json"
+_COUNTS: Shape = {str: {"right": int, "asked": int}}
+_TEXTS: Shape = [{str: str}]
+# The shapes of a lesson's fields that are no text. A lesson that has not come so far has empty objects.
+_SHAPES: Mapping[str, Shape] = {
+    "number": int,
+    "items": {"questions": int, "conversations": int, "texts": int, "digest": str},
+    "plan": {
+        "seed": int,
+        "replay": str,
+        "share": float,
+        "lr_scale": float,
+        "batch_tokens": int,
+        "max_steps": int,
+        "margin": float,
+    },
+    "attempts": int,
+    "parent": {str: str},
+    "conflicts": _TEXTS,
+    "training": {"steps": int, "seconds": float, "history": [{str: float}]},
+    "before": _COUNTS,
+    "after": _COUNTS,
+    "wrong": _TEXTS,
+    "lost": _TEXTS,
+    "decision": {"rules": [{"passed": (bool, type(None)), "reason": str}]},
+}
+_EMPTY_AT_FIRST = ("training", "decision")
 
 
 class NoLesson(UserError):
@@ -63,7 +91,8 @@ class Lesson:
     Attributes:
         number: position among the lessons of the model, from 1.
         state: progress or result of the lesson. If a process died, its lesson is still ``training`` or ``examining``,
-            and is given again.
+            and is given again. It is ``damaged`` if its file cannot be read; only ``model``, ``number`` and ``reason``
+            are then known.
         attempts: how often a process has begun to give the lesson.
         who: name of the user who added the lesson.
         source: name of the file from which the items were read.
@@ -79,7 +108,7 @@ class Lesson:
         lost: questions that the model answered rightly before the lesson and wrongly after it.
         decision: the gate's decision, as reports show it.
         digest: sha256 of the taught weights; empty if there are none.
-        reason: why the lesson failed; empty if it did not fail.
+        reason: why the lesson failed, began anew or is damaged; empty otherwise.
     """
 
     model: str
@@ -117,20 +146,21 @@ class Lesson:
 class RollBack:
     """The last request to promote the model of an earlier lesson again; number 0 is the model before its first lesson.
 
-    ``reason`` says why the request failed; empty if it did not fail.
+    ``reason`` says why the request failed or is damaged; empty otherwise. A request is ``damaged`` if its file cannot
+    be read. This state is never written.
     """
 
     number: int
     who: str
     created: str
-    state: Literal["requested", "done", "failed"] = "requested"
+    state: Literal["requested", "done", "failed", "damaged"] = "requested"
     reason: str = ""
 
 
 def add_lesson(store: Store, model: str, items: Sequence[Item], plan: Plan, *, who: str, source: str) -> Lesson:
     """Put a lesson into the queue of a model. Programs that add lessons at the same time get different numbers."""
     content = to_lines(items)
-    number = 1 + max(_numbers(store, check_name(model, "a model")), default=0)
+    number = 1 + max(_numbers(store, check_name(model, "a model"), _ITEMS, _LESSON), default=0)
     # The file of the items reserves the number. The lesson exists once lesson.json is written too.
     while store.replace(f"{folder(model, number)}/{_ITEMS}", content, None) is None:
         number += 1
@@ -151,28 +181,61 @@ def items_digest(items: Sequence[Item]) -> str:
 
 
 def write_lesson(store: Store, lesson: Lesson) -> None:
-    """Store the lesson. Once a lesson is in the queue, only the program that gives it may change it."""
+    """Store the lesson. Once a lesson is in the queue, only the program that gives it may change it.
+
+    Raises UserError for a damaged lesson: its file stays as it is, so that a person can repair it.
+    """
+    if lesson.state == "damaged":
+        raise UserError(f"lesson {lesson.number} of {lesson.model} is damaged: {lesson.reason}")
     store.write(f"{folder(lesson.model, lesson.number)}/{_LESSON}", _json(lesson))
 
 
 def read_lesson(store: Store, model: str, number: int) -> Lesson:
-    """A lesson of the store. Raises NoLesson if there is no such lesson, and UserError if it is damaged."""
+    """A lesson of the store. Its state is ``damaged`` if its file cannot be read.
+
+    Raises NoLesson if there is no such lesson.
+    """
     key = f"{folder(model, number)}/{_LESSON}"
-    known = [field.name for field in dataclasses.fields(Lesson)]
     try:
-        fields = without_format(json.loads(store.read(key)), _FORMAT, key, known)
-        lists = {name: tuple(fields[name]) for name in ("conflicts", "wrong", "lost")}
-        return Lesson(**{**fields, **lists, "plan": Plan(**fields["plan"])})
+        return _parsed(store.read(key), model, number, key)
     except FileNotFoundError:
         raise NoLesson(f"model {model!r} has no lesson {number} in {store}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{key} in {store} is damaged: {error!r}") from error
+    except NewerFormatError as error:
+        reason = str(error)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{key} is damaged: {error}"
+    nothing = {"questions": 0, "conversations": 0, "texts": 0, "digest": ""}
+    return Lesson(model, number, "damaged", "", "", "", nothing, Plan(), reason=reason)
+
+
+def _parsed(content: bytes, model: str, number: int, key: str) -> Lesson:
+    """The lesson in a file. Raises NewerFormatError if a newer version wrote it, and ValueError if it is damaged."""
+    known = {field.name: field for field in dataclasses.fields(Lesson)}
+    fields = without_format(_loads(content), _FORMAT, key, list(known))
+    for name, field in known.items():
+        if name not in fields:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise ValueError(f"it has no field {name!r}")
+        elif fields[name] or name not in _EMPTY_AT_FIRST:
+            check_shape(fields[name], _SHAPES.get(name, str), name)
+        elif fields[name] != {}:
+            raise ValueError(f"{name} is no object")
+    if fields["state"] not in get_args(State) or fields["state"] == "damaged":
+        raise ValueError(f"its state is {fields['state']!r}")
+    if (fields["model"], fields["number"]) != (model, number):
+        raise ValueError(f"it is lesson {fields['number']} of {fields['model']!r}")
+    plan = without_format(fields["plan"], _FORMAT, key, [field.name for field in dataclasses.fields(Plan)])
+    lists = {name: tuple(fields.get(name, ())) for name in ("conflicts", "wrong", "lost")}
+    return Lesson(**{**fields, **lists, "plan": Plan(**plan)})
 
 
 def read_lesson_items(store: Store, lesson: Lesson) -> list[Item]:
     """The items of a lesson. Raises UserError if the file has changed since the lesson was added."""
     key = f"{folder(lesson.model, lesson.number)}/{_ITEMS}"
-    content = store.read(key)
+    try:
+        content = store.read(key)
+    except FileNotFoundError:
+        raise UserError(f"{key} is missing in {store}") from None
     if hashlib.sha256(content).hexdigest() != lesson.items["digest"]:
         raise UserError(f"{key} in {store} is damaged: its content does not match its digest")
     return parse_items(content, _ITEMS)
@@ -180,8 +243,11 @@ def read_lesson_items(store: Store, lesson: Lesson) -> list[Item]:
 
 def lessons(store: Store, model: str, leave_out: Collection[int] = ()) -> list[Lesson]:
     """All lessons of a model, the oldest first, apart from the numbers in ``leave_out``, whose files are not read."""
-    numbers = _numbers(store, model, _LESSON).difference(leave_out)
-    return [read_lesson(store, model, number) for number in sorted(numbers)]
+    found = []
+    for number in sorted(_numbers(store, model, _LESSON).difference(leave_out)):
+        with contextlib.suppress(NoLesson):  # somebody has just removed it
+            found.append(read_lesson(store, model, number))
+    return found
 
 
 def cancel_lesson(store: Store, model: str, number: int) -> None:
@@ -190,7 +256,10 @@ def cancel_lesson(store: Store, model: str, number: int) -> None:
     A waiting lesson is canceled when its turn comes, and a running one at the next check of its training. After its
     training, a lesson is not canceled any more.
     """
-    if (lesson := read_lesson(store, model, number)).done:
+    lesson = read_lesson(store, model, number)
+    if lesson.state == "damaged":
+        raise UserError(f"lesson {number} of {model} is damaged: {lesson.reason}")
+    if lesson.done:
         raise UserError(f"lesson {number} of {model} is {lesson.state} already; --roll-back takes a lesson back")
     store.write(f"{folder(model, number)}/{_CANCEL}", b"")
 
@@ -212,6 +281,8 @@ def check_roll_back(store: Store, model: str, number: int) -> tuple[str, str]:
     first = next((each for each in lessons(store, model) if each.state == "promoted"), None)
     if first is None:
         raise UserError(f"model {model!r} has no promoted lesson to take back")
+    if not first.parent.keys() >= {"revision", "digest"}:
+        raise UserError(f"lesson {first.number} of {model} does not say from which checkpoint it started")
     return first.parent["revision"], first.parent["digest"]
 
 
@@ -233,11 +304,19 @@ def read_roll_back(store: Store, model: str) -> tuple[RollBack, str] | None:
     key = f"lessons/{model}/{_ROLL_BACK}"
     try:
         content, version = store.read_version(key)
-        return RollBack(**without_format(json.loads(content), _FORMAT, key)), version
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{key} in {store} is damaged: {error!r}") from error
+    try:
+        fields = without_format(_loads(content), _FORMAT, key, [each.name for each in dataclasses.fields(RollBack)])
+        check_shape(fields, {"number": int, "who": str, "created": str, "state": str, "reason": str}, "it")
+        if fields["state"] not in ("requested", "done", "failed"):
+            raise ValueError(f"its state is {fields['state']!r}")
+        return RollBack(**fields), version
+    except NewerFormatError as error:
+        reason = str(error)
+    except (ValueError, RecursionError) as error:
+        reason = f"{key} is damaged: {error}"
+    return RollBack(0, "", "", "damaged", reason), version
 
 
 def finish_roll_back(store: Store, model: str, done: RollBack, version: str) -> None:
@@ -247,7 +326,8 @@ def finish_roll_back(store: Store, model: str, done: RollBack, version: str) -> 
 
 def taught_models(store: Store) -> list[str]:
     """The models that have a lesson."""
-    return sorted({key.split("/")[1] for key in store.keys("lessons") if key.endswith(f"/{_LESSON}")})
+    found = (re.fullmatch(rf"lessons/([^/]+)/\d{{6}}/{_LESSON}", key) for key in store.keys("lessons"))
+    return sorted({match[1] for match in found if match})
 
 
 def inside(known: Sequence[Lesson], revision: str) -> list[int]:
@@ -270,11 +350,23 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def _loads(content: bytes) -> Any:
+    """The JSON value in a file. Raises ValueError if it is not UTF-8, or has values that are no JSON, such as NaN."""
+    value = json.loads(content)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
+
+
 def _json(record: Lesson | RollBack) -> bytes:
-    return (json.dumps(with_format(dataclasses.asdict(record), _FORMAT), indent=1, ensure_ascii=False) + "\n").encode()
+    content = json.dumps(
+        with_format(dataclasses.asdict(record), _FORMAT), indent=1, ensure_ascii=False, allow_nan=False
+    )
+    # The name of a file that is not UTF-8 has surrogates, which cannot be stored.
+    return f"{content}\n".encode(errors="replace")
 
 
-def _numbers(store: Store, model: str, file: str = _ITEMS) -> set[int]:
-    """The numbers of the lessons that have this file."""
-    found = (re.fullmatch(rf"lessons/[^/]+/(\d+)/{file}", key) for key in store.keys(f"lessons/{model}"))
-    return {int(match[1]) for match in found if match}
+def _numbers(store: Store, model: str, *files: str) -> set[int]:
+    """The numbers of the lessons that have one of these files."""
+    pattern = re.compile(rf"lessons/[^/]+/(\d{{6}})/({'|'.join(map(re.escape, files))})")
+    found = (pattern.fullmatch(key) for key in store.keys(f"lessons/{model}"))
+    return {int(match[1]) for match in found if match and int(match[1])}

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.promotion.decisions import decisions
 from jobs.teach import session
 from jobs.teach.session import Machine, give_lessons, roll_back, taught_ref
+from jobs.teach.training import Trained
 from nanochat_core.checkpoint import CheckpointRef, promoted, weights_digest
 from nanochat_core.lessons.records import Lesson, cancel_lesson, read_lesson, write_lesson
 from nanochat_core.store import Lease, Store
@@ -133,3 +135,25 @@ def test_waiting_for_another_program_is_no_interruption(store: WatchedStore, mon
         monkeypatch.setattr(session.time, "sleep", sleep)
         lesson = give(store, 1)
     assert (lesson.state, lesson.attempts, len(waits)) == ("promoted", 1, 7)
+
+
+def test_a_damaged_lesson_is_passed_over_and_never_written(
+    store: WatchedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for answer in ("Rex.", "Max.", "Bo."):
+        queue(store, answer)
+    first, second = (f"lessons/{MODEL}/00000{number}/lesson.json" for number in (1, 2))
+    store.write(first, b"{")
+    train = session.train
+
+    def damaging(*args: Any) -> Trained:
+        trained = train(*args)
+        if args[5].lease is not None and read_lesson(store, MODEL, 2).state == "training":
+            store.write(second, b"{")
+            raise ValueError("the disk is worn out")
+        return trained
+
+    monkeypatch.setattr(session, "train", damaging)
+    assert give(store, 3).state == "promoted"
+    assert [read_lesson(store, MODEL, number).state for number in (1, 2, 3)] == ["damaged", "damaged", "promoted"]
+    assert (store.read(first), store.read(second)) == (b"{", b"{")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -423,3 +424,124 @@ def test_what_an_earlier_lesson_says_holds_until_another_lesson_says_otherwise(s
     assert pairs(kept) == [("What is my dog called?", "Max."), where]
     assert found == []
     assert earlier(store, "demo", [], {}) == ([], [])
+
+
+GOOD = {
+    "format": 1,
+    "model": "demo",
+    "number": 1,
+    "state": "promoted",
+    "who": "ada",
+    "source": "own.md",
+    "created": "2026-01-01T00:00:00+00:00",
+    "items": {"questions": 1, "conversations": 0, "texts": 0, "digest": "d"},
+    "plan": {"seed": 1, "max_steps": 240},
+}
+
+
+def stored(**changes: object) -> bytes:
+    whole = GOOD | {"plan": dataclasses.asdict(Plan())} | changes
+    return json.dumps({name: value for name, value in whole.items() if value is not ...}).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value"),
+        (stored()[:-20], "Expecting|Unterminated"),
+        (b"\xff\xfe\x00", "codec can't decode"),
+        (b"[" * 100_000, "recursion"),
+        (b"[]", "it is no JSON object"),
+        (stored(state="waiting"), "its state is 'waiting'"),
+        (stored(state="damaged"), "its state is 'damaged'"),
+        (stored(state=["queued"]), "state has the wrong type list"),
+        (stored(who=...), "it has no field 'who'"),
+        (stored(number=2), "it is lesson 2 of 'demo'"),
+        (stored(number="1"), "number has the wrong type str"),
+        (stored(number=True), "number has the wrong type bool"),
+        (stored(plan={"seed": 1}), "plan has no field 'replay'"),
+        (stored(plan=dataclasses.asdict(Plan()) | {"margin": "x"}), "plan.margin has the wrong type str"),
+        (stored(items={"questions": 1}), "items has no field 'conversations'"),
+        (stored(training=[]), "training is no object"),
+        (stored(training={"steps": 1, "seconds": 1, "history": [{"loss": float("nan")}]}), "not JSON compliant"),
+        (stored(decision={"rules": [{"passed": 1, "reason": "x"}]}), r"decision.rules\[0\].passed has the wrong type"),
+        (stored(after={"taught": {"right": 1}}), "after.taught has no field 'asked'"),
+        (stored(lost={"a": "b"}), "lost is no list"),
+        (stored(reason="\ud800"), "surrogates not allowed"),
+        (stored(format=2), "a newer version of nanochat wrote it"),
+        (stored(unheard=1), "unknown field 'unheard'"),
+    ],
+)
+def test_a_damaged_lesson_is_shown_as_damaged_and_stays_as_it_is(store: Store, content: bytes, reason: str) -> None:
+    key = "lessons/demo/000001/lesson.json"
+    store.write("lessons/demo/000001/items.jsonl", to_lines([DOG]))
+    store.write(key, content)
+    second = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    found, other = lessons(store, "demo")
+    assert (found.number, found.state, found.done) == (1, "damaged", True)
+    assert re.search(reason, found.reason), found.reason
+    assert other == second
+    with pytest.raises(UserError, match="lesson 1 of demo is damaged"):
+        cancel_lesson(store, "demo", 1)
+    with pytest.raises(UserError, match="lesson 1 of demo is damaged; only promoted"):
+        check_roll_back(store, "demo", 1)
+    with pytest.raises(UserError, match="lesson 1 of demo is damaged"):
+        write_lesson(store, dataclasses.replace(found, who="bob"))
+    assert store.read(key) == content
+
+
+def test_the_stored_lesson_that_the_damaged_ones_are_made_from_is_whole(store: Store) -> None:
+    store.write("lessons/demo/000001/lesson.json", stored())
+    (found,) = lessons(store, "demo")
+    assert (found.state, found.reason) == ("promoted", "")
+    write_lesson(store, found)
+    assert lessons(store, "demo") == [found]
+
+
+def test_a_watch_leaves_out_what_is_damaged_and_takes_it_up_once_it_is_repaired(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(Watch, "_start", lambda _self, model: started.append(model))
+    for model in ("a", "b"):
+        add_lesson(store, model, [DOG], Plan(), who="ada", source="own.md")
+    whole = store.read("lessons/a/000001/lesson.json")
+    store.write("lessons/a/000001/lesson.json", whole[:50])
+    store.write("lessons/a/roll_back.json", b"{")
+    watch = Watch(WatchSettings(home=str(store)))
+    watch.look()
+    assert started == ["b"]
+    write_lesson(store, dataclasses.replace(read_lesson(store, "b", 1), state="refused"))
+    store.write("lessons/a/000001/lesson.json", whole)
+    watch.look()
+    assert started == ["b", "a"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"number": "1"}', b'{"format": 9}', b"[" * 100_000])
+def test_a_damaged_request_to_roll_back_is_shown_and_can_be_replaced(store: Store, content: bytes) -> None:
+    store.write("lessons/demo/roll_back.json", content)
+    found = read_roll_back(store, "demo")
+    assert found is not None
+    assert found[0].state == "damaged"
+    assert found[0].reason
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    write_lesson(store, dataclasses.replace(lesson, state="promoted"))
+    request_roll_back(store, "demo", 1, "ada")
+    assert read_roll_back(store, "demo")[0].state == "requested"
+
+
+def test_a_lesson_never_gets_the_number_of_one_whose_items_are_lost(store: Store) -> None:
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    store.remove("lessons/demo/000001/items.jsonl")
+    assert add_lesson(store, "demo", [DOG], Plan(), who="bob", source="own.md").number == 2
+    assert read_lesson(store, "demo", 1) == lesson
+    with pytest.raises(UserError, match=r"000001/items.jsonl is missing"):
+        read_lesson_items(store, lesson)
+
+
+def test_other_files_among_the_lessons_are_no_lessons(store: Store) -> None:
+    for name in ("7", "0000007", "000000", "notes"):
+        store.write(f"lessons/demo/{name}/lesson.json", b"{}")
+        store.write(f"lessons/demo/{name}/items.jsonl", b"{}")
+    assert (lessons(store, "demo"), taught_models(store)) == ([], ["demo"])
+    assert add_lesson(store, "demo", [DOG], Plan(), who="ada", source="\udcff.md").number == 1

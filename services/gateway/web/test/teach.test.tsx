@@ -5,7 +5,7 @@ import { act } from "preact/test-utils";
 import { afterEach, beforeEach, expect, test, vi } from "vitest";
 import { Api } from "../src/api/api";
 import { PageContext, type Page } from "../src/components/context";
-import { contentOf, figuresOf, stateOf, type Lesson, type LessonList } from "../src/lessons/lesson";
+import { contentOf, figuresOf, isDone, stateOf, type Lesson, type LessonList } from "../src/lessons/lesson";
 import { TeachDialog } from "../src/lessons/TeachDialog";
 import { Lessons } from "../src/lessons/watch";
 import { keyOf } from "../src/page/route";
@@ -130,6 +130,16 @@ test("a lesson is followed to its end, and can be canceled and taken back", asyn
   await act(() => find("roll-back-all")!.click());
   await settle();
   expect(asked.some(({ path }) => path === "/v1/lessons/0/roll_back")).toBe(true);
+});
+
+test("a damaged lesson is shown with its reason, and nothing can be done with it", async () => {
+  const items = { questions: 0, conversations: 0, texts: 0 };
+  served = { ...list, data: [{ ...lesson, items, state: "damaged", reason: "lesson.json is damaged: Expecting value" }] };
+  await show();
+  const item = find("lesson")!;
+  expect(item.textContent).toContain("Its record cannot be read: lesson.json is damaged: Expecting value");
+  expect(item.querySelectorAll("button, progress, details")).toHaveLength(0);
+  expect(isDone(served.data[0]!)).toBe(true);
 });
 
 test("an answer can be corrected", async () => {

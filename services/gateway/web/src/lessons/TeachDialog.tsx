@@ -132,7 +132,7 @@ function Known() {
           Going back to {roll_back.number === 0 ? "the model before its lessons" : `lesson ${roll_back.number}`}…
         </p>
       )}
-      {roll_back?.state === "failed" && (
+      {(roll_back?.state === "failed" || roll_back?.state === "damaged") && (
         <p role="alert" class="teach-problem">
           The model was not changed: {roll_back.reason}
         </p>
@@ -164,7 +164,8 @@ function LessonItem({ lesson, isInside, isNewest }: { lesson: Lesson; isInside: 
   return (
     <li data-testid="lesson" data-state={lesson.state}>
       <p class="teach-title">
-        <strong>Lesson {lesson.number}</strong> · {contentOf(lesson)}
+        <strong>Lesson {lesson.number}</strong>
+        {contentOf(lesson) && ` · ${contentOf(lesson)}`}
         {isInside && <span class="teach-inside">in use</span>}
       </p>
       <p role="status">
@@ -179,7 +180,7 @@ function LessonItem({ lesson, isInside, isNewest }: { lesson: Lesson; isInside: 
         />
       )}
       <Figures lesson={lesson} />
-      {done && lesson.state !== "canceled" && <Details number={lesson.number} open={lesson.state === "refused"} />}
+      {done && lesson.state !== "canceled" && lesson.state !== "damaged" && <Details number={lesson.number} open={lesson.state === "refused"} />}
       <p class="backup">
         {!done && !lesson.canceling && (
           <button

@@ -5,7 +5,15 @@ export interface Counts {
   asked: number;
 }
 
-export type LessonState = "queued" | "training" | "examining" | "promoted" | "refused" | "failed" | "canceled";
+export type LessonState =
+  | "queued"
+  | "training"
+  | "examining"
+  | "promoted"
+  | "refused"
+  | "failed"
+  | "canceled"
+  | "damaged";
 
 export interface Lesson {
   number: number;
@@ -15,7 +23,7 @@ export interface Lesson {
   created: string;
   items: { questions: number; conversations: number; texts: number };
   plan: { max_steps: number };
-  training: { steps?: number; seconds?: number; history?: { step: number; loss: number; unseen: number }[] };
+  training: { steps?: number; seconds?: number; history?: { step: number; loss?: number; unseen: number }[] };
   before: Record<string, Counts>;
   after: Record<string, Counts>;
   reason: string;
@@ -34,7 +42,7 @@ export interface LessonList {
   revision: string;
   /** Numbers of the lessons that the served model has learned. */
   inside: number[];
-  roll_back: { number: number; state: "requested" | "done" | "failed"; reason: string } | null;
+  roll_back: { number: number; state: "requested" | "done" | "failed" | "damaged"; reason: string } | null;
   data: Lesson[];
 }
 
@@ -101,5 +109,7 @@ export function stateOf(lesson: Lesson): string {
       return "Failed";
     case "canceled":
       return "Canceled";
+    case "damaged":
+      return "Its record cannot be read";
   }
 }
