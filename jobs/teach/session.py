@@ -160,6 +160,7 @@ def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Less
         state="training",
         attempts=lesson.attempts + 1,
         parent={"revision": parent.ref.revision, "digest": parent.weights_digest},
+        lineage=(*lineage(parent.meta), lesson.number),
         before={},
         training={},
     )
@@ -211,7 +212,7 @@ def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Less
                 "settings": {},
                 "inputs": inputs,
                 "base": parent.ref.revision,
-                "lessons": [*lineage(parent.meta), lesson.number],
+                "lessons": list(lesson.lineage),
                 "examples": parent.meta.get("examples", []),
                 "plan": {"steps": trained.steps, "batch_tokens": lesson.plan.batch_tokens},
                 "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),

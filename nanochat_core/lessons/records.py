@@ -45,6 +45,7 @@ _SHAPES: Mapping[str, Shape] = {
     },
     "attempts": int,
     "parent": {str: str},
+    "lineage": [int],
     "conflicts": _TEXTS,
     "training": {"steps": int, "seconds": float, "history": [{str: float}]},
     "before": _COUNTS,
@@ -99,6 +100,7 @@ class Lesson:
         created, finished: times in UTC (ISO 8601); ``finished`` is empty while the lesson is not done.
         items: numbers of ``questions``, ``conversations`` and ``texts``, and the ``digest`` of the items.
         parent: revision and digest of the checkpoint that was taught.
+        lineage: the numbers of the lessons in the taught model, the oldest first; empty until the lesson begins.
         conflicts: the earlier answers that the lesson contradicts. Each has the ``question``, the earlier answer
             ``before``, the lesson's answer ``after``, and the origin ``from`` of the earlier answer.
         training: the number of ``steps``, the ``seconds``, and the points of the ``history``; also during the training.
@@ -121,6 +123,7 @@ class Lesson:
     plan: Plan
     attempts: int = 0
     parent: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    lineage: Sequence[int] = ()
     finished: str = ""
     conflicts: Sequence[Mapping[str, str]] = ()
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -225,7 +228,7 @@ def _parsed(content: bytes, model: str, number: int, key: str) -> Lesson:
     if (fields["model"], fields["number"]) != (model, number):
         raise ValueError(f"it is lesson {fields['number']} of {fields['model']!r}")
     plan = without_format(fields["plan"], _FORMAT, key, [field.name for field in dataclasses.fields(Plan)])
-    lists = {name: tuple(fields.get(name, ())) for name in ("conflicts", "wrong", "lost")}
+    lists = {name: tuple(fields.get(name, ())) for name in ("lineage", "conflicts", "wrong", "lost")}
     return Lesson(**{**fields, **lists, "plan": Plan(**plan)})
 
 
@@ -244,7 +247,7 @@ def read_lesson_items(store: Store, lesson: Lesson) -> list[Item]:
 def lessons(store: Store, model: str, leave_out: Collection[int] = ()) -> list[Lesson]:
     """All lessons of a model, the oldest first, apart from the numbers in ``leave_out``, whose files are not read."""
     found = []
-    for number in sorted(_numbers(store, model, _LESSON).difference(leave_out)):
+    for number in sorted(numbers(store, model).difference(leave_out)):
         with contextlib.suppress(NoLesson):  # somebody has just removed it
             found.append(read_lesson(store, model, number))
     return found
@@ -278,7 +281,8 @@ def check_roll_back(store: Store, model: str, number: int) -> tuple[str, str]:
                 f"lesson {number} of {model} is {lesson.state}; only promoted lessons can be rolled back to"
             )
         return lesson.revision, lesson.digest
-    first = next((each for each in lessons(store, model) if each.state == "promoted"), None)
+    known = (read_lesson(store, model, each) for each in sorted(numbers(store, model)))
+    first = next((each for each in known if each.state == "promoted"), None)
     if first is None:
         raise UserError(f"model {model!r} has no promoted lesson to take back")
     if not first.parent.keys() >= {"revision", "digest"}:
@@ -330,14 +334,14 @@ def taught_models(store: Store) -> list[str]:
     return sorted({match[1] for match in found if match})
 
 
-def inside(known: Sequence[Lesson], revision: str) -> list[int]:
-    """The numbers of the lessons in a revision of a model, the oldest first. ``known`` are all lessons of the model."""
-    by_revision = {lesson.revision: lesson for lesson in known}
-    found = list[int]()
-    while (lesson := by_revision.get(revision)) is not None and lesson.number not in found:
-        found.append(lesson.number)
-        revision = lesson.parent.get("revision", "")
-    return found[::-1]
+def numbers(store: Store, model: str) -> set[int]:
+    """The numbers of all lessons of a model."""
+    return _numbers(store, model, _LESSON)
+
+
+def is_reserved(store: Store, model: str, number: int) -> bool:
+    """Whether a lesson has this number, or a program is adding it."""
+    return store.exists(f"{folder(model, number)}/{_ITEMS}")
 
 
 def folder(model: str, number: int) -> str:
@@ -366,7 +370,7 @@ def _json(record: Lesson | RollBack) -> bytes:
 
 
 def _numbers(store: Store, model: str, *files: str) -> set[int]:
-    """The numbers of the lessons that have one of these files."""
+    """The numbers of the folders of lessons that have one of these files."""
     pattern = re.compile(rf"lessons/[^/]+/(\d{{6}})/({'|'.join(map(re.escape, files))})")
     found = (pattern.fullmatch(key) for key in store.keys(f"lessons/{model}"))
     return {int(match[1]) for match in found if match and int(match[1])}

@@ -11,6 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from nanochat_core.discovery import addresses_of
+from nanochat_core.lessons.lists import LessonLists
 from nanochat_core.sandboxes import Sandboxes
 from nanochat_core.store import open_store
 from nanochat_core.tls import tls_files
@@ -92,6 +93,7 @@ def create_app(settings: GatewaySettings, lookup: Lookup = addresses_of) -> Fast
     app.state.drain, app.state.metrics, app.state.admission = Drain(), metrics, admission
     app.state.progress = progress.ProgressReader()
     app.state.lessons = open_store(settings.lessons_home) if settings.lessons_home else None
+    app.state.lesson_lists = LessonLists(app.state.lessons) if app.state.lessons else None
     values = MemoryValues() if admission.redis is None else RedisValues(admission.redis)
     app.state.kept_responses = KeptResponses(values, settings.response_seconds, settings.max_body_bytes)
     for endpoints in (

@@ -137,6 +137,32 @@ async def test_a_full_queue_takes_no_more_lessons(store: Store, tmp_path: Path) 
     assert answers == [201] * 20 + [429]
 
 
+async def test_a_list_comes_in_pages_and_shows_what_is_damaged(store: Store, tmp_path: Path) -> None:
+    async with gateway(tmp_path) as http:
+        for _ in range(5):
+            model = (await http.post(URL, json={"items": [DOG]})).json()["model"]
+        store.write(f"lessons/{model}/000002/lesson.json", b"{")
+        store.write(f"lessons/{model}/roll_back.json", b"{")
+        seen, after = list[int](), None
+        while True:
+            query = {"limit": 2, "order": "desc"} | ({"after": after} if after else {})
+            listed = (await http.get(URL, params=query)).json()
+            seen += [each["number"] for each in listed["data"]]
+            after = seen[-1]
+            if not listed["has_more"]:
+                break
+        assert seen == [5, 4, 3, 2, 1]
+        listed = (await http.get(URL)).json()
+        assert [each["state"] for each in listed["data"]] == ["queued", "damaged", "queued", "queued", "queued"]
+        assert "000002/lesson.json is damaged" in listed["data"][1]["reason"]
+        assert listed["roll_back"]["state"] == "damaged"
+        assert (await http.get(f"{URL}/2")).json()["state"] == "damaged"
+        assert (await http.post(f"{URL}/2/cancel")).status_code == 409
+        for query in ({"limit": 0}, {"limit": 101}, {"after": "x"}, {"order": "random"}):
+            assert (await http.get(URL, params=query)).status_code == 400
+    assert store.read(f"lessons/{model}/000002/lesson.json") == b"{"
+
+
 async def test_a_gateway_without_a_place_for_lessons_says_so(tmp_path: Path) -> None:
     async with gateway(tmp_path, lessons_home="") as http:
         answer = await http.post(URL, json={"items": [DOG]})

@@ -31,6 +31,7 @@ from nanochat_core.lessons.items import (
     read_items,
     to_lines,
 )
+from nanochat_core.lessons.lists import LessonLists
 from nanochat_core.lessons.records import (
     Lesson,
     Plan,
@@ -38,7 +39,6 @@ from nanochat_core.lessons.records import (
     cancel_lesson,
     check_roll_back,
     finish_roll_back,
-    inside,
     is_canceled,
     lessons,
     read_lesson,
@@ -343,9 +343,14 @@ def test_the_lessons_inside_a_revision_are_those_of_its_parents(store: Store) ->
     for parent in parents:
         lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
         write_lesson(store, dataclasses.replace(lesson, parent={"revision": parent}))
-    found = lessons(store, "demo")
-    assert inside(found, "lesson/step_000004") == [1, 3, 4]
-    assert inside(found, "sft/step_000007") == []
+    lists = LessonLists(store)
+    assert lists.inside("demo", "lesson/step_000004") == [1, 3, 4]
+    assert lists.inside("demo", "sft/step_000007") == []
+    write_lesson(store, dataclasses.replace(read_lesson(store, "demo", 4), lineage=(1, 2, 4)))
+    assert lists.inside("demo", "lesson/step_000004") == [1, 2, 4]
+    assert lists.inside("demo", "lesson/step_000009") == []
+    store.write("lessons/demo/000004/lesson.json", b"{")
+    assert lists.inside("demo", "lesson/step_000004") == []
 
 
 def test_each_lesson_gets_its_own_number_and_its_items(store: Store) -> None:
@@ -545,3 +550,67 @@ def test_other_files_among_the_lessons_are_no_lessons(store: Store) -> None:
         store.write(f"lessons/demo/{name}/items.jsonl", b"{}")
     assert (lessons(store, "demo"), taught_models(store)) == ([], ["demo"])
     assert add_lesson(store, "demo", [DOG], Plan(), who="ada", source="\udcff.md").number == 1
+
+
+def ended(store: Store, count: int) -> None:
+    for _ in range(count):
+        lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+        history = [{"step": step, "unseen": 0.5} for step in (10, 20)]
+        training = {"steps": 20, "seconds": 1.0, "history": history}
+        wrong = ({"question": "Who?", "answer": "Bob.", "expected": "Ada."},)
+        write_lesson(store, dataclasses.replace(lesson, state="refused", wrong=wrong, training=training))
+
+
+def test_a_list_of_lessons_comes_in_pages_of_both_orders(store: Store) -> None:
+    ended(store, 5)
+    store.write("lessons/demo/000003/lesson.json", b"{")
+    lists = LessonLists(store)
+
+    def pages(*, newest_first: bool) -> list[list[int]]:
+        found, after, more = list[list[int]](), None, True
+        while more:
+            page, more = lists.page("demo", 2, after, newest_first=newest_first)
+            found.append([lesson.number for lesson in page])
+            after = found[-1][-1]
+        return found
+
+    assert pages(newest_first=False) == [[1, 2], [3, 4], [5]]
+    assert pages(newest_first=True) == [[5, 4], [3, 2], [1]]
+    assert lists.page("demo", 5, None, newest_first=True)[1] is False
+    assert lists.page("demo", 5, 9, newest_first=False) == ([], False)
+    assert lists.page("other", 5, None, newest_first=False) == ([], False)
+    (first,), _ = lists.page("demo", 1, None, newest_first=False)
+    assert (first.wrong, first.training["history"]) == ((), [{"step": 20, "unseen": 0.5}])
+
+
+def test_a_list_reads_each_lesson_that_is_done_once_and_lists_the_folder_seldom(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended(store, 30)
+    waiting = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    reads, listings, seconds = list[str](), list[str](), [0.0]
+    read, keys = type(store).read, type(store).keys
+    monkeypatch.setattr(type(store), "read", lambda self, key: (reads.append(key), read(self, key))[1])
+    monkeypatch.setattr(type(store), "keys", lambda self, prefix: (listings.append(prefix), keys(self, prefix))[1])
+    lists = LessonLists(store, clock=lambda: seconds[0])
+
+    def newest() -> list[int]:
+        reads.clear()
+        return [lesson.number for lesson in lists.page("demo", 5, None, newest_first=True)[0]]
+
+    assert newest() == [31, 30, 29, 28, 27]
+    assert len(reads) == 6  # one more says whether there are more
+    assert newest() == [31, 30, 29, 28, 27]
+    assert reads == ["lessons/demo/000031/lesson.json"]
+    assert lists.queued("demo", 20) == 1
+    write_lesson(store, dataclasses.replace(waiting, state="promoted"))
+    add_lesson(store, "demo", [DOG], Plan(), who="bob", source="own.md")
+    listings.clear()
+    assert newest() == [32, 31, 30, 29, 28]
+    assert len(reads) == 2
+    assert listings == []
+
+    store.delete("lessons/demo/000031")
+    seconds[0] = 61.0
+    assert newest() == [32, 30, 29, 28, 27]
+    assert listings == ["lessons/demo"]

@@ -7,22 +7,21 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import ConfigDict, Field
 
 from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import MAX_ITEMS, parse_items
+from nanochat_core.lessons.lists import LessonLists
 from nanochat_core.lessons.records import (
     Lesson,
     NoLesson,
     Plan,
     add_lesson,
     cancel_lesson,
-    inside,
     is_canceled,
-    lessons,
     read_lesson,
     read_roll_back,
     request_roll_back,
@@ -42,6 +41,8 @@ T = TypeVar("T")
 
 _MOST_WAITING = 20
 _MAX_NAME_CHARACTERS = 256
+_MOST_LISTED = 100
+_LISTED = 20
 # Fields of a lesson that a list of lessons leaves out.
 _DETAILS = ("conflicts", "wrong", "lost", "decision")
 
@@ -78,14 +79,24 @@ async def _store(request: Request) -> Store:
     return store
 
 
+async def _lists(request: Request, _: Annotated[Store, Depends(_store)]) -> LessonLists:
+    return cast(LessonLists, request.app.state.lesson_lists)
+
+
 StoreDep = Annotated[Store, Depends(_store)]
+ListsDep = Annotated[LessonLists, Depends(_lists)]
 _Number = Annotated[int, Path(ge=1, le=999_999)]
 _Model = Annotated[str | None, Query(description="the model; may be left out if the server has only one")]
 
 
 @router.post("", summary="Teach the model", status_code=201)
 async def create_lesson(
-    body: NewLesson, request: Request, pool: PoolDep, admission: AdmissionDep, store: StoreDep
+    body: NewLesson,
+    request: Request,
+    pool: PoolDep,
+    admission: AdmissionDep,
+    store: StoreDep,
+    lists: ListsDep,
 ) -> dict[str, Any]:
     """Put a lesson into the queue of the model. The model is taught and examined, and then promoted or refused."""
     check_known(body, pool.settings)
@@ -94,7 +105,7 @@ async def create_lesson(
     model = _served(pool, body.model).info.name
 
     def add() -> Lesson:
-        if sum(not lesson.done for lesson in lessons(store, model)) >= _MOST_WAITING:
+        if lists.queued(model, _MOST_WAITING) >= _MOST_WAITING:
             raise ApiError(429, f"{_MOST_WAITING} lessons wait for this model already.", code="lessons_waiting")
         if body.items:
             content, source = "".join(json.dumps(item) + "\n" for item in body.items), "items.jsonl"
@@ -110,24 +121,35 @@ async def create_lesson(
 
 
 @router.get("", summary="List the lessons")
-async def list_lessons(pool: PoolDep, store: StoreDep, model: _Model = None) -> dict[str, Any]:
-    """All lessons of a model, the oldest first. `inside` has the numbers of those that the served revision has learned.
+async def list_lessons(
+    pool: PoolDep,
+    store: StoreDep,
+    lists: ListsDep,
+    model: _Model = None,
+    limit: Annotated[int, Query(ge=1, le=_MOST_LISTED, description="most lessons in the answer")] = _LISTED,
+    after: Annotated[int | None, Query(ge=0, le=1_000_000, description="number of the last lesson before")] = None,
+    order: Annotated[Literal["asc", "desc"], Query(description="asc: the oldest first")] = "asc",
+) -> dict[str, Any]:
+    """The lessons of a model without their details. `has_more` says whether others come `after` the last one.
 
-    `roll_back` is the last request to roll back, with its `state`; null if there was none.
+    `inside` has the numbers of the lessons that the served revision has learned. `roll_back` is the last request to
+    roll back, with its `state`; null if there was none. `training.history` has only its last point.
     """
     served = _served(pool, model)
 
     def read() -> dict[str, Any]:
-        known = lessons(store, served.info.name)
-        asked = read_roll_back(store, served.info.name)
-        data = [_described(store, lesson) for lesson in known]
+        name, revision = served.info.name, served.info.revision
+        page, more = lists.page(name, limit, after, newest_first=order == "desc")
+        asked = read_roll_back(store, name)
+        data = [_described(store, lesson) for lesson in page]
         return {
             "object": "list",
-            "model": served.info.name,
-            "revision": served.info.revision,
-            "inside": inside(known, served.info.revision),
+            "model": name,
+            "revision": revision,
+            "inside": lists.inside(name, revision),
             "roll_back": dataclasses.asdict(asked[0]) if asked else None,
             "data": [{name: value for name, value in each.items() if name not in _DETAILS} for each in data],
+            "has_more": more,
         }
 
     return await _done(read)

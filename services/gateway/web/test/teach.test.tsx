@@ -24,11 +24,20 @@ const lesson: Lesson = {
   reason: "",
   canceling: false,
 };
-const list: LessonList = { model: "demo", revision: "sft/step_000720", inside: [], roll_back: null, data: [] };
+const list: LessonList = {
+  model: "demo",
+  revision: "sft/step_000720",
+  inside: [],
+  roll_back: null,
+  data: [],
+  has_more: false,
+};
+const canceled = (...numbers: number[]): Lesson[] =>
+  numbers.map((number) => ({ ...lesson, number, state: "canceled" }));
 
 let served: LessonList;
 let status: number;
-let asked: { path: string; method: string; body: unknown }[];
+let asked: { path: string; query: string; method: string; body: unknown }[];
 let lessons: Lessons;
 
 beforeEach(() => {
@@ -41,7 +50,8 @@ beforeEach(() => {
   [served, status, asked] = [list, 200, []];
   vi.useFakeTimers();
   vi.stubGlobal("fetch", (url: URL, init: RequestInit) => {
-    asked.push({ path: url.pathname, method: init.method ?? "GET", body: init.body && JSON.parse(String(init.body)) });
+    const body: unknown = init.body && JSON.parse(String(init.body));
+    asked.push({ path: url.pathname, query: url.search, method: init.method ?? "GET", body });
     const answer = status === 200 ? served : { error: { message: "items.jsonl:1 has no answer.", code: "x" } };
     return Promise.resolve(Response.json(answer, { status }));
   });
@@ -102,6 +112,7 @@ test("facts are taught, and an error of the server is shown beside them", async 
   await settle();
   expect(asked.findLast(({ method }) => method === "POST")).toEqual({
     path: "/v1/lessons",
+    query: "",
     method: "POST",
     body: { items: [{ question: "Who am I?", answer: "You are Zoe." }] },
   });
@@ -134,12 +145,40 @@ test("a lesson is followed to its end, and can be canceled and taken back", asyn
 
 test("a damaged lesson is shown with its reason, and nothing can be done with it", async () => {
   const items = { questions: 0, conversations: 0, texts: 0 };
-  served = { ...list, data: [{ ...lesson, items, state: "damaged", reason: "lesson.json is damaged: Expecting value" }] };
+  served = {
+    ...list,
+    data: [{ ...lesson, items, state: "damaged", reason: "lesson.json is damaged: Expecting value" }],
+  };
   await show();
   const item = find("lesson")!;
   expect(item.textContent).toContain("Its record cannot be read: lesson.json is damaged: Expecting value");
   expect(item.querySelectorAll("button, progress, details")).toHaveLength(0);
   expect(isDone(served.data[0]!)).toBe(true);
+});
+
+test("older lessons are shown when asked for, and stay while the newest are followed", async () => {
+  served = { ...list, data: canceled(9, 8), has_more: true };
+  await show();
+  const numbers = () => lessons.list.value!.data.map(({ number }) => number);
+  served = { ...list, data: canceled(7, 6), has_more: true };
+  await act(() => find("lessons-older")!.click());
+  await settle();
+  expect(asked.at(-1)!.query).toBe("?order=desc&after=8");
+  expect(numbers()).toEqual([9, 8, 7, 6]);
+  served = { ...list, data: canceled(10, 9), has_more: true };
+  await act(async () => void (await vi.advanceTimersByTimeAsync(1_100)));
+  await settle();
+  expect(asked.at(-1)!.query).toBe("?order=desc");
+  expect(numbers()).toEqual([10, 9, 8, 7, 6]);
+  served = { ...list, data: canceled(5), has_more: false };
+  await act(() => find("lessons-older")!.click());
+  await settle();
+  expect(numbers()).toEqual([10, 9, 8, 7, 6, 5]);
+  await settle();
+  expect(find("lessons-older")).toBeNull();
+  served = { ...list, data: canceled(13, 12), has_more: true };
+  await act(async () => void (await vi.advanceTimersByTimeAsync(1_100)));
+  expect(numbers(), "lesson 11 would be missing between the lists").toEqual([13, 12]);
 });
 
 test("an answer can be corrected", async () => {

@@ -46,8 +46,10 @@ export class Api {
     yield* chatParts(response.body);
   }
 
-  lessons(): Promise<LessonList> {
-    return this.json("v1/lessons", { cache: "no-store" });
+  /** The newest lessons, or those that are older than the lesson `after`. */
+  lessons(after?: number): Promise<LessonList> {
+    const older = after === undefined ? "" : `&after=${after}`;
+    return this.json(`v1/lessons?order=desc${older}`, { cache: "no-store" });
   }
 
   lesson(number: number): Promise<LessonDetails> {

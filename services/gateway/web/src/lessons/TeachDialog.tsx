@@ -139,7 +139,7 @@ function Known() {
       )}
       {list.data.length === 0 && <p class="hint">{list.model} has had no lesson yet.</p>}
       <ol class="teach-lessons">
-        {list.data.toReversed().map((lesson) => (
+        {list.data.map((lesson) => (
           <LessonItem
             key={lesson.number}
             lesson={lesson}
@@ -148,6 +148,11 @@ function Known() {
           />
         ))}
       </ol>
+      {list.has_more && (
+        <button type="button" class="button" data-testid="lessons-older" onClick={() => void lessons.showOlder()}>
+          Older lessons
+        </button>
+      )}
       {inside.length > 0 && (
         <button type="button" class="button" data-testid="roll-back-all" onClick={() => void lessons.rollBack(0)}>
           Take all lessons back
@@ -180,7 +185,9 @@ function LessonItem({ lesson, isInside, isNewest }: { lesson: Lesson; isInside: 
         />
       )}
       <Figures lesson={lesson} />
-      {done && lesson.state !== "canceled" && lesson.state !== "damaged" && <Details number={lesson.number} open={lesson.state === "refused"} />}
+      {done && lesson.state !== "canceled" && lesson.state !== "damaged" && (
+        <Details number={lesson.number} open={lesson.state === "refused"} />
+      )}
       <p class="backup">
         {!done && !lesson.canceling && (
           <button

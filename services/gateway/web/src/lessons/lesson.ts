@@ -6,14 +6,7 @@ export interface Counts {
 }
 
 export type LessonState =
-  | "queued"
-  | "training"
-  | "examining"
-  | "promoted"
-  | "refused"
-  | "failed"
-  | "canceled"
-  | "damaged";
+  "queued" | "training" | "examining" | "promoted" | "refused" | "failed" | "canceled" | "damaged";
 
 export interface Lesson {
   number: number;
@@ -43,7 +36,10 @@ export interface LessonList {
   /** Numbers of the lessons that the served model has learned. */
   inside: number[];
   roll_back: { number: number; state: "requested" | "done" | "failed" | "damaged"; reason: string } | null;
+  /** The newest lesson first. */
   data: Lesson[];
+  /** Whether there are older lessons. */
+  has_more: boolean;
 }
 
 export interface Fact {
@@ -72,6 +68,16 @@ export function figuresOf({ before, after }: Lesson): { words: string; before: s
     before: shown(before[group]),
     after: shown(after[group]),
   }));
+}
+
+/** The list with the lessons of `known` that are older than its own. They do not change any more. */
+export function withOlder(list: LessonList, known: LessonList | null): LessonList {
+  const oldest = list.data.at(-1)?.number;
+  if (!known || known.model !== list.model || oldest === undefined || !list.has_more) return list;
+  const older = known.data.filter(({ number }) => number < oldest);
+  // Without a common lesson, lessons between the two lists could be missing.
+  if (older.length === 0 || older.length === known.data.length) return list;
+  return { ...list, data: [...list.data, ...older], has_more: known.has_more };
 }
 
 /** What a lesson consists of, such as `3 questions, 1 text`. */

@@ -1,7 +1,7 @@
 import { computed, signal, type ReadonlySignal } from "@preact/signals";
 import type { Api } from "../api/api";
 import { ApiError } from "../api/errors";
-import { isDone, type Fact, type LessonDetails, type LessonList, type NewLesson } from "./lesson";
+import { isDone, withOlder, type Fact, type LessonDetails, type LessonList, type NewLesson } from "./lesson";
 
 const CHECK_MS = 1_000;
 
@@ -26,7 +26,8 @@ export class Lessons {
     clearTimeout(this.timer);
     const before = this.list.peek();
     try {
-      this.list.value = this.options.hasKey() ? await this.api.lessons() : null;
+      const found = this.options.hasKey() ? await this.api.lessons() : null;
+      this.list.value = found && withOlder(found, this.list.peek());
     } catch (error) {
       // The key may not teach, or the server takes no lessons. After another failure, the known list stays.
       if (error instanceof ApiError && [401, 403, 404].includes(error.status ?? 0)) this.list.value = null;
@@ -67,6 +68,22 @@ export class Lessons {
 
   rollBack(number: number): Promise<boolean> {
     return this.act(() => this.api.changeLesson(number, "roll_back"));
+  }
+
+  /** Shows the next older lessons, too. */
+  async showOlder(): Promise<void> {
+    const last = this.list.peek()?.data.at(-1);
+    if (!last) return;
+    this.problem.value = "";
+    try {
+      const { data, has_more } = await this.api.lessons(last.number);
+      const list = this.list.peek();
+      // A check may have replaced the list meanwhile.
+      if (list?.data.at(-1)?.number === last.number)
+        this.list.value = { ...list, data: [...list.data, ...data], has_more };
+    } catch (error) {
+      this.problem.value = error instanceof Error ? error.message : String(error);
+    }
   }
 
   /** A lesson with its reasons; null if the server does not say. */
