@@ -6,6 +6,10 @@ from collections.abc import Callable
 # Exit code of the gate, and of a pipeline or a lesson whose model the gate refused. The code 2 means a wrong setting,
 # and codes from 128 on make Kubernetes restart the job.
 EXIT_REFUSED = 3
+# Exit codes of a lesson that failed for a reason of its own, such as an answer that is too long, and of a lesson that
+# somebody canceled. A program that crashed has the code 1.
+EXIT_FAILED = 4
+EXIT_CANCELED = 5
 
 # The CPU's allocator, CUDA, cuBLAS and cuDNN report missing memory as RuntimeErrors with these texts.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")

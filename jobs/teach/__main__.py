@@ -10,10 +10,18 @@ from jobs.teach.session import Machine, give_lessons, roll_back
 from jobs.teach.settings import TeachSettings
 from nanochat_core.checkpoint import check_model_name, load_meta, promoted
 from nanochat_core.device import prepare_cpu
-from nanochat_core.errors import EXIT_REFUSED, UserError
+from nanochat_core.errors import EXIT_CANCELED, EXIT_FAILED, EXIT_REFUSED, RetryableError, UserError
 from nanochat_core.lessons.items import read_items
-from nanochat_core.lessons.records import Lesson, add_lesson, cancel_lesson, is_canceled, items_digest, lessons
-from nanochat_core.store import Store, open_store
+from nanochat_core.lessons.records import (
+    Lesson,
+    State,
+    add_lesson,
+    cancel_lesson,
+    is_canceled,
+    items_digest,
+    lessons,
+)
+from nanochat_core.store import LeaseLost, Store, StoreError, open_store
 
 _GROUPS = {
     "taught": "as written",
@@ -23,6 +31,8 @@ _GROUPS = {
     "kept": "among other questions",
 }
 _SHOWN = 10
+# Exit codes of a lesson that did not fail and was not damaged.
+_EXIT: dict[State, int] = {"promoted": 0, "refused": EXIT_REFUSED, "canceled": EXIT_CANCELED}
 
 
 def main(settings: TeachSettings) -> None:
@@ -37,10 +47,12 @@ def main(settings: TeachSettings) -> None:
     else:
         prepare_cpu(settings.threads)
         number = _queued(store, model, settings)
-        lesson = give_lessons(store, model, Machine(settings.threads, settings.device), number)
+        try:
+            lesson = give_lessons(store, model, Machine(settings.threads, settings.device), number)
+        except (StoreError, LeaseLost) as error:
+            raise RetryableError(f"lesson {number} is not done; run again to go on: {error}") from error
         show_lesson(lesson, print)
-        if lesson.state != "promoted":
-            raise SystemExit(EXIT_REFUSED if lesson.state == "refused" else 1)
+        raise SystemExit(_EXIT.get(lesson.state, EXIT_FAILED))
 
 
 def _queued(store: Store, model: str, settings: TeachSettings) -> int:
@@ -77,12 +89,15 @@ def show_list(store: Store, model: str, show: Callable[[str], None]) -> None:
     served = current.revision if current else "(nothing promoted)"
     show(f"{model} {served}: lessons {', '.join(map(str, inside)) or 'none'}")
     for lesson in lessons(store, model):
+        if lesson.state == "damaged":
+            show(f" {lesson.number:>4}  {lesson.state:<9}  {lesson.reason}")
+            continue
         counts = "  ".join(f"{name} {_share(lesson, name)}" for name in _GROUPS if name in lesson.after)
         items = ", ".join(
             f"{lesson.items[name]} {name}" for name in ("questions", "conversations", "texts") if lesson.items[name]
         )
         mark, digest = "*" if lesson.number in inside else " ", lesson.digest[:12] or "-"
-        columns = (f"{mark}{lesson.number:>4}", f"{lesson.state:<8}", lesson.created, lesson.who, digest, items, counts)
+        columns = (f"{mark}{lesson.number:>4}", f"{lesson.state:<9}", lesson.created, lesson.who, digest, items, counts)
         show("  ".join(columns).rstrip())
 
 
@@ -93,7 +108,7 @@ def show_lesson(lesson: Lesson, show: Callable[[str], None]) -> None:
     if lesson.training:
         show(f"  {lesson.training['steps']} steps in {lesson.training['seconds']:.0f} s")
     for name, words in _GROUPS.items():
-        if name in lesson.after:
+        if name in lesson.before and name in lesson.after:
             was, after = lesson.before[name], lesson.after[name]
             show(f"  {after['right']:>4} of {after['asked']:<4} right {words} (before: {was['right']})")
     for conflict in lesson.conflicts:

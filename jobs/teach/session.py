@@ -36,6 +36,7 @@ from nanochat_core.device import choose_device
 from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item, check_lengths
 from nanochat_core.lessons.records import (
+    MOST_ATTEMPTS,
     Lesson,
     State,
     check_roll_back,
@@ -60,8 +61,6 @@ _LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
 # one wrong answer is a large share of them.
 _EARLIER, _KIND, _LOSS = 0.1, 0.1, 0.1
 _POLL_SECONDS = 1.0
-# A lesson that was interrupted this often fails, because it probably ends its own process, for example for memory.
-_MOST_ATTEMPTS = 5
 _MOST_QUOTED = 50
 
 
@@ -111,7 +110,7 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
     """
     state: State = "failed"
     try:
-        if lesson.attempts >= _MOST_ATTEMPTS:
+        if lesson.attempts >= MOST_ATTEMPTS:
             raise UserError(f"the lesson was interrupted {lesson.attempts} times; the log of the program says why")
         return _teach(store, lesson, machine, lease)
     except LessonCanceled:

@@ -9,6 +9,7 @@ later process gives a lesson again that was interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -19,16 +20,21 @@ import time
 from typing import Literal
 
 from jobs.program import JobSettings, run_program
-from nanochat_core.errors import EXIT_REFUSED, UserError
+from nanochat_core.errors import EXIT_CANCELED, EXIT_FAILED, EXIT_REFUSED, RetryableError, UserError
 from nanochat_core.lessons.records import (
+    MOST_ATTEMPTS,
     Lesson,
+    NoLesson,
     finish_roll_back,
     lessons,
+    now,
+    read_lesson,
     read_roll_back,
     taught_models,
+    write_lesson,
 )
 from nanochat_core.settings import setting
-from nanochat_core.store import LeaseWatch, open_store
+from nanochat_core.store import Lease, LeaseWatch, NameInUse, open_store
 
 log = logging.getLogger("jobs.teach")
 
@@ -36,10 +42,13 @@ log = logging.getLogger("jobs.teach")
 _NICENESS = 10
 _STOP_SECONDS = 10.0
 _ROLL_BACK_SECONDS = 300.0
-# Time between two attempts after a process that did not end its lesson.
-_PAUSE_SECONDS = 5.0
-# Exit codes of processes that ended their lesson: promoted, failed or canceled, refused.
-_ENDED = (0, 1, EXIT_REFUSED)
+# Time between two attempts after a process that did not end its lesson. It doubles with each process in a row.
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0
+# Exit codes of processes that ended their lesson.
+_ENDED = (0, EXIT_REFUSED, EXIT_FAILED, EXIT_CANCELED)
+# Exit codes of processes that could not go on and say nothing against the lesson: the store is away, or somebody has
+# stopped the process.
+_RETRIED = (RetryableError.exit_code, 130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +71,10 @@ class Watch:
         self._leases: dict[str, LeaseWatch] = {}
         # The damaged lessons, by model and number, with the reason.
         self._damaged: dict[tuple[str, int], str] = {}
-        self._paused_until = 0.0
+        # The model of the process, and the attempts of its waiting lessons before the process began.
+        self._model, self._attempts = "", dict[int, int]()
+        # For each model: the processes in a row that did not end their lesson, and the time before which none begins.
+        self._interrupted: dict[str, tuple[int, float]] = {}
         self._unreadable = ""
 
     def run(self) -> None:
@@ -96,11 +108,7 @@ class Watch:
             if (code := self._lesson.poll()) is None:
                 return
             self._lesson = None
-            if code not in _ENDED:
-                log.warning("a lesson was interrupted", extra={"exit_code": code})
-                self._paused_until = time.monotonic() + _PAUSE_SECONDS
-        if time.monotonic() < self._paused_until:
-            return
+            self._ended(code)
         waiting, damaged = list[Lesson](), dict[tuple[str, int], str]()
         self._done = {model: self._done.get(model, set()) for model in models}
         for model, done in self._done.items():
@@ -114,10 +122,48 @@ class Watch:
         for key in damaged.keys() - self._damaged.keys():
             log.warning("a lesson is damaged and left out", extra={"lesson": key[1], "reason": damaged[key]})
         self._damaged = damaged
-        waiting = [lesson for lesson in waiting if not self._in_training(lesson.model)]
-        if waiting:
-            first = min(waiting, key=lambda lesson: (lesson.created, lesson.model, lesson.number))
-            self._lesson = self._start(first.model)
+        free = [
+            lesson for lesson in waiting if not self._is_paused(lesson.model) and not self._in_training(lesson.model)
+        ]
+        if free:
+            model = min(free, key=lambda lesson: (lesson.created, lesson.model, lesson.number)).model
+            self._model, self._attempts = model, {each.number: each.attempts for each in waiting if each.model == model}
+            self._lesson = self._start(model)
+
+    def _ended(self, code: int) -> None:
+        """Decide from the exit code of a process what becomes of its lessons."""
+        if code in _ENDED:
+            self._interrupted.pop(self._model, None)
+            return
+        count = self._interrupted.get(self._model, (0, 0.0))[0]
+        pause = min(_PAUSE_SECONDS * 2**count, _LONGEST_PAUSE_SECONDS)
+        self._interrupted[self._model] = count + 1, time.monotonic() + pause
+        log.warning("a lesson was interrupted", extra={"model": self._model, "exit_code": code, "pause": pause})
+        if code not in _RETRIED:
+            with contextlib.suppress(NameInUse, NoLesson):  # another program gives the lesson
+                self._count(code)
+
+    def _count(self, code: int) -> None:
+        """Count the attempt of a process that died before it could do so itself, and end a lesson that never begins.
+
+        A lesson that has begun is not ended here. Its model may be promoted already, and the next process sees that.
+        """
+        with Lease(self._store, f"models/{self._model}", "jobs.teach"):
+            for number, attempts in sorted(self._attempts.items()):
+                lesson = read_lesson(self._store, self._model, number)
+                if lesson.done:
+                    continue
+                if lesson.attempts == attempts:
+                    lesson = dataclasses.replace(lesson, attempts=attempts + 1)
+                    if not lesson.parent and (code == UserError.exit_code or lesson.attempts >= MOST_ATTEMPTS):
+                        times = "refused to begin" if code == UserError.exit_code else f"died {lesson.attempts} times"
+                        reason = f"its program {times} with exit code {code}; the log of the program says why"
+                        lesson = dataclasses.replace(lesson, state="failed", finished=now(), reason=reason)
+                    write_lesson(self._store, lesson)
+                return
+
+    def _is_paused(self, model: str) -> bool:
+        return time.monotonic() < self._interrupted.get(model, (0, 0.0))[1]
 
     def _in_training(self, model: str) -> bool:
         """Whether a training has the model. Its lessons wait for the end of it, and other models need not."""
@@ -139,6 +185,7 @@ class Watch:
             done = dataclasses.replace(asked, state="done")
         else:
             reason = said.decode(errors="replace").strip().rpartition("\n")[2].rpartition("error: ")[2]
+            reason = reason or f"the program ended with exit code {process.returncode}"
             done = dataclasses.replace(asked, state="failed", reason=reason)
         log.info("rolled back", extra={"model": model, "lesson": asked.number, "state": done.state})
         finish_roll_back(self._store, model, done, version)

@@ -26,6 +26,9 @@ from nanochat_core.store import Store
 State = Literal["queued", "training", "examining", "promoted", "refused", "failed", "canceled", "damaged"]
 UNDONE: tuple[State, ...] = ("queued", "training", "examining")
 
+# A lesson that was interrupted this often fails, because it probably ends its own process, for example for memory.
+MOST_ATTEMPTS = 5
+
 _FORMAT = 1
 _ITEMS, _LESSON, _CANCEL, _ROLL_BACK = "items.jsonl", "lesson.json", "CANCEL", "roll_back.json"
 _COUNTS: Shape = {str: {"right": int, "asked": int}}

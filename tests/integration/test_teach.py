@@ -13,6 +13,7 @@ import pytest
 from jobs.teach.memory import lineage
 from jobs.teach.session import taught_ref
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint, load_meta, promoted, weights_digest
+from nanochat_core.errors import EXIT_CANCELED, EXIT_FAILED
 from nanochat_core.lessons.items import read_items
 from nanochat_core.lessons.records import (
     Lesson,
@@ -156,7 +157,7 @@ def test_a_lesson_waits_for_the_one_before_and_can_be_canceled(jobs: Jobs) -> No
     second.wait_until(lambda: len(lessons(jobs.store, NAME)) == 2)
     teach(jobs, cancel=2)
     assert first.wait() == 0, first.stderr
-    assert second.wait() == 1, second.stderr
+    assert second.wait() == EXIT_CANCELED, second.stderr
     assert [lesson.state for lesson in lessons(jobs.store, NAME)] == ["promoted", "canceled"]
     assert promoted(jobs.store, NAME) == taught_ref(read_lesson(jobs.store, NAME, 1))
 
@@ -194,13 +195,17 @@ def test_the_watch_gives_lessons_of_the_store_and_rolls_back(jobs: Jobs) -> None
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [("Q: Who?\n", "has no answer"), ("", "has nothing to learn"), ("Q: Who?\nA: " + "x" * 2000, "the model reads 64")],
+    ("content", "message", "code"),
+    [
+        ("Q: Who?\n", "has no answer", 2),
+        ("", "has nothing to learn", 2),
+        ("Q: Who?\nA: " + "x" * 2000, "the model reads 64", EXIT_FAILED),
+    ],
 )
-def test_a_lesson_that_cannot_be_given_says_why(jobs: Jobs, content: str, message: str) -> None:
+def test_a_lesson_that_cannot_be_given_says_why(jobs: Jobs, content: str, message: str, code: int) -> None:
     path = jobs.logs.parent / "wrong.md"
     path.write_text(content)
     job = start(jobs, str(path))
-    assert job.wait() in (1, 2)
+    assert job.wait() == code
     assert message in job.stderr
     assert "Traceback" not in job.stderr

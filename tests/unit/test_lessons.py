@@ -1,14 +1,18 @@
 """What a lesson is made from: items in files, wordings, the queue in the store, and what a lesson contradicts."""
 
 import dataclasses
+import itertools
 import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from jobs.teach import abilities, session
+from jobs.teach import __main__ as program
+from jobs.teach import abilities, session, watch
 from jobs.teach.abilities import EXAMINED, ability_of, drills, with_output
 from jobs.teach.memory import Conflict, all_wordings, asked_by
 from jobs.teach.memory import _agreeing as agreeing
@@ -16,10 +20,11 @@ from jobs.teach.memory import _conflicts as conflicts
 from jobs.teach.memory import _earlier as earlier
 from jobs.teach.memory import _renamed as renamed
 from jobs.teach.session import Machine, give_lessons
+from jobs.teach.settings import TeachSettings
 from jobs.teach.watch import Watch, WatchSettings
 from jobs.teach.wordings import clause, keywords, with_statements, wordings
 from nanochat_core.chat import Message, Part
-from nanochat_core.errors import UserError
+from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.lessons import records
 from nanochat_core.lessons.items import (
     MAX_BYTES,
@@ -35,6 +40,7 @@ from nanochat_core.lessons.lists import LessonLists
 from nanochat_core.lessons.records import (
     Lesson,
     Plan,
+    State,
     add_lesson,
     cancel_lesson,
     check_roll_back,
@@ -49,7 +55,7 @@ from nanochat_core.lessons.records import (
     write_lesson,
 )
 from nanochat_core.sandbox import SandboxExecutor
-from nanochat_core.store import Lease, Store, open_store
+from nanochat_core.store import Lease, LeaseLost, Store, StoreError, open_store
 from tests.support.engine_models import BYTES
 
 DOG = Item.of("What is my dog's name?", "Your dog is called Biscuit.")
@@ -296,15 +302,15 @@ def test_a_watch_reads_a_lesson_that_is_done_only_once(store: Store, monkeypatch
     monkeypatch.setattr(records, "read_lesson", counted)
     lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
     write_lesson(store, dataclasses.replace(lesson, state="promoted"))
-    watch = Watch(WatchSettings(home=str(store)))
-    watch.look()
-    watch.look()
+    looking = Watch(WatchSettings(home=str(store)))
+    looking.look()
+    looking.look()
     assert reads == [1]
 
     started: list[str] = []
     monkeypatch.setattr(Watch, "_start", lambda _self, model: started.append(model))
     add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
-    watch.look()
+    looking.look()
     assert (reads, started) == ([1, 2], ["demo"])
 
 
@@ -313,10 +319,10 @@ def test_lessons_of_other_models_do_not_wait_for_a_training(store: Store, monkey
     monkeypatch.setattr(Watch, "_start", lambda _self, model: started.append(model))
     for model in ("a", "b"):
         add_lesson(store, model, [DOG], Plan(), who="ada", source="own.md")
-    watch = Watch(WatchSettings(home=str(store)))
+    looking = Watch(WatchSettings(home=str(store)))
     with Lease(store, "models/a", "jobs.train.pretrain"):
-        watch.look()
-    watch.look()
+        looking.look()
+    looking.look()
     assert started == ["b", "a"]
 
 
@@ -513,12 +519,12 @@ def test_a_watch_leaves_out_what_is_damaged_and_takes_it_up_once_it_is_repaired(
     whole = store.read("lessons/a/000001/lesson.json")
     store.write("lessons/a/000001/lesson.json", whole[:50])
     store.write("lessons/a/roll_back.json", b"{")
-    watch = Watch(WatchSettings(home=str(store)))
-    watch.look()
+    looking = Watch(WatchSettings(home=str(store)))
+    looking.look()
     assert started == ["b"]
     write_lesson(store, dataclasses.replace(read_lesson(store, "b", 1), state="refused"))
     store.write("lessons/a/000001/lesson.json", whole)
-    watch.look()
+    looking.look()
     assert started == ["b", "a"]
 
 
@@ -614,3 +620,140 @@ def test_a_list_reads_each_lesson_that_is_done_once_and_lists_the_folder_seldom(
     seconds[0] = 61.0
     assert newest() == [32, 30, 29, 28, 27]
     assert listings == ["lessons/demo"]
+
+
+class Watched:
+    """A watch whose processes end at once with a given exit code, on a clock that the test moves."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.store, self.code, self.started, self.seconds = store, 0, list[str](), 1000.0
+        monkeypatch.setattr(watch.time, "monotonic", lambda: self.seconds)
+        monkeypatch.setattr(Watch, "_start", lambda _self, model: self._start(model))
+        self.watch = Watch(WatchSettings(home=str(store)))
+
+    def _start(self, model: str) -> Any:
+        self.started.append(model)
+        return SimpleNamespace(poll=lambda: self.code)
+
+    def run(self, code: int, pause: float = 1000.0) -> Lesson:
+        """Let a process end with ``code``, and return the first lesson of the model ``demo`` after a pause."""
+        self.code = code
+        self.watch.look()  # starts a process
+        self.watch.look()  # sees its end
+        self.seconds += pause
+        return read_lesson(self.store, "demo", 1)
+
+
+@pytest.mark.parametrize("code", [1, -9, -11])
+def test_a_lesson_whose_process_always_dies_fails_after_five_attempts(
+    store: Store, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    watched = Watched(store, monkeypatch)
+    found = [watched.run(code) for _ in range(5)]
+    assert [lesson.attempts for lesson in found] == [1, 2, 3, 4, 5]
+    assert [lesson.state for lesson in found] == ["queued"] * 4 + ["failed"]
+    assert found[-1].reason == f"its program died 5 times with exit code {code}; the log of the program says why"
+    assert found[-1].finished
+    watched.watch.look()
+    assert watched.started == ["demo"] * 5
+
+
+def test_the_pauses_between_attempts_grow_and_delay_no_other_model(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    watched = Watched(store, monkeypatch)
+    starts = list[float]()
+    watched.code = 138
+    for _ in range(1200):
+        watched.watch.look()
+        if len(watched.started) > len(starts):
+            starts.append(watched.seconds)
+        watched.seconds += 1.0
+    pauses = [later - earlier for earlier, later in itertools.pairwise(starts)]
+    assert pauses[:6] == [6.0, 11.0, 21.0, 41.0, 81.0, 161.0]  # a process is seen to have ended after a second
+    assert set(pauses[6:]) == {301.0}
+    add_lesson(store, "other", [DOG], Plan(), who="ada", source="own.md")
+    watched.code = 0
+    watched.started.clear()
+    for _ in range(3):
+        watched.watch.look()
+    assert "other" in watched.started
+
+
+@pytest.mark.parametrize("code", [138, 143, 130, -15, -2])
+def test_a_lesson_does_not_fail_because_the_store_is_away_or_somebody_stops_its_process(
+    store: Store, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    watched = Watched(store, monkeypatch)
+    assert [watched.run(code) for _ in range(8)] == [lesson] * 8
+    assert watched.started == ["demo"] * 8
+
+
+def test_a_lesson_that_its_program_refuses_is_not_tried_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    watched = Watched(store, monkeypatch)
+    found = watched.run(2)
+    assert (found.state, found.reason) == (
+        "failed",
+        "its program refused to begin with exit code 2; the log of the program says why",
+    )
+
+
+def test_a_process_that_counted_its_attempt_or_ended_its_lesson_is_left_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    watched = Watched(store, monkeypatch)
+    watched.code = 1
+    watched.watch.look()
+    begun = dataclasses.replace(lesson, state="training", attempts=1, parent={"revision": "sft/step_000001"})
+    write_lesson(store, begun)
+    watched.watch.look()
+    assert read_lesson(store, "demo", 1) == begun
+    watched.seconds += 1000
+    write_lesson(store, dataclasses.replace(begun, attempts=4))
+    assert watched.run(1) == dataclasses.replace(begun, attempts=5), "the model may be promoted already"
+    watched.watch.look()
+    write_lesson(store, dataclasses.replace(begun, state="canceled"))
+    watched.watch.look()
+    assert read_lesson(store, "demo", 1).state == "canceled"
+
+
+@pytest.mark.parametrize("code", [0, 3, 4, 5])
+def test_a_process_that_ended_its_lesson_is_followed_by_the_next_at_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    watched = Watched(store, monkeypatch)
+    assert watched.run(code, pause=0.0).attempts == 0
+    watched.watch.look()
+    assert len(watched.started) == 3
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("promoted", 0), ("refused", 3), ("failed", 4), ("damaged", 4), ("canceled", 5)]
+)
+def test_the_exit_code_says_how_a_lesson_ended(
+    store: Store, monkeypatch: pytest.MonkeyPatch, state: State, code: int
+) -> None:
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    monkeypatch.setattr(program, "give_lessons", lambda *_: dataclasses.replace(lesson, state=state))
+    with pytest.raises(SystemExit) as ended:
+        program.main(TeachSettings(home=str(store), lesson=("demo",)))
+    assert ended.value.code == code
+
+
+@pytest.mark.parametrize("error", [StoreError("the store is away"), LeaseLost("somebody else gives it")])
+def test_a_lesson_that_could_not_go_on_is_to_be_given_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, error: UserError
+) -> None:
+    def give(*_: object) -> Lesson:
+        raise error
+
+    add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    monkeypatch.setattr(program, "give_lessons", give)
+    with pytest.raises(RetryableError, match=f"lesson 1 is not done; run again to go on: {error}"):
+        program.main(TeachSettings(home=str(store), lesson=("demo",)))
