@@ -1,7 +1,7 @@
 """Teaches a promoted model what a person writes down: a lesson of questions and answers, conversations or plain text.
 
 A lesson is a folder ``lessons/<model>/<n>/`` of the store (:mod:`lessons`). A program that asks for a lesson, such as
-``jobs.teach``, writes this folder; the lesson then waits in the queue of its model. :mod:`session` gives the waiting
+``jobs.teach``, writes this folder; the lesson then waits in the queue of its model. :mod:`session` gives the queued
 lessons to the model, one after another. Each lesson has these parts:
 
 1. :mod:`items` reads and checks what the person wrote. :mod:`wordings` makes further wordings of each question from

@@ -73,7 +73,7 @@ class Machine:
 
 
 def give_lessons(store: Store, model: str, machine: Machine, until: int) -> Lesson:
-    """Give the waiting and interrupted lessons of a model in their order, up to lesson ``until``. Returns that lesson.
+    """Give the queued and interrupted lessons of a model in their order, up to lesson ``until``. Returns that lesson.
 
     If another program gives lessons to the model or trains it, this program waits until the other program has ended.
     """

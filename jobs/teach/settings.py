@@ -15,14 +15,14 @@ class TeachSettings(JobSettings):
 
     lesson: tuple[str, ...] = setting(
         help="the model, and the file to learn from (.jsonl, .md or text), also without the flag; without a file, "
-        "the model's waiting and interrupted lessons are given",
+        "the model's queued and interrupted lessons are given",
         positional=True,
     )
     list: bool = setting(False, "list the model's lessons instead")
     roll_back: int | None = setting(
         None, "promote the model of this lesson again instead; 0 is the model before its first lesson", minimum=0
     )
-    cancel: int | None = setting(None, "cancel this waiting or running lesson instead", minimum=1)
+    cancel: int | None = setting(None, "cancel this lesson instead, which is queued or in training", minimum=1)
     replay: str = setting(
         "", "mixture of conversations that the model must not forget; by default, the mixture of its fine-tuning"
     )

@@ -1,7 +1,7 @@
 """Gives the lessons that are in the store, as they come: ``python -m jobs.teach.watch``.
 
 This program runs beside the services. It looks for lessons and for requests to roll back in the folder ``lessons/`` of
-the store, and starts ``python -m jobs.teach`` for the waiting lessons of a model and for each roll-back. A lesson that
+the store, and starts ``python -m jobs.teach`` for the queued lessons of a model and for each roll-back. A lesson that
 needs more memory than there is therefore does not end this program, and no memory stays in use while no lesson waits.
 If this program is killed, the process that it has started ends its lessons, because it holds the lease of the model. A
 later process gives a lesson again that was interrupted.
@@ -71,7 +71,7 @@ class Watch:
         self._leases: dict[str, LeaseWatch] = {}
         # The damaged lessons, by model and number, with the reason.
         self._damaged: dict[tuple[str, int], str] = {}
-        # The model of the process, and the attempts of its waiting lessons before the process began.
+        # The model of the process, and the attempts of its queued lessons before the process began.
         self._model, self._attempts = "", dict[int, int]()
         # For each model: the processes in a row that did not end their lesson, and the time before which none begins.
         self._interrupted: dict[str, tuple[int, float]] = {}
@@ -109,7 +109,7 @@ class Watch:
                 return
             self._lesson = None
             self._ended(code)
-        waiting, damaged = list[Lesson](), dict[tuple[str, int], str]()
+        queued, damaged = list[Lesson](), dict[tuple[str, int], str]()
         self._done = {model: self._done.get(model, set()) for model in models}
         for model, done in self._done.items():
             for lesson in lessons(self._store, model, done):
@@ -118,16 +118,16 @@ class Watch:
                 elif lesson.done:
                     done.add(lesson.number)
                 else:
-                    waiting.append(lesson)
+                    queued.append(lesson)
         for key in damaged.keys() - self._damaged.keys():
             log.warning("a lesson is damaged and left out", extra={"lesson": key[1], "reason": damaged[key]})
         self._damaged = damaged
         free = [
-            lesson for lesson in waiting if not self._is_paused(lesson.model) and not self._in_training(lesson.model)
+            lesson for lesson in queued if not self._is_paused(lesson.model) and not self._in_training(lesson.model)
         ]
         if free:
             model = min(free, key=lambda lesson: (lesson.created, lesson.model, lesson.number)).model
-            self._model, self._attempts = model, {each.number: each.attempts for each in waiting if each.model == model}
+            self._model, self._attempts = model, {each.number: each.attempts for each in queued if each.model == model}
             self._lesson = self._start(model)
 
     def _ended(self, code: int) -> None:

@@ -46,10 +46,10 @@ class LessonLists:
             found.append(lesson)
         return found, False
 
-    def queued(self, model: str, most: int) -> int:
+    def undone(self, model: str, most: int) -> int:
         """The number of lessons of a model that are not done, or ``most`` if there are more.
 
-        Lessons are given in their order, so only the newest ones can be waiting.
+        Lessons are given in their order, so only the newest ones can be queued.
         """
         return sum(not lesson.done for lesson in self.page(model, most, None, newest_first=True)[0])
 

@@ -259,7 +259,7 @@ def lessons(store: Store, model: str, leave_out: Collection[int] = ()) -> list[L
 def cancel_lesson(store: Store, model: str, number: int) -> None:
     """Ask the program that gives a lesson to cancel it. Raises UserError if the lesson is done or does not exist.
 
-    A waiting lesson is canceled when its turn comes, and a running one at the next check of its training. After its
+    A queued lesson is canceled when its turn comes, and one in training at the next check of the training. After its
     training, a lesson is not canceled any more.
     """
     lesson = read_lesson(store, model, number)

@@ -7,7 +7,7 @@ import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -38,6 +38,7 @@ from nanochat_core.lessons.items import (
 )
 from nanochat_core.lessons.lists import LessonLists
 from nanochat_core.lessons.records import (
+    UNDONE,
     Lesson,
     Plan,
     State,
@@ -608,7 +609,7 @@ def test_a_list_reads_each_lesson_that_is_done_once_and_lists_the_folder_seldom(
     assert len(reads) == 6  # one more says whether there are more
     assert newest() == [31, 30, 29, 28, 27]
     assert reads == ["lessons/demo/000031/lesson.json"]
-    assert lists.queued("demo", 20) == 1
+    assert lists.undone("demo", 20) == 1
     write_lesson(store, dataclasses.replace(waiting, state="promoted"))
     add_lesson(store, "demo", [DOG], Plan(), who="bob", source="own.md")
     listings.clear()
@@ -757,3 +758,16 @@ def test_a_lesson_that_could_not_go_on_is_to_be_given_again(
     monkeypatch.setattr(program, "give_lessons", give)
     with pytest.raises(RetryableError, match=f"lesson 1 is not done; run again to go on: {error}"):
         program.main(TeachSettings(home=str(store), lesson=("demo",)))
+
+
+def test_the_page_and_the_documentation_use_the_states_of_the_store() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "services/gateway/web/src/lessons/lesson.ts").read_text()
+    union = re.search(r"export type LessonState =(.*?);", page, re.DOTALL)
+    undone = re.search(r"!\[(.*?)\]\.includes\(state\)", page)
+    assert union
+    assert undone
+    assert re.findall(r'"(\w+)"', union[1]) == list(get_args(State))
+    assert re.findall(r'"(\w+)"', undone[1]) == list(UNDONE)
+    documented = re.findall(r"^\| `(\w+)` \| .* \|$", (root / "docs/lessons.md").read_text(), re.MULTILINE)
+    assert [name for name in documented if name in get_args(State)] == list(get_args(State))

@@ -39,7 +39,7 @@ router = APIRouter(prefix="/v1/lessons", tags=["Lessons"], responses=ERROR_RESPO
 
 T = TypeVar("T")
 
-_MOST_WAITING = 20
+_MOST_QUEUED = 20
 _MAX_NAME_CHARACTERS = 256
 _MOST_LISTED = 100
 _LISTED = 20
@@ -105,8 +105,8 @@ async def create_lesson(
     model = _served(pool, body.model).info.name
 
     def add() -> Lesson:
-        if lists.queued(model, _MOST_WAITING) >= _MOST_WAITING:
-            raise ApiError(429, f"{_MOST_WAITING} lessons wait for this model already.", code="lessons_waiting")
+        if lists.undone(model, _MOST_QUEUED) >= _MOST_QUEUED:
+            raise ApiError(429, f"{_MOST_QUEUED} lessons are queued for this model already.", code="lessons_queued")
         if body.items:
             content, source = "".join(json.dumps(item) + "\n" for item in body.items), "items.jsonl"
         else:
@@ -164,7 +164,7 @@ async def retrieve_lesson(number: _Number, pool: PoolDep, store: StoreDep, model
 
 @router.post("/{number}/cancel", summary="Cancel a lesson")
 async def cancel(number: _Number, pool: PoolDep, store: StoreDep, model: _Model = None) -> dict[str, Any]:
-    """A waiting lesson is canceled at its turn, and a running one within ten steps of its training."""
+    """A queued lesson is canceled at its turn, and one in training within ten steps."""
     name = _served(pool, model).info.name
 
     def ask() -> dict[str, Any]:
