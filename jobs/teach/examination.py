@@ -96,7 +96,6 @@ def examination(
     items: Sequence[Item],
     worded: Mapping[int, Wordings],
     memory: Memory,
-    by_wording: Mapping[str, Item],
     drills: Sequence[Conversation],
 ) -> Examination:
     """The examination of a lesson. Equal arguments give equal questions.
@@ -104,7 +103,6 @@ def examination(
     Args:
         parent: the checkpoint before the lesson.
         worded: the wordings of each item that is a single question, by the item's index.
-        by_wording: the lesson's item for each :func:`normal` wording.
         drills: drills of the lesson's abilities that training does not show.
     """
     rng = random.Random(f"{lesson.plan.seed}/examination")  # noqa: S311
@@ -120,7 +118,7 @@ def examination(
         *(_question("unseen", item, asked(item, wording)[:-1]) for item, wording in _some(unseen, rng)),
         *(_drill(question, answer) for question, answer in _some(drills, rng)),
         *(_question("earlier", item, item.messages[:-1]) for item in _some(memory.items, rng) if item.messages),
-        *_kept(store, parent, memory, by_wording),
+        *_kept(store, parent, memory),
     ]
     task = GenerativeTask(LESSON_QUESTIONS, tuple(questions), tools=True, max_tokens=_MAX_TOKENS)
     probes = [rendered(tokenizer, item.messages, row_tokens) for item in _some(chats, rng)]
@@ -171,8 +169,8 @@ def _right(expected: str, response: Response, _: SandboxExecutor) -> bool:
     return contains_phrase(expected, response.text)
 
 
-def _kept(store: Store, parent: Checkpoint, memory: Memory, by_wording: Mapping[str, Item]) -> list[OpenQuestion]:
-    """Questions from held-out conversations of the model's recipe, without those whose answers the lesson changes."""
+def _kept(store: Store, parent: Checkpoint, memory: Memory) -> list[OpenQuestion]:
+    """Questions from held-out conversations of the model's recipe, without those whose answers lessons change."""
     origin = read_origin(store, parent.ref.model) or {}
     recipe = RECIPES.get(str(origin.get("recipe")))
     if recipe is None:
@@ -181,7 +179,7 @@ def _kept(store: Store, parent: Checkpoint, memory: Memory, by_wording: Mapping[
     kept = []
     for item, question in zip(evaluated, demo.task(evaluated).questions, strict=True):
         answer = item.reference if isinstance(item.reference, str) else item.reference[-1]["text"]
-        if not memory.contradicts(str(item.messages[-1]["content"]), answer, by_wording):
+        if not memory.contradicts(str(item.messages[-1]["content"]), answer):
             kept.append(dataclasses.replace(question, group=f"kept.{item.kind}"))
     return kept
 

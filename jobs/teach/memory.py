@@ -26,7 +26,7 @@ from nanochat_core.chat import Message, Part
 from nanochat_core.checkpoint import Checkpoint, load_meta
 from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item, normal
-from nanochat_core.lessons.records import Lesson, Plan, lessons, read_lesson_items
+from nanochat_core.lessons.records import Lesson, Plan, lessons, read_lesson, read_lesson_items
 from nanochat_core.store import Store
 
 Conversation = Sequence[Message]
@@ -68,7 +68,11 @@ class Memory:
         near: the members of ``conversations`` whose questions have words of the lesson but whose answers are not the
             lesson's, and those that say that an answer is unknown. The model could confuse them with the lesson.
         items: items of the model's earlier lessons whose questions the lesson does not ask.
-        conflicts: the earlier answers that the lesson replaces.
+        conflicts: the earlier answers that the lesson replaces. They are named to the user.
+        replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. The earlier ones were named in
+            their own lesson.
+        answered: the items of the lesson, and of earlier lessons as far as they are still valid, by their
+            :func:`normal` wordings.
     """
 
     conversations: list[Conversation]
@@ -76,14 +80,17 @@ class Memory:
     near: list[Conversation]
     items: list[Item]
     conflicts: list[Conflict]
+    replaced: list[Conflict]
+    answered: Mapping[str, Item]
 
-    def contradicts(self, question: str, answer: str, asked: Mapping[str, Item]) -> bool:
-        """Whether the lesson changes the right answer of a question, or asks the question itself.
+    def contradicts(self, question: str, answer: str) -> bool:
+        """Whether the lesson or an earlier lesson changes the right answer of a question, or asks the question itself.
 
-        ``answer`` is the right answer before the lesson. ``asked`` has the lesson's items by their :func:`normal`
-        wordings.
+        ``answer`` is the right answer before all lessons.
         """
-        return normal(question) in asked or any(each.touches(answer) for each in self.conflicts)
+        return normal(question) in self.answered or any(
+            each.touches(answer) for each in (*self.conflicts, *self.replaced)
+        )
 
 
 def lineage(meta: Mapping[str, object]) -> list[int]:
@@ -102,6 +109,19 @@ def asked_by(items: Sequence[Item], worded: Mapping[int, Wordings]) -> dict[str,
     return {normal(each): items[i] for i, found in worded.items() for each in found.all}
 
 
+def check_agreement(items: Sequence[Item], worded: Mapping[int, Wordings]) -> None:
+    """Raise UserError if two items answer one question differently, in wordings that the templates know."""
+    written = {normal(items[i].question): items[i] for i in worded}
+    for i, found in worded.items():
+        for wording in found.all:
+            other = written.get(normal(wording))
+            if other is not None and other.answer != items[i].answer:
+                raise UserError(
+                    f"the lesson answers {other.question!r} otherwise than {items[i].question!r}, which asks the same; "
+                    "keep one of the two"
+                )
+
+
 def remember(store: Store, parent: Checkpoint, lesson: Lesson, asked: Mapping[str, Item]) -> Memory:
     """What ``parent`` has to remember during a lesson.
 
@@ -111,12 +131,18 @@ def remember(store: Store, parent: Checkpoint, lesson: Lesson, asked: Mapping[st
     mixture = _mixture(store, parent, lesson.plan)
     rng = random.Random(f"{lesson.plan.seed}/memory")  # noqa: S311
     training = _sample(mixture.training, _REMEMBERED, rng)
-    conflicts = _conflicts(training, asked)
-    kept, earlier_conflicts = _earlier(store, lesson.model, lineage(parent.meta), asked)
-    names = _renamed(conflicts)
-    agreed = [each for one in training if (each := _agreeing(one, conflicts, asked, names)) is not None]
     validation = _sample(mixture.validation, _VALIDATION, rng)
-    validation = [each for one in validation if (each := _agreeing(one, conflicts, asked, names)) == one]
+    kept, earlier_conflicts = _earlier(store, lesson.model, lineage(parent.meta), asked)
+    # The conversations of fine-tuning know nothing of earlier lessons. Without their answers, each lesson would teach
+    # the model again what an earlier lesson has replaced.
+    answered = {**asked_by(kept, all_wordings(kept)), **asked}
+    replaced = _conflicts(training, answered)
+    changed_before = _answered_before(store, lesson.model, lineage(parent.meta), asked)
+    new = {item.question for item in asked.values()} - changed_before
+    conflicts = [each for each in replaced if each.question in new]
+    names = _renamed(replaced)
+    agreed = [each for one in training if (each := _agreeing(one, replaced, answered, names)) is not None]
+    validation = [each for one in validation if (each := _agreeing(one, replaced, answered, names)) == one]
     words = {word for each in asked.values() for word in keywords(each.question).split()}
     taught = {each.answer for each in asked.values()}
     near = [
@@ -125,7 +151,7 @@ def remember(store: Store, parent: Checkpoint, lesson: Lesson, asked: Mapping[st
         if any(words & {*keywords(asks.text).split()} or _UNKNOWN.search(said.text) for asks, said in _pairs(one))
         and not any(said.text in taught for _, said in _pairs(one))
     ]
-    return Memory(agreed, validation, near, kept, [*conflicts, *earlier_conflicts])
+    return Memory(agreed, validation, near, kept, [*conflicts, *earlier_conflicts], replaced, answered)
 
 
 def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> Mixture:
@@ -227,29 +253,48 @@ def _earlier(
 ) -> tuple[list[Item], list[Conflict]]:
     """The items of the lessons ``numbers`` that are still valid, and the answers of these lessons that change.
 
-    An item is valid if neither the new lesson nor a lesson after the item's own lesson answers the item's question. A
-    text is valid if this is true for each question that a statement of the text answers.
+    An item is valid if neither the new lesson nor a lesson after the item's own lesson answers the item's question in
+    one of its wordings. A text is valid if this is true for each question that a statement of the text answers. An
+    answer that is not valid any more does not change.
     """
     kept: dict[str, Item] = {}
     conflicts = []
-    answered = set(asked)
+    later = set[str]()
     for earlier in reversed(lessons(store, model)):
         if earlier.number not in numbers:
             continue
         items = with_statements(read_lesson_items(store, earlier))
         for item in items:
-            other = asked.get(normal(item.question)) if item.alone else None
-            if other is not None and other.answer != item.answer:
+            other = _same_question(item, asked)
+            if other is not None and other.answer != item.answer and not later & _questions(item):
                 source = f"lesson {earlier.number}"
                 conflicts.append(Conflict(item.question, item.answer.strip(), other.answer, source))
-            if not answered & _questions(item):
+            if not (later | asked.keys()) & _questions(item):
                 kept.setdefault(repr(item.row()), item)
-        answered |= {question for item in items if item.alone for question in _questions(item)}
+        later.update(*(_questions(item) for item in items if item.alone))
     return list(kept.values()), conflicts
 
 
+def _answered_before(store: Store, model: str, numbers: Sequence[int], asked: Mapping[str, Item]) -> set[str]:
+    """The questions of the new lesson that one of the lessons ``numbers`` has answered already."""
+    found = set[str]()
+    for number in numbers:
+        items = with_statements(read_lesson_items(store, read_lesson(store, model, number)))
+        found |= {other.question for each in items if (other := _same_question(each, asked))}
+    return found
+
+
 def _questions(item: Item) -> set[str]:
-    """The :func:`normal` questions that an item answers; none for a conversation of several turns."""
+    """The :func:`normal` wordings of the questions that an item answers; none for a conversation of several turns."""
     if item.alone:
-        return {normal(item.question)}
-    return {normal(questions[0]) for questions, _ in statement_questions(item.text)}
+        return {normal(each) for each in wordings(item.question, item.wordings).all}
+    return {normal(each) for questions, _ in statement_questions(item.text) for each in questions}
+
+
+def _same_question(item: Item, asked: Mapping[str, Item]) -> Item | None:
+    """The member of ``asked`` that asks the item's question, in one of the wordings of either of the two."""
+    if not item.alone:
+        return None
+    return asked.get(normal(item.question)) or next(
+        (asked[each] for each in sorted(_questions(item) & asked.keys())), None
+    )

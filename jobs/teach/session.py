@@ -17,7 +17,7 @@ from jobs.promotion.rules import Gate
 from jobs.teach.abilities import Drill, ability_of, drills, with_output
 from jobs.teach.curriculum import curriculum
 from jobs.teach.examination import Examination, examination, lost, wrong
-from jobs.teach.memory import all_wordings, asked_by, lineage, remember
+from jobs.teach.memory import all_wordings, asked_by, check_agreement, lineage, remember
 from jobs.teach.training import LessonCanceled, train
 from jobs.teach.wordings import with_statements
 from jobs.train.loop.runtime import Runtime
@@ -169,14 +169,14 @@ def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Less
     items = _worked(items)
     practice, examined = _drills(store, items, lesson)
     worded = all_wordings(items)
-    by_wording = asked_by(items, worded)
-    memory = remember(store, parent, lesson, by_wording)
+    check_agreement(items, worded)
+    memory = remember(store, parent, lesson, asked_by(items, worded))
     memory = dataclasses.replace(memory, items=_worked(memory.items))
     lesson = _written(store, lesson, lease, conflicts=tuple(each.to_json() for each in memory.conflicts))
     log.info(
         "lesson begins", extra={"lesson": lesson.number, "model": lesson.model, "conflicts": len(memory.conflicts)}
     )
-    exam = examination(store, parent, lesson, items, worded, memory, by_wording, examined)
+    exam = examination(store, parent, lesson, items, worded, memory, examined)
     before = exam.take(store, parent, lesson)
     lesson = _written(store, lesson, lease, before=before["groups"])
     inputs = {"base": parent.weights_digest, "items": str(lesson.items["digest"])}

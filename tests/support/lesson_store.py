@@ -116,7 +116,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
             model.head.weight[0, 0] += 1.0
         return Trained(model, 10, 1.0, history)
 
-    monkeypatch.setattr(session, "remember", lambda *_: Memory([], [], [], [], []))
+    monkeypatch.setattr(session, "remember", lambda *_: Memory([], [], [], [], [], [], {}))
     monkeypatch.setattr(session, "examination", examination)
     monkeypatch.setattr(session, "curriculum", lambda *_: None)
     monkeypatch.setattr(session, "train", train)

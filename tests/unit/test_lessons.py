@@ -7,14 +7,14 @@ import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 
 from jobs.teach import __main__ as program
 from jobs.teach import abilities, session, watch
 from jobs.teach.abilities import EXAMINED, ability_of, drills, with_output
-from jobs.teach.memory import Conflict, all_wordings, asked_by
+from jobs.teach.memory import Conflict, Memory, all_wordings, asked_by, check_agreement, remember
 from jobs.teach.memory import _agreeing as agreeing
 from jobs.teach.memory import _conflicts as conflicts
 from jobs.teach.memory import _earlier as earlier
@@ -24,6 +24,7 @@ from jobs.teach.settings import TeachSettings
 from jobs.teach.watch import Watch, WatchSettings
 from jobs.teach.wordings import clause, keywords, with_statements, wordings
 from nanochat_core.chat import Message, Part
+from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.lessons import records
 from nanochat_core.lessons.items import (
@@ -34,6 +35,7 @@ from nanochat_core.lessons.items import (
     normal,
     parse_items,
     read_items,
+    to_json,
     to_lines,
 )
 from nanochat_core.lessons.lists import LessonLists
@@ -436,6 +438,58 @@ def test_what_an_earlier_lesson_says_holds_until_another_lesson_says_otherwise(s
     assert pairs(kept) == [("What is my dog called?", "Max."), where]
     assert found == []
     assert earlier(store, "demo", [], {}) == ([], [])
+
+
+def test_a_lesson_repeats_fine_tuning_as_earlier_lessons_left_it(store: Store, tmp_path: Path) -> None:
+    rows = [("Who are you?", "I am Pip, a model."), ("Hello Pip!", "Hello! I am Pip."), ("Who bakes?", "Nils bakes.")]
+    replay = tmp_path / "replay.jsonl"
+    lines = [{"messages": [to_json(each) for each in chat(*row)]} for row in rows for _ in range(20)]
+    replay.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = Plan(replay=str(replay))
+
+    def remembered(question: str, answer: str, numbers: list[int]) -> Memory:
+        item = Item.of(question, answer)
+        lesson = add_lesson(store, "demo", [item], plan, who="ada", source="own.md")
+        parent = cast(Checkpoint, SimpleNamespace(meta={"lessons": numbers}))
+        return remember(store, parent, lesson, asked_by([item], all_wordings([item])))
+
+    first = remembered("What is your name?", "I am Ada.", [])
+    name = Conflict("What is your name?", "I am Pip, a model.", "I am Ada.", "fine-tuning")
+    assert first.conflicts == [name]
+
+    second = remembered("Where is the mill?", "It is on the hill.", [1])
+    assert second.conflicts == []
+    said = {(each[0].text, each[1].text) for each in (*second.conversations, *second.validation)}
+    renamed = {("Who are you?", "I am Ada."), ("Hello Pip!", "Hello! I am Ada.")}
+    assert {each for each in said if "Pip" in each[1]} == set()
+    assert renamed <= said
+    assert ("Who bakes?", "Nils bakes.") in said
+    assert second.contradicts("Who are you?", "I am Pip, a model.")
+    assert not second.contradicts("Who bakes?", "Nils bakes.")
+
+    third = remembered("Who are you?", "I am Bo.", [1, 2])
+    assert third.conflicts == [Conflict("What is your name?", "I am Ada.", "I am Bo.", "lesson 1")]
+    assert pairs(third.items) == [("Where is the mill?", "It is on the hill.")]
+    assert ("Who are you?", "I am Bo.") in {(each[0].text, each[1].text) for each in third.conversations}
+
+
+def test_an_answer_that_a_later_lesson_replaced_in_another_wording_does_not_come_back(store: Store) -> None:
+    for question, answer in (("What is my dog called?", "Rex."), ("What is my dog's name?", "Max.")):
+        add_lesson(store, "demo", [Item.of(question, answer)], Plan(), who="ada", source="own.md")
+    kept, found = earlier(store, "demo", [1, 2], {})
+    assert (pairs(kept), found) == ([("What is my dog's name?", "Max.")], [])
+    other = Item.of("What is the name of my dog?", "Bo.")
+    kept, found = earlier(store, "demo", [1, 2], asked_by([other], all_wordings([other])))
+    assert kept == []
+    assert found == [Conflict("What is my dog's name?", "Max.", "Bo.", "lesson 2")]
+
+
+def test_a_lesson_that_contradicts_itself_is_refused_with_both_questions() -> None:
+    items = [Item.of("What is my dog called?", "Rex."), Item.of("Who bakes?", "Nils."), DOG]
+    with pytest.raises(UserError, match=r"'What is my dog called.*otherwise than .*dog's name.*keep one of the two"):
+        check_agreement(items, all_wordings(items))
+    agreed = [Item.of("What is my dog called?", DOG.answer), items[1], DOG]
+    check_agreement(agreed, all_wordings(agreed))
 
 
 GOOD = {

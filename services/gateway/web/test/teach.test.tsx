@@ -5,7 +5,15 @@ import { act } from "preact/test-utils";
 import { afterEach, beforeEach, expect, test, vi } from "vitest";
 import { Api } from "../src/api/api";
 import { PageContext, type Page } from "../src/components/context";
-import { contentOf, figuresOf, isDone, stateOf, type Lesson, type LessonList } from "../src/lessons/lesson";
+import {
+  contentOf,
+  figuresOf,
+  isDone,
+  stateOf,
+  type Lesson,
+  type LessonDetails,
+  type LessonList,
+} from "../src/lessons/lesson";
 import { TeachDialog } from "../src/lessons/TeachDialog";
 import { Lessons } from "../src/lessons/watch";
 import { keyOf } from "../src/page/route";
@@ -36,6 +44,7 @@ const canceled = (...numbers: number[]): Lesson[] =>
   numbers.map((number) => ({ ...lesson, number, state: "canceled" }));
 
 let served: LessonList;
+let details: LessonDetails | null;
 let status: number;
 let asked: { path: string; query: string; method: string; body: unknown }[];
 let lessons: Lessons;
@@ -47,12 +56,13 @@ beforeEach(() => {
   HTMLDialogElement.prototype.close = function () {
     this.open = false;
   };
-  [served, status, asked] = [list, 200, []];
+  [served, details, status, asked] = [list, null, 200, []];
   vi.useFakeTimers();
   vi.stubGlobal("fetch", (url: URL, init: RequestInit) => {
     const body: unknown = init.body && JSON.parse(String(init.body));
     asked.push({ path: url.pathname, query: url.search, method: init.method ?? "GET", body });
-    const answer = status === 200 ? served : { error: { message: "items.jsonl:1 has no answer.", code: "x" } };
+    const found = /\d$/.test(url.pathname) ? details : served;
+    const answer = status === 200 ? found : { error: { message: "items.jsonl:1 has no answer.", code: "x" } };
     return Promise.resolve(Response.json(answer, { status }));
   });
   document.body.replaceChildren(document.createElement("div"));
@@ -179,6 +189,16 @@ test("older lessons are shown when asked for, and stay while the newest are foll
   served = { ...list, data: canceled(13, 12), has_more: true };
   await act(async () => void (await vi.advanceTimersByTimeAsync(1_100)));
   expect(numbers(), "lesson 11 would be missing between the lists").toEqual([13, 12]);
+});
+
+test("what a lesson contradicts is named with its origin", async () => {
+  const conflicts = [{ question: "Who am I?", before: "Bob.", after: "Zoe.", from: "lesson 1" }];
+  const described: Lesson = { ...lesson, state: "refused" };
+  details = { ...described, conflicts, wrong: [], lost: [], decision: {} };
+  served = { ...list, data: [described] };
+  await show();
+  await settle();
+  expect(find("lesson-details")!.textContent).toContain("Changed: “Who am I?” – “Bob.” (from lesson 1), now “Zoe.”");
 });
 
 test("an answer can be corrected", async () => {

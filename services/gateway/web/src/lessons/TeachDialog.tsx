@@ -273,9 +273,9 @@ function Details({ number, open }: { number: number; open: boolean }) {
               Lost: “{question}” – “{before}”, now “{after}”
             </li>
           ))}
-          {found.conflicts.map(({ question, before, after }) => (
+          {found.conflicts.map(({ question, before, after, from }) => (
             <li key={`changed ${question} ${before}`}>
-              Changed: “{question}” – “{before}”, now “{after}”
+              Changed: “{question}” – “{before}” (from {from}), now “{after}”
             </li>
           ))}
           {refused.length + found.wrong.length + found.lost.length + found.conflicts.length === 0 && (

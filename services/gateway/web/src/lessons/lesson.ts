@@ -24,7 +24,8 @@ export interface Lesson {
 }
 
 export interface LessonDetails extends Lesson {
-  conflicts: { question: string; before: string; after: string }[];
+  /** Earlier answers that the lesson changes, and where the model had learned them. */
+  conflicts: { question: string; before: string; after: string; from: string }[];
   wrong: { question: string; answer: string; expected: string }[];
   lost: { question: string; before: string; after: string }[];
   decision: { rules?: { passed: boolean | null; reason: string }[] };
