@@ -64,6 +64,10 @@ class NoLesson(UserError):
     """The model has no lesson with this number."""
 
 
+class RequestReused(UserError):
+    """A request that says that it is the same as an earlier one has another content."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How a lesson is given. The defaults were found by trial.
@@ -163,22 +167,74 @@ class RollBack:
     reason: str = ""
 
 
-def add_lesson(store: Store, model: str, items: Sequence[Item], plan: Plan, *, who: str, source: str) -> Lesson:
-    """Put a lesson into the queue of a model. Programs that add lessons at the same time get different numbers."""
-    content = to_lines(items)
-    number = 1 + max(_numbers(store, check_name(model, "a model"), _ITEMS, _LESSON), default=0)
-    # The file of the items reserves the number. The lesson exists once lesson.json is written too.
-    while store.replace(f"{folder(model, number)}/{_ITEMS}", content, None) is None:
-        number += 1
+def add_lesson(
+    store: Store, model: str, items: Sequence[Item], plan: Plan, *, who: str, source: str, request: str = ""
+) -> Lesson:
+    """Put a lesson into the queue of a model. Programs that add lessons at the same time get different numbers.
+
+    ``request`` identifies the request of a client; empty if the request has no identity. If a lesson of the same
+    request is in the queue already, this lesson is returned and none is added.
+
+    Raises RequestReused if the request was made before for other items or another plan.
+    """
+    while (found := added_lesson(store, model, items, plan, request)) is None:
+        number = 1 + max(_numbers(store, check_name(model, "a model"), _ITEMS, _LESSON), default=0)
+        # The file of the items reserves the number. The lesson exists once lesson.json is written too.
+        while store.replace(f"{folder(model, number)}/{_ITEMS}", to_lines(items), None) is None:
+            number += 1
+        lesson = _new_lesson(model, number, items, plan, who, source)
+        if not request:
+            return _first(store, lesson)
+        # The file of the request decides which of several equal requests adds the lesson. If the process dies here, the
+        # next one of them completes the lesson. The numbers of the others stay without a lesson.
+        store.replace(_request_key(model, request), _json(lesson), None)
+    return found
+
+
+def added_lesson(store: Store, model: str, items: Sequence[Item], plan: Plan, request: str) -> Lesson | None:
+    """The lesson that :func:`add_lesson` has added for this request; None if there is none.
+
+    Raises RequestReused if the request was made before for other items or another plan.
+    """
+    if not request or (lesson := _requested(store, model, request)) is None:
+        return None
+    if (lesson.items["digest"], lesson.plan) != (items_digest(items), plan):
+        raise RequestReused(f"the same request added lesson {lesson.number} with another content")
+    store.replace(f"{folder(model, lesson.number)}/{_ITEMS}", to_lines(items), None)
+    return _first(store, lesson)
+
+
+def _new_lesson(model: str, number: int, items: Sequence[Item], plan: Plan, who: str, source: str) -> Lesson:
     counts = {
         "questions": sum(item.alone for item in items),
         "conversations": sum(bool(item.messages) and not item.alone for item in items),
         "texts": sum(bool(item.text) for item in items),
     }
-    counted = {**counts, "digest": items_digest(items)}
-    lesson = Lesson(model, number, "queued", who, source, now(), counted, plan)
-    write_lesson(store, lesson)
-    return lesson
+    return Lesson(model, number, "queued", who, source, now(), {**counts, "digest": items_digest(items)}, plan)
+
+
+def _first(store: Store, lesson: Lesson) -> Lesson:
+    """Store a new lesson. If it is stored already, it may have begun, and is returned as it is now."""
+    if store.replace(f"{folder(lesson.model, lesson.number)}/{_LESSON}", _json(lesson), None) is not None:
+        return lesson
+    return read_lesson(store, lesson.model, lesson.number)
+
+
+def _requested(store: Store, model: str, request: str) -> Lesson | None:
+    """The lesson of a request as it was when it was added; None if there is none. Raises UserError if it is damaged."""
+    key = _request_key(model, request)
+    try:
+        content = store.read(key)
+        number = _loads(content)["number"]
+        return _parsed(content, model, number, key)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{key} in {store} is damaged: {error}") from error
+
+
+def _request_key(model: str, request: str) -> str:
+    return f"lessons/{model}/requests/{hashlib.sha256(request.encode()).hexdigest()}.json"
 
 
 def items_digest(items: Sequence[Item]) -> str:

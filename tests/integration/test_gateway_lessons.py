@@ -163,6 +163,23 @@ async def test_a_list_comes_in_pages_and_shows_what_is_damaged(store: Store, tmp
     assert store.read(f"lessons/{model}/000002/lesson.json") == b"{"
 
 
+async def test_a_request_that_is_sent_again_adds_no_second_lesson(store: Store, tmp_path: Path) -> None:
+    key = {"Idempotency-Key": "abc"}
+    async with gateway(tmp_path) as http:
+        first = await http.post(URL, json={"items": [DOG]}, headers=key)
+        for _ in range(19):
+            assert (await http.post(URL, json={"items": [DOG]})).status_code == 201
+        again = await http.post(URL, json={"items": [DOG]}, headers=key)
+        assert (again.status_code, again.json()) == (201, first.json()), "a full queue does not matter"
+        other = await http.post(URL, json={"items": [{"text": "A mill."}]}, headers=key)
+        assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+        assert (await http.post(URL, json={"items": [DOG]}, headers={"Idempotency-Key": "x" * 256})).status_code == 400
+        stranger = await created(FileStore(str(tmp_path / "keys.json")), "Bob's key", [Scope.ADMIN])
+        full = await http.post(URL, json={"items": [DOG]}, headers={**key, **bearer(stranger)})
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "lessons_queued")
+    assert len(lessons(store, first.json()["model"])) == 20
+
+
 async def test_a_gateway_without_a_place_for_lessons_says_so(tmp_path: Path) -> None:
     async with gateway(tmp_path, lessons_home="") as http:
         answer = await http.post(URL, json={"items": [DOG]})

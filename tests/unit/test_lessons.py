@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast, get_args
@@ -43,6 +44,7 @@ from nanochat_core.lessons.records import (
     UNDONE,
     Lesson,
     Plan,
+    RequestReused,
     State,
     add_lesson,
     cancel_lesson,
@@ -825,3 +827,54 @@ def test_the_page_and_the_documentation_use_the_states_of_the_store() -> None:
     assert re.findall(r'"(\w+)"', undone[1]) == list(UNDONE)
     documented = re.findall(r"^\| `(\w+)` \| .* \|$", (root / "docs/lessons.md").read_text(), re.MULTILINE)
     assert [name for name in documented if name in get_args(State)] == list(get_args(State))
+
+
+def add(store: Store, request: str, *items: Item, seed: int = 1) -> Lesson:
+    return add_lesson(store, "demo", list(items or [DOG]), Plan(seed=seed), who="ada", source="own.md", request=request)
+
+
+def test_a_request_that_is_made_again_adds_no_second_lesson(store: Store) -> None:
+    first = add(store, "one")
+    begun = dataclasses.replace(first, state="training")
+    write_lesson(store, begun)
+    assert add(store, "one") == begun
+    for items, seed in (([Item(text="A mill.")], 1), ([DOG], 2)):
+        with pytest.raises(RequestReused, match="added lesson 1 with another content"):
+            add(store, "one", *items, seed=seed)
+    assert [add(store, request).number for request in ("two", "", "")] == [2, 3, 4]
+    assert lessons(store, "demo")[0] == begun
+    assert taught_models(store) == ["demo"]
+
+
+@pytest.mark.parametrize("writes", range(3))
+def test_a_request_whose_process_died_adds_its_lesson_when_it_is_made_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    left, replace = [writes], type(store).replace
+
+    def dying(self: Store, key: str, data: bytes, version: str | None) -> str | None:
+        if left[0] == 0:
+            raise SystemExit
+        left[0] -= 1
+        return replace(self, key, data, version)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "replace", dying)
+        with pytest.raises(SystemExit):
+            add(store, "one")
+    assert lessons(store, "demo") == []
+    lesson = add(store, "one")
+    assert lessons(store, "demo") == [lesson] == [add(store, "one")]
+    assert read_lesson_items(store, lesson) == [DOG]
+
+
+def test_equal_requests_at_the_same_time_add_one_lesson(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: add(store, "one"), range(16)))
+    assert len({lesson.number for lesson in found}) == 1
+    assert lessons(store, "demo") == [found[0]]
+    next_one = add(store, "two")
+    assert [lesson.number for lesson in LessonLists(store).page("demo", 9, None, newest_first=True)[0]] == [
+        next_one.number,
+        found[0].number,
+    ]

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from pydantic import ConfigDict, Field
 
 from nanochat_core.errors import UserError
@@ -19,7 +19,9 @@ from nanochat_core.lessons.records import (
     Lesson,
     NoLesson,
     Plan,
+    RequestReused,
     add_lesson,
+    added_lesson,
     cancel_lesson,
     is_canceled,
     read_lesson,
@@ -86,6 +88,10 @@ async def _lists(request: Request, _: Annotated[Store, Depends(_store)]) -> Less
 StoreDep = Annotated[Store, Depends(_store)]
 ListsDep = Annotated[LessonLists, Depends(_lists)]
 _Number = Annotated[int, Path(ge=1, le=999_999)]
+_IdempotencyKey = Annotated[
+    str | None,
+    Header(min_length=1, max_length=255, description="any text that is new for each lesson, and the same for a retry"),
+]
 _Model = Annotated[str | None, Query(description="the model; may be left out if the server has only one")]
 
 
@@ -97,16 +103,22 @@ async def create_lesson(
     admission: AdmissionDep,
     store: StoreDep,
     lists: ListsDep,
+    idempotency_key: _IdempotencyKey = None,
 ) -> dict[str, Any]:
-    """Put a lesson into the queue of the model. The model is taught and examined, and then promoted or refused."""
+    """Put a lesson into the queue of the model. The model is taught and examined, and then promoted or refused.
+
+    A request with the `Idempotency-Key` of an earlier request adds no second lesson, so a client that has got no answer
+    can send its request again.
+    """
     check_known(body, pool.settings)
     if bool(body.items) == bool(body.text.strip()):
         raise bad_request("Give either items or text.", "items", "invalid_value")
     model = _served(pool, body.model).info.name
 
-    def add() -> Lesson:
-        if lists.undone(model, _MOST_QUEUED) >= _MOST_QUEUED:
-            raise ApiError(429, f"{_MOST_QUEUED} lessons are queued for this model already.", code="lessons_queued")
+    # Two callers may choose the same key.
+    asked = f"{request.state.caller.key}\n{idempotency_key}" if idempotency_key else ""
+
+    def add() -> dict[str, Any]:
         if body.items:
             content, source = "".join(json.dumps(item) + "\n" for item in body.items), "items.jsonl"
         else:
@@ -115,9 +127,14 @@ async def create_lesson(
             items = parse_items(content.encode(errors="replace"), source)
         except UserError as error:
             raise bad_request(f"{error}.", "items" if body.items else "text", "invalid_lesson") from error
-        return add_lesson(store, model, items, Plan(), who=_who(request, admission), source=source)
+        if (known := added_lesson(store, model, items, Plan(), asked)) is not None:
+            return _described(store, known)
+        if lists.undone(model, _MOST_QUEUED) >= _MOST_QUEUED:
+            raise ApiError(429, f"{_MOST_QUEUED} lessons are queued for this model already.", code="lessons_queued")
+        who = _who(request, admission)
+        return _described(store, add_lesson(store, model, items, Plan(), who=who, source=source, request=asked))
 
-    return _described(store, await _done(add))
+    return await _done(add)
 
 
 @router.get("", summary="List the lessons")
@@ -213,6 +230,8 @@ async def _done(work: Callable[[], T]) -> T:
         return await asyncio.to_thread(work)
     except NoLesson as error:
         raise ApiError(404, f"{error}.", code="lesson_not_found") from error
+    except RequestReused as error:
+        raise ApiError(422, f"{error}.", code="idempotency_key_reused") from error
     except StoreError as error:
         raise ApiError(
             503, "The lessons cannot be read at the moment. Try again shortly.", code="store_unavailable"

@@ -46,7 +46,7 @@ const canceled = (...numbers: number[]): Lesson[] =>
 let served: LessonList;
 let details: LessonDetails | null;
 let status: number;
-let asked: { path: string; query: string; method: string; body: unknown }[];
+let asked: { path: string; query: string; method: string; body: unknown; key: string | null }[];
 let lessons: Lessons;
 
 beforeEach(() => {
@@ -59,8 +59,9 @@ beforeEach(() => {
   [served, details, status, asked] = [list, null, 200, []];
   vi.useFakeTimers();
   vi.stubGlobal("fetch", (url: URL, init: RequestInit) => {
+    const key = new Headers(init.headers).get("idempotency-key");
     const body: unknown = init.body && JSON.parse(String(init.body));
-    asked.push({ path: url.pathname, query: url.search, method: init.method ?? "GET", body });
+    asked.push({ path: url.pathname, query: url.search, method: init.method ?? "GET", body, key });
     const found = /\d$/.test(url.pathname) ? details : served;
     const answer = status === 200 ? found : { error: { message: "items.jsonl:1 has no answer.", code: "x" } };
     return Promise.resolve(Response.json(answer, { status }));
@@ -125,6 +126,7 @@ test("facts are taught, and an error of the server is shown beside them", async 
     query: "",
     method: "POST",
     body: { items: [{ question: "Who am I?", answer: "You are Zoe." }] },
+    key: expect.stringMatching(/./),
   });
   expect(find("lesson")!.textContent).toContain("Waiting for its turn");
   expect(find("teach-problem")).toBeNull();
@@ -199,6 +201,20 @@ test("what a lesson contradicts is named with its origin", async () => {
   await show();
   await settle();
   expect(find("lesson-details")!.textContent).toContain("Changed: “Who am I?” – “Bob.” (from lesson 1), now “Zoe.”");
+});
+
+test("a lesson that is sent again after an error is the same request", async () => {
+  await show();
+  const keys = () => asked.filter(({ method }) => method === "POST").map(({ key }) => key);
+  const mill = { items: [{ question: "Where is the mill?", answer: "On the hill." }] };
+  status = 503;
+  expect(await lessons.teach(mill)).toBe(false);
+  status = 200;
+  expect(await lessons.teach(mill)).toBe(true);
+  expect(await lessons.teach(mill)).toBe(true);
+  expect(keys()[0]).toMatch(/^[0-9a-f]{16}$/);
+  expect(keys()[1]).toBe(keys()[0]);
+  expect(keys()[2]).not.toBe(keys()[0]);
 });
 
 test("an answer can be corrected", async () => {

@@ -56,8 +56,9 @@ export class Api {
     return this.json(`v1/lessons/${number}`, { cache: "no-store" });
   }
 
-  async teach(lesson: NewLesson): Promise<void> {
-    const headers = { "content-type": "application/json" };
+  /** Adds a lesson. A second call with the same `key` adds no second lesson. */
+  async teach(lesson: NewLesson, key: string): Promise<void> {
+    const headers = { "content-type": "application/json", "idempotency-key": key };
     await this.json("v1/lessons", { method: "POST", headers, body: JSON.stringify(lesson) });
   }
 

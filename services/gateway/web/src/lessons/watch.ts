@@ -1,6 +1,7 @@
 import { computed, signal, type ReadonlySignal } from "@preact/signals";
 import type { Api } from "../api/api";
 import { ApiError } from "../api/errors";
+import { newId } from "../chat/id";
 import { isDone, withOlder, type Fact, type LessonDetails, type LessonList, type NewLesson } from "./lesson";
 
 const CHECK_MS = 1_000;
@@ -14,6 +15,8 @@ export class Lessons {
   readonly list = signal<LessonList | null>(null);
   readonly problem = signal("");
   readonly offered: ReadonlySignal<boolean> = computed(() => this.list.value !== null);
+  /** The last lesson that was sent and that the server has not confirmed. */
+  private sent = { content: "", key: "" };
   private timer: ReturnType<typeof setTimeout> | undefined;
 
   constructor(
@@ -52,8 +55,14 @@ export class Lessons {
     this.show();
   }
 
+  /** The same lesson that is sent again after an error is the same request, because the server may have taken it. */
   async teach(lesson: NewLesson): Promise<boolean> {
-    return this.act(() => this.api.teach(lesson));
+    const content = JSON.stringify(lesson);
+    if (content !== this.sent.content) this.sent = { content, key: newId() };
+    const { key } = this.sent;
+    const taken = await this.act(() => this.api.teach(lesson, key));
+    if (taken) this.sent = { content: "", key: "" };
+    return taken;
   }
 
   async teachFacts(): Promise<void> {
