@@ -29,6 +29,7 @@ from nanochat_core.checkpoint import (
     DamagedCheckpoint,
     list_checkpoints,
     load_checkpoint,
+    load_meta,
     promoted,
     weights_digest,
 )
@@ -61,6 +62,8 @@ _LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
 # one wrong answer is a large share of them.
 _EARLIER, _KIND, _LOSS = 0.1, 0.1, 0.1
 _POLL_SECONDS = 1.0
+# A roll-back tries to use the gate this often. Two watches may do the same roll-back at once.
+_ROLL_BACK_WAITS = 60
 _MOST_QUOTED = 50
 
 
@@ -93,14 +96,33 @@ def give_lessons(store: Store, model: str, machine: Machine, until: int) -> Less
 
 
 def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
-    """Promote the model of an earlier lesson again; number 0 is the model before its first lesson.
+    """Promote the model of an earlier lesson again; number 0 is the promoted model before its first lesson.
 
-    Raises UserError if the lesson was never promoted, or if its checkpoint has other weights now.
+    If this model is promoted already, nothing changes. Another program that uses the gate is waited for.
+
+    Raises UserError if the lesson was never promoted, or if its checkpoint is gone or has other weights now.
     """
     revision, digest = check_roll_back(store, model, number)
+    current = promoted(store, model)
+    if number == 0 and current is not None:
+        # After a new training, the promoted model's first lesson is another one than the first lesson of all.
+        inside = lineage(load_meta(store, current))
+        if not inside:
+            return current
+        first = read_lesson(store, model, inside[0])
+        revision, digest = first.parent.get("revision", revision), first.parent.get("digest", digest)
     ref = CheckpointRef.parse(model, revision)
-    restore(store, ref, digest)
-    return ref
+    waits = 0
+    while True:
+        try:
+            restore(store, ref, digest)
+        except NameInUse:
+            waits += 1
+            if waits == _ROLL_BACK_WAITS:
+                raise
+            time.sleep(_POLL_SECONDS)
+        else:
+            return ref
 
 
 def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesson:
@@ -178,6 +200,7 @@ def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Less
     )
     exam = examination(store, parent, lesson, items, worded, memory, examined)
     before = exam.take(store, parent, lesson)
+    _check_canceled(store, lesson)
     lesson = _written(store, lesson, lease, before=before["groups"])
     inputs = {"base": parent.weights_digest, "items": str(lesson.items["digest"])}
     taught = _taught(store, lesson, inputs)

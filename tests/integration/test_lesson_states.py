@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from jobs.promotion.decisions import decisions
 from jobs.teach import session
 from jobs.teach.session import Machine, give_lessons, roll_back, taught_ref
 from jobs.teach.training import Trained
-from nanochat_core.checkpoint import CheckpointRef, promoted, weights_digest
-from nanochat_core.lessons.records import Lesson, cancel_lesson, read_lesson, write_lesson
-from nanochat_core.store import Lease, Store
+from nanochat_core.checkpoint import CheckpointRef, DamagedCheckpoint, promoted, weights_digest
+from nanochat_core.errors import UserError
+from nanochat_core.lessons.records import Lesson, NoLesson, cancel_lesson, lessons, read_lesson, write_lesson
+from nanochat_core.store import FolderStore, Lease, NameInUse, Store
 from tests.support.lesson_store import (
     MODEL,
     REFUSED,
@@ -157,3 +160,105 @@ def test_a_damaged_lesson_is_passed_over_and_never_written(
     assert give(store, 3).state == "promoted"
     assert [read_lesson(store, MODEL, number).state for number in (1, 2, 3)] == ["damaged", "damaged", "promoted"]
     assert (store.read(first), store.read(second)) == (b"{", b"{")
+
+
+def test_a_roll_back_can_be_repeated(store: WatchedStore) -> None:
+    first, second = queue(store, "Rex."), queue(store, "Max.")
+    give(store, 2)
+    for number, ref in ((1, taught_ref(first)), (0, SFT), (2, taught_ref(second))):
+        for _ in range(2):
+            assert roll_back(store, MODEL, number) == ref
+            assert promoted(store, MODEL) == ref
+    assert [each.promoted for each in decisions(store, taught_ref(first))] == [True, True]
+    with pytest.raises(NoLesson):
+        roll_back(store, MODEL, 3)
+
+
+def test_all_lessons_are_taken_back_to_the_model_that_they_were_given_to(store: WatchedStore) -> None:
+    queue(store, "Rex.")
+    give(store, 1)
+    newer = CheckpointRef(MODEL, "sft", 2)
+    with_model(store.root, newer)
+    assert roll_back(store, MODEL, 0) == newer, "it has no lesson, so nothing is to be done"
+    queue(store, "Max.")
+    queue(store, "Bo.")
+    assert give(store, 3).lineage == (2, 3)
+    assert roll_back(store, MODEL, 0) == newer
+    assert promoted(store, MODEL) == newer
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_roll_back_to_a_checkpoint_that_was_removed_changes_nothing(store: WatchedStore, number: int) -> None:
+    first, second = queue(store, "Rex."), queue(store, "Max.")
+    give(store, 2)
+    gone = taught_ref(first) if number else SFT
+    store.delete(gone.prefix)
+    with pytest.raises(DamagedCheckpoint, match=gone.prefix):
+        roll_back(store, MODEL, number)
+    assert promoted(store, MODEL) == taught_ref(second)
+    assert [each.promoted for each in decisions(store, gone)] == [True]
+
+
+def test_a_roll_back_waits_for_another_program_that_uses_the_gate(
+    store: WatchedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue(store, "Rex.")
+    give(store, 1)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Lease(store, f"reports/{MODEL}", "jobs.eval.gate"))
+        monkeypatch.setattr(session.time, "sleep", lambda _: stack.close())
+        roll_back(store, MODEL, 0)
+    assert promoted(store, MODEL) == SFT
+    monkeypatch.setattr(session.time, "sleep", lambda _: None)
+    with Lease(store, f"reports/{MODEL}", "jobs.eval.gate"), pytest.raises(NameInUse):
+        roll_back(store, MODEL, 1)
+
+
+@pytest.mark.parametrize(
+    ("moment", "state"),
+    [
+        ("queued", "canceled"),
+        ("remember", "canceled"),
+        ("train", "canceled"),
+        ("save_checkpoint", "canceled"),
+        ("decide", "promoted"),
+    ],
+)
+def test_a_lesson_can_be_canceled_until_the_gate_decides(
+    store: WatchedStore, monkeypatch: pytest.MonkeyPatch, moment: str, state: str
+) -> None:
+    lesson = queue(store, "Rex.")
+    if moment == "queued":
+        cancel_lesson(store, MODEL, 1)
+    else:
+        step = getattr(session, moment)
+
+        def canceled(*args: Any, **options: Any) -> Any:
+            cancel_lesson(store, MODEL, 1)
+            return step(*args, **options)
+
+        monkeypatch.setattr(session, moment, canceled)
+    assert give(store, 1).state == state
+    assert promoted(store, MODEL) == (taught_ref(lesson) if state == "promoted" else SFT)
+    with pytest.raises(UserError, match=f"lesson 1 of {MODEL} is {state} already"):
+        cancel_lesson(store, MODEL, 1)
+
+
+def test_two_programs_give_each_lesson_once(store: WatchedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_POLL_SECONDS", 0.01)
+    trained, train = list[str](), session.train
+
+    def counted(*args: Any) -> Trained:
+        trained.append(threading.current_thread().name)
+        return train(*args)
+
+    monkeypatch.setattr(session, "train", counted)
+    for answer in ("Rex.", "Max.", REFUSED):
+        queue(store, answer)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: give(FolderStore(store.root), 3), range(2)))
+    assert [lesson.state for lesson in found] == ["refused", "refused"]
+    assert len(trained) == 3
+    assert [lesson.attempts for lesson in lessons(store, MODEL)] == [1, 1, 1]
+    assert read_lesson(store, MODEL, 2).lineage == (1, 2)
+    assert promoted(store, MODEL) == CheckpointRef(MODEL, "lesson", 2)

@@ -78,13 +78,13 @@ class _Exam:
         return {"groups": {"taught": {"right": 1, "asked": 1}}, "answers": []}
 
 
-def with_model(folder: Path) -> Store:
-    """A store with a promoted chat model."""
+def with_model(folder: Path, ref: CheckpointRef = SFT) -> Store:
+    """A store with a promoted chat model. The step of ``ref`` determines its weights."""
     store = FolderStore(folder)
     model = GPT(ModelConfig.from_depth(1, vocab_size=BYTES.vocab_size, head_dim=32, context_length=64))
-    model.init_weights(torch.Generator().manual_seed(1))
-    save_checkpoint(store, SFT, model=model, tokenizer=BYTES, meta={})
-    decide(store, load_checkpoint(store, SFT), ACCEPT, promoting=True)
+    model.init_weights(torch.Generator().manual_seed(ref.step))
+    save_checkpoint(store, ref, model=model, tokenizer=BYTES, meta={})
+    decide(store, load_checkpoint(store, ref), ACCEPT, promoting=True)
     return store
 
 
