@@ -22,7 +22,8 @@ class Decision:
 
     Attributes:
         digest: sha256 of the checkpoint's weights.
-        against: model and revision of the checkpoint to compare with; empty if no other checkpoint was promoted.
+        against: model and revision of the checkpoint to compare with; empty if no other checkpoint was promoted. If the
+            checkpoint was promoted again without a comparison: the checkpoint that was promoted before that.
         promoted: whether this decision promoted the checkpoint. A decision without ``--promote`` promotes nothing.
         time: UTC (ISO 8601).
     """
@@ -66,12 +67,23 @@ def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] |
     The decision is stored before the checkpoint is promoted. If the process died between these two writes, the
     checkpoint is not promoted.
     """
+    return max(_promotions(store, model), key=lambda each: each[1].time, default=None)
+
+
+def was_replaced(store: Store, ref: CheckpointRef) -> bool:
+    """Whether another checkpoint was promoted in place of this one, so that this one was promoted before."""
+    shown = f"{ref.model} {ref.revision}"
+    return any(other != ref and decision.against == shown for other, decision in _promotions(store, ref.model))
+
+
+def _promotions(store: Store, model: str) -> list[tuple[CheckpointRef, Decision]]:
+    """All decisions that promoted a checkpoint of the model, each with the checkpoint's name."""
     found = []
     for key in store.keys(folder(model)):
         revision, made = _read(store, key)
         ref = CheckpointRef.parse(model, revision)
         found += [(ref, decision) for decision in made if decision.promoted]
-    return max(found, key=lambda each: each[1].time, default=None)
+    return found
 
 
 def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:

@@ -147,8 +147,10 @@ def restore(store: Store, ref: CheckpointRef, digest: str) -> None:
         made = [each for each in decisions(store, ref) if each.promoted and each.digest == digest]
         if not made:
             raise UserError(f"{ref.prefix} was never promoted with these weights; nanochat eval gate may promote it")
-        add_decision(store, ref, dataclasses.replace(made[-1], time=_now()))
-        promote(store, ref)
+        if (current := promoted(store, ref.model)) != ref:
+            against = f"{current.model} {current.revision}" if current else ""
+            add_decision(store, ref, dataclasses.replace(made[-1], against=against, time=_now()))
+            promote(store, ref)
 
 
 def _now() -> str:

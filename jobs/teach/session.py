@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jobs.measures.machine import describe_machine
-from jobs.promotion.decisions import Decision, decisions, last_promotion
+from jobs.promotion.decisions import Decision, decisions, was_replaced
 from jobs.promotion.gate import PromotedChanged, decide, restore
 from jobs.promotion.rules import Gate
 from jobs.teach.abilities import Drill, ability_of, drills, with_output
@@ -365,8 +365,6 @@ def _promotion(store: Store, lesson: Lesson) -> Decision | None:
     except DamagedCheckpoint:
         return None
     made = [each for each in decisions(store, ref) if each.promoted and each.digest == digest]
-    last = last_promotion(store, lesson.model)
-    # The decision is written before the promotion. If this decision is still the last one and another checkpoint is
-    # promoted, then the process died between the two.
-    replaced = last is not None and last[0] != ref
-    return made[-1] if made and (replaced or promoted(store, lesson.model) == ref) else None
+    # The decision is written before the promotion. A process that died between the two has promoted nothing.
+    happened = promoted(store, lesson.model) == ref or was_replaced(store, ref)
+    return made[-1] if made and happened else None
