@@ -1,4 +1,4 @@
-"""Lists of lessons whose cost does not grow with the number of lessons."""
+"""Lists of lessons whose cost hardly depends on the number of lessons."""
 
 import collections
 import dataclasses

@@ -653,8 +653,17 @@ def test_a_list_reads_each_lesson_that_is_done_once_and_lists_the_folder_seldom(
     waiting = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
     reads, listings, seconds = list[str](), list[str](), [0.0]
     read, keys = type(store).read, type(store).keys
-    monkeypatch.setattr(type(store), "read", lambda self, key: (reads.append(key), read(self, key))[1])
-    monkeypatch.setattr(type(store), "keys", lambda self, prefix: (listings.append(prefix), keys(self, prefix))[1])
+
+    def counted_read(self: Any, key: str) -> bytes:
+        reads.append(key)
+        return read(self, key)
+
+    def counted_keys(self: Any, prefix: str) -> list[str]:
+        listings.append(prefix)
+        return keys(self, prefix)
+
+    monkeypatch.setattr(type(store), "read", counted_read)
+    monkeypatch.setattr(type(store), "keys", counted_keys)
     lists = LessonLists(store, clock=lambda: seconds[0])
 
     def newest() -> list[int]:
