@@ -2,22 +2,30 @@
 
 import contextlib
 import dataclasses
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from jobs.promotion.decisions import decisions
-from jobs.teach import session
+from jobs.teach import session, training
+from jobs.teach.curriculum import Curriculum
 from jobs.teach.session import Machine, give_lessons, roll_back, taught_ref
 from jobs.teach.training import Trained
-from nanochat_core.checkpoint import CheckpointRef, DamagedCheckpoint, promoted, weights_digest
+from jobs.train.loop.runtime import Runtime
+from jobs.train.loop.stage import StageSettings
+from nanochat_core.checkpoint import CheckpointRef, DamagedCheckpoint, load_checkpoint, promoted, weights_digest
 from nanochat_core.errors import UserError
-from nanochat_core.lessons.records import Lesson, NoLesson, cancel_lesson, lessons, read_lesson, write_lesson
+from nanochat_core.lessons.records import Lesson, NoLesson, Plan, cancel_lesson, lessons, read_lesson, write_lesson
 from nanochat_core.store import FolderStore, Lease, NameInUse, Store
+from nanochat_core.training.distributed import ALONE
 from tests.support.lesson_store import (
     MODEL,
     REFUSED,
@@ -262,3 +270,39 @@ def test_two_programs_give_each_lesson_once(store: WatchedStore, monkeypatch: py
     assert [lesson.attempts for lesson in lessons(store, MODEL)] == [1, 1, 1]
     assert read_lesson(store, MODEL, 2).lineage == (1, 2)
     assert promoted(store, MODEL) == CheckpointRef(MODEL, "lesson", 2)
+
+
+def test_a_skipped_step_leaves_no_loss_in_the_history_that_json_cannot_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = with_model(tmp_path)
+    losses = iter([2.0, math.nan, 4.0, math.nan])
+
+    class Step:
+        """A step that changes no weight and has the next of the losses."""
+
+        def __init__(self, *args: Any) -> None:
+            self._state = args[-1]
+
+        def __call__(self, *_: object) -> SimpleNamespace:
+            self._state.step += 1
+            return SimpleNamespace(loss=next(losses), stopped_by=0)
+
+    monkeypatch.setattr(training, "TrainingStep", Step)
+    monkeypatch.setattr(training, "CHECK_EVERY", 3)
+    ids = np.zeros(8, dtype=np.int32)
+    tested = list[Mapping[str, float]]()
+    training.train(
+        load_checkpoint(store, SFT),
+        Curriculum([(ids, ids == 0)]),
+        [],
+        Plan(max_steps=4, batch_tokens=64),
+        StageSettings(home=str(store), model=MODEL, seed=1, device="cpu", threads=1, compile=False),
+        Runtime(store, torch.device("cpu"), ALONE, None),
+        lambda history, _: tested.append(history[-1]),
+    )
+    assert tested == [
+        {"step": 2, "loss": 2.0, "unseen": 0.0},
+        {"step": 3, "loss": 4.0, "unseen": 0.0},
+        {"step": 4, "unseen": 0.0},
+    ]
