@@ -46,11 +46,11 @@ def main(settings: TeachSettings) -> None:
         cancel_lesson(store, model, settings.cancel)
     else:
         prepare_cpu(settings.threads)
-        number = _queued(store, model, settings)
         try:
+            number = _queued(store, model, settings)
             lesson = give_lessons(store, model, Machine(settings.threads, settings.device), number)
         except (StoreError, LeaseLost) as error:
-            raise RetryableError(f"lesson {number} is not done; run again to go on: {error}") from error
+            raise RetryableError(f"the lesson is not done; run again to go on: {error}") from error
         show_lesson(lesson, print)
         raise SystemExit(_EXIT.get(lesson.state, EXIT_FAILED))
 

@@ -136,7 +136,7 @@ class Watch:
             self._interrupted.pop(self._model, None)
             return
         count = self._interrupted.get(self._model, (0, 0.0))[0]
-        pause = min(_PAUSE_SECONDS * 2**count, _LONGEST_PAUSE_SECONDS)
+        pause = min(_PAUSE_SECONDS * 2 ** min(count, 10), _LONGEST_PAUSE_SECONDS)
         self._interrupted[self._model] = count + 1, time.monotonic() + pause
         log.warning("a lesson was interrupted", extra={"model": self._model, "exit_code": code, "pause": pause})
         if code not in _RETRIED:

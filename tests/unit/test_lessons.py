@@ -740,6 +740,10 @@ def test_the_pauses_between_attempts_grow_and_delay_no_other_model(
     pauses = [later - earlier for earlier, later in itertools.pairwise(starts)]
     assert pauses[:6] == [6.0, 11.0, 21.0, 41.0, 81.0, 161.0]  # a process is seen to have ended after a second
     assert set(pauses[6:]) == {301.0}
+    watched.watch._interrupted["demo"] = (5_000, 0.0)
+    watched.watch.look()
+    watched.watch.look()
+    assert watched.watch._interrupted["demo"] == (5_001, watched.seconds + 300.0)
     add_lesson(store, "other", [DOG], Plan(), who="ada", source="own.md")
     watched.code = 0
     watched.started.clear()
@@ -813,15 +817,16 @@ def test_the_exit_code_says_how_a_lesson_ended(
 
 
 @pytest.mark.parametrize("error", [StoreError("the store is away"), LeaseLost("somebody else gives it")])
+@pytest.mark.parametrize("place", ["lessons", "give_lessons"])
 def test_a_lesson_that_could_not_go_on_is_to_be_given_again(
-    store: Store, monkeypatch: pytest.MonkeyPatch, error: UserError
+    store: Store, monkeypatch: pytest.MonkeyPatch, place: str, error: UserError
 ) -> None:
     def give(*_: object) -> Lesson:
         raise error
 
     add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
-    monkeypatch.setattr(program, "give_lessons", give)
-    with pytest.raises(RetryableError, match=f"lesson 1 is not done; run again to go on: {error}"):
+    monkeypatch.setattr(program, place, give)
+    with pytest.raises(RetryableError, match=f"the lesson is not done; run again to go on: {error}"):
         program.main(TeachSettings(home=str(store), lesson=("demo",)))
 
 
