@@ -352,7 +352,7 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
 
 
 def _promotion(store: Store, lesson: Lesson) -> Decision | None:
-    """The decision that promoted the lesson's model; None if this did not happen.
+    """The gate's decision that promoted the lesson's model; None if this did not happen.
 
     A process may have died after the promotion and before it recorded that in the lesson. If somebody has rolled back
     since then, the lesson must not be promoted again.
@@ -364,7 +364,8 @@ def _promotion(store: Store, lesson: Lesson) -> Decision | None:
         digest = weights_digest(store, ref)
     except DamagedCheckpoint:
         return None
+    # The first one is the gate's own, and later ones are roll-backs.
     made = [each for each in decisions(store, ref) if each.promoted and each.digest == digest]
     # The decision is written before the promotion. A process that died between the two has promoted nothing.
     happened = promoted(store, lesson.model) == ref or was_replaced(store, ref)
-    return made[-1] if made and happened else None
+    return made[0] if made and happened else None
