@@ -1,7 +1,9 @@
 // @vitest-environment jsdom
 import fc from "fast-check";
 import { beforeEach, expect, test, vi } from "vitest";
-import { mergeHeaders, newHeader, type Header, type StoredConversation } from "../src/chat/merge";
+import type { Conversation } from "../src/chat/conversation";
+import { Library } from "../src/chat/library";
+import { changed, mergeHeaders, newHeader, type Header, type StoredConversation } from "../src/chat/merge";
 import { assistantMessage, userMessage, type Message } from "../src/chat/message";
 import { ConversationStore } from "../src/storage/conversation-store";
 import { DEFAULTS, storedSettings } from "../src/storage/settings";
@@ -166,30 +168,112 @@ test("tabs that change a header at the same time lose no change, and leave one e
   fc.assert(
     fc.property(changes, (script) => {
       const browser = new TestBrowser();
-      const tabs = [browser.open(), browser.open()];
+      const open = () => {
+        const tab = browser.open();
+        const store = new ConversationStore(tab.storage);
+        store.watch(tab.window as Window, { header: () => undefined, message: () => undefined });
+        return { tab, store };
+      };
+      const tabs = [open(), open()];
       let all = newHeader("c1", "", 0);
       for (const { tab, step, value, at } of script) {
         if (step === "change") {
           const header: Header = { ...newHeader("c1", "", 0), chosen: { [value]: { value, at } } };
-          new ConversationStore(tabs[tab]!.storage).saveHeader(header);
+          tabs[tab]!.store.saveHeader(header);
           all = mergeHeaders(all, header);
         } else if (step === "deliver") {
-          tabs[tab]!.deliver(at);
+          tabs[tab]!.tab.deliver(at);
         } else {
-          browser.close(tabs[tab]!);
-          tabs[tab] = browser.open();
+          browser.close(tabs[tab]!.tab);
+          tabs[tab] = open();
         }
         const [stored] = new ConversationStore(browser.open().storage).load();
         expect(stored?.header.chosen ?? {}).toEqual(all.chosen);
       }
       browser.deliverAll();
-      const last = tabs[0]!.storage;
-      new ConversationStore(last).saveHeader(all);
-      expect(headerKeys(last)).toHaveLength(1);
+      const { tab, store } = tabs[0]!;
+      store.saveHeader(all);
+      expect(headerKeys(tab.storage)).toHaveLength(1);
     }),
     { numRuns: 500, examples: [[SAME_CHANGE]] },
   );
 });
+
+/** Counts how often the keys of the whole storage are listed while `work` runs. */
+function listings(work: () => void): number {
+  const keys = vi.spyOn(Object, "keys");
+  work();
+  const count = keys.mock.calls.filter(([object]) => object === localStorage).length;
+  keys.mockRestore();
+  return count;
+}
+
+test("how often the storage's keys are listed does not depend on the number of changes", () => {
+  const ids = Array.from({ length: 30 }, (_, index) => `c${index}`);
+  const library = new Library(new ConversationStore(localStorage), null);
+  library.load();
+  const stored = ids.map((id) => ({ header: newHeader(id, id, 1), messages: [userMessage(id)] }));
+  expect(listings(() => library.merge(stored))).toBe(0);
+  const conversations = library.conversations.peek();
+  const rename = (conversation: Conversation) => {
+    conversation.change(({ title }) => ({ title: changed(title, "Other") }));
+    library.saveHeader(conversation);
+  };
+  expect(listings(() => conversations.forEach(rename))).toBe(0);
+  expect(listings(() => library.remove(conversations))).toBe(0);
+  expect(listings(() => library.close())).toBe(1);
+  expect(headerKeys(localStorage)).toHaveLength(30);
+  expect(Object.keys(localStorage)).toHaveLength(30);
+});
+
+test("a full storage is searched once for deleted conversations, and again only after another deletion", () => {
+  const store = new ConversationStore(localStorage);
+  const old = { header: newHeader("old", "Old", 1), messages: [userMessage("x".repeat(3_000_000))] };
+  store.save(old);
+  for (let id = 0; id < 20; id += 1) store.saveHeader(newHeader(`c${id}`, "", 1));
+  const large = userMessage("y".repeat(3_000_000));
+  const read = vi.spyOn(Storage.prototype, "getItem");
+  const reads = () => read.mock.calls.splice(0).length;
+  expect(store.saveMessages("c0", [large])).toBe(false);
+  expect(reads()).toBeGreaterThanOrEqual(20);
+  expect(store.saveMessages("c1", [large])).toBe(false);
+  expect(reads()).toBe(0);
+  store.saveHeader({ ...old.header, deleted: { value: true, at: Date.now() } });
+  expect(store.saveMessages("c2", [large])).toBe(true);
+  read.mockRestore();
+});
+
+test("a full storage makes room from what another tab deleted", () => {
+  const store = new ConversationStore(localStorage);
+  store.watch(window, { header: () => undefined, message: () => undefined });
+  const old = { header: newHeader("old", "Old", 1), messages: [userMessage("x".repeat(3_000_000))] };
+  store.save(old);
+  const large = userMessage("y".repeat(3_000_000));
+  expect(store.saveMessages("c1", [large])).toBe(false);
+  const [key] = headerKeys(localStorage);
+  const newValue = JSON.stringify({ ...old.header, deleted: { value: true, at: Date.now() } });
+  localStorage.setItem(key!, newValue);
+  window.dispatchEvent(new StorageEvent("storage", { key: key!, newValue, storageArea: localStorage }));
+  expect(store.saveMessages("c1", [large])).toBe(true);
+});
+
+test.each(["after the person cleared the storage", "after the browser had frozen the page"])(
+  "the entries of a header are looked for again %s",
+  (when) => {
+    const store = new ConversationStore(localStorage);
+    store.watch(window, { header: () => undefined, message: () => undefined });
+    const { header } = conversation();
+    store.saveHeader(header);
+    localStorage.clear();
+    if (when.includes("cleared"))
+      window.dispatchEvent(new StorageEvent("storage", { key: null, storageArea: localStorage }));
+    else window.dispatchEvent(new Event("pageshow"));
+    const missed = { ...header, title: { value: "Missed", at: 5 } };
+    localStorage.setItem("nanochat.conversation.c1.0", JSON.stringify(missed));
+    expect(store.saveHeader(header)).toEqual(missed);
+    expect(headerKeys(localStorage)).toHaveLength(1);
+  },
+);
 
 test("a full storage makes room from what was deleted", () => {
   const store = new ConversationStore(localStorage);
@@ -209,7 +293,7 @@ test("a full storage makes room from what was deleted", () => {
 test("a browser that keeps nothing is reported, and the page works without", () => {
   const store = new ConversationStore(null);
   store.save(conversation());
-  store.removeMessages("x");
+  store.removeMessages(new Set(["x"]));
   expect(store.load()).toEqual([]);
   expect(store.refusal.value).toBe("blocked");
 });

@@ -118,10 +118,11 @@ export class Library {
    * deleted the conversation since, the deletion is that tab's, whose person may still undo it.
    */
   close(): void {
-    for (const [{ id, header }, at] of this.deletedHere) {
+    const final = [...this.deletedHere].filter(([{ header }, at]) => {
       const { deleted } = header.peek();
-      if (deleted.value && deleted.at === at) this.store.removeMessages(id);
-    }
+      return deleted.value && deleted.at === at;
+    });
+    this.store.removeMessages(new Set(final.map(([{ id }]) => id)));
     for (const conversation of this.conversations.peek()) {
       const message = conversation.message(conversation.running.peek()?.answer ?? "");
       if (message) this.saveMessages(conversation, settled(message.peek()));

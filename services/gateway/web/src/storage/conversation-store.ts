@@ -33,6 +33,10 @@ export class ConversationStore {
   readonly refusal = signal<"full" | "blocked" | null>(null);
   /** Keys of entries that cannot be read. */
   readonly damaged = signal<readonly string[]>([]);
+  /** The keys of each header's entries; null until they are needed. A scan of all keys at each change would be slow. */
+  private headerKeys: Map<string, Set<string>> | null = null;
+  /** The deleted conversations that may still have stored messages; null if any conversation may be one of them. */
+  private removable: Set<string> | null = null;
 
   /** `storage` is null if the browser blocks it. */
   constructor(private readonly storage: Storage | null) {
@@ -51,7 +55,8 @@ export class ConversationStore {
     };
     const headers = new Map<string, Header>();
     const messages = new Map<string, Message[]>();
-    for (const key of this.keys(HEADER)) {
+    this.headerKeys = null;
+    for (const key of [...this.keysOfHeaders().values()].flatMap((keys) => [...keys])) {
       for (const { header, messages: old } of read(key, parseEntry)) {
         const other = headers.get(header.id);
         headers.set(header.id, other ? mergeHeaders(other, header) : header);
@@ -67,7 +72,7 @@ export class ConversationStore {
     for (const [id, found] of messages) if (!headers.has(id)) headers.set(id, headerFor(id, found[0]!));
     for (const [id, header] of headers) {
       if (!isDeleted(header, FORGET_AFTER_MS)) continue;
-      for (const { key } of this.headersOf(id)) this.storage!.removeItem(key);
+      for (const { key } of this.headersOf(id)) this.remove(key);
       headers.delete(id);
     }
     return [...headers.values()].map((header) => ({ header, messages: messages.get(header.id) ?? [] }));
@@ -87,7 +92,8 @@ export class ConversationStore {
       kept = stored[0]?.key ?? kept;
       if (!this.put(kept, merged)) return merged;
     }
-    for (const { key } of stored) if (key !== kept) this.storage!.removeItem(key);
+    for (const { key } of stored) if (key !== kept) this.remove(key);
+    if (merged.deleted.value) this.removable?.add(header.id);
     return merged;
   }
 
@@ -114,9 +120,10 @@ export class ConversationStore {
     this.saveHeader(header);
   }
 
-  /** Removes the messages of a deleted conversation for good. The header stays and tells other tabs of the deletion. */
-  removeMessages(conversation: string): void {
-    for (const key of this.keys(MESSAGE)) if (conversationOf(key) === conversation) this.storage!.removeItem(key);
+  /** Removes the messages of deleted conversations for good. Their headers stay and tell other tabs of the deletion. */
+  removeMessages(conversations: ReadonlySet<string>): void {
+    if (conversations.size === 0) return;
+    for (const key of this.keys(MESSAGE)) if (conversations.has(conversationOf(key))) this.remove(key);
   }
 
   /** The damaged entries as text that the person can save. */
@@ -125,17 +132,24 @@ export class ConversationStore {
   }
 
   discardDamaged(): void {
-    for (const key of this.damaged.value) this.storage?.removeItem(key);
+    for (const key of this.damaged.value) this.remove(key);
     this.damaged.value = [];
   }
 
   /** Reports what other tabs store. A removed entry is not reported, because the header says what was deleted. */
   watch(target: Window, changes: RemoteChanges): void {
     target.addEventListener("storage", ({ storageArea, key, newValue }) => {
-      if (storageArea !== this.storage || key === null || newValue === null) return;
+      if (storageArea !== this.storage) return;
+      if (key === null) {
+        this.headerKeys = null; // all entries were removed
+        return;
+      }
+      this.noteKey(key);
+      if (newValue === null) return;
       try {
         if (key.startsWith(HEADER)) {
           const { header, messages } = parseEntry(newValue);
+          if (header.deleted.value) this.removable?.add(header.id);
           changes.header(header);
           for (const message of messages) changes.message(header.id, message);
         } else if (key.startsWith(MESSAGE)) {
@@ -145,19 +159,42 @@ export class ConversationStore {
         this.damaged.value = [...new Set([...this.damaged.value, key])];
       }
     });
+    // A page that the browser had frozen has missed events.
+    target.addEventListener("pageshow", () => (this.headerKeys = null));
   }
 
   /** The entries of a header that can be read. */
   private headersOf(id: string): (StoredConversation & { key: string })[] {
-    return this.keys(HEADER)
-      .filter((key) => conversationOf(key) === id)
-      .flatMap((key) => {
-        try {
-          return [{ key, ...parseEntry(this.storage!.getItem(key)!) }];
-        } catch {
-          return [];
-        }
-      });
+    return [...(this.keysOfHeaders().get(id) ?? [])].flatMap((key) => {
+      try {
+        return [{ key, ...parseEntry(this.storage!.getItem(key)!) }];
+      } catch {
+        return [];
+      }
+    });
+  }
+
+  private keysOfHeaders(): Map<string, Set<string>> {
+    if (!this.headerKeys) {
+      this.headerKeys = new Map();
+      for (const key of this.keys(HEADER)) this.noteKey(key);
+    }
+    return this.headerKeys;
+  }
+
+  /** Keeps `headerKeys` current after an entry was stored or removed. */
+  private noteKey(key: string): void {
+    if (!this.headerKeys || !key.startsWith(HEADER)) return;
+    const id = conversationOf(key);
+    const keys = this.headerKeys.get(id) ?? new Set();
+    if (this.storage!.getItem(key) === null) keys.delete(key);
+    else keys.add(key);
+    this.headerKeys.set(id, keys);
+  }
+
+  private remove(key: string): void {
+    this.storage?.removeItem(key);
+    this.noteKey(key);
   }
 
   private put(key: string, value: Header | Message): boolean {
@@ -171,6 +208,7 @@ export class ConversationStore {
   private tryPut(key: string, text: string): boolean {
     try {
       this.storage!.setItem(key, text);
+      this.noteKey(key);
       return true;
     } catch (error) {
       if (!(error instanceof DOMException)) throw error;
@@ -181,11 +219,15 @@ export class ConversationStore {
   /** Removes the messages of deleted conversations. Returns whether there were any. */
   private makeRoom(): boolean {
     const before = this.storage!.length;
-    for (const id of new Set(this.keys(HEADER).map(conversationOf))) {
-      const headers = this.headersOf(id).map((entry) => entry.header);
-      if (headers.length > 0 && headers.reduce(mergeHeaders).deleted.value) this.removeMessages(id);
-    }
+    const candidates = this.removable ?? this.keysOfHeaders().keys();
+    this.removeMessages(new Set([...candidates].filter((id) => this.isStoredAsDeleted(id))));
+    this.removable = new Set();
     return this.storage!.length < before;
+  }
+
+  private isStoredAsDeleted(id: string): boolean {
+    const headers = this.headersOf(id).map((entry) => entry.header);
+    return headers.length > 0 && headers.reduce(mergeHeaders).deleted.value;
   }
 
   private keys(prefix: string): string[] {
