@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jobs.results.metrics import ancestors
 from jobs.teach.wordings import (
@@ -26,8 +27,10 @@ from nanochat_core.chat import Message, Part
 from nanochat_core.checkpoint import Checkpoint, load_meta
 from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item, normal
-from nanochat_core.lessons.records import Lesson, Plan, lessons, read_lesson, read_lesson_items
+from nanochat_core.lessons.records import Lesson, NoLesson, Plan, read_lesson, read_lesson_items
 from nanochat_core.store import Store
+
+log = logging.getLogger("jobs.teach")
 
 Conversation = Sequence[Message]
 
@@ -122,34 +125,46 @@ def check_agreement(items: Sequence[Item], worded: Mapping[int, Wordings]) -> No
                 )
 
 
-def remember(store: Store, parent: Checkpoint, lesson: Lesson, asked: Mapping[str, Item]) -> Memory:
+def remember(
+    store: Store,
+    parent: Checkpoint,
+    lesson: Lesson,
+    asked: Mapping[str, Item],
+    worked: Callable[[Sequence[Item]], list[Item]],
+) -> Memory:
     """What ``parent`` has to remember during a lesson.
 
-    ``asked`` has the lesson's items by their :func:`normal` wordings.
-    Raises UserError if neither the plan nor the store says on which conversations the model was fine-tuned.
+    Args:
+        asked: the lesson's items by their :func:`normal` wordings.
+        worked: adds the output of Python code to the items of earlier lessons.
+
+    Raises:
+        UserError: an earlier lesson is damaged, or neither the plan nor the store says on which conversations the model
+            was fine-tuned.
     """
     mixture = _mixture(store, parent, lesson.plan)
     rng = random.Random(f"{lesson.plan.seed}/memory")  # noqa: S311
     training = _sample(mixture.training, _REMEMBERED, rng)
     validation = _sample(mixture.validation, _VALIDATION, rng)
-    kept, earlier_conflicts = _earlier(store, lesson.model, lineage(parent.meta), asked)
+    taught = _taught_items(store, lesson.model, lineage(parent.meta))
+    valid, earlier_conflicts = _earlier(taught, asked)
+    kept = worked(valid)
     # The conversations of fine-tuning know nothing of earlier lessons. Without their answers, each lesson would teach
     # the model again what an earlier lesson has replaced.
     answered = {**asked_by(kept, all_wordings(kept)), **asked}
     replaced = _conflicts(training, answered)
-    changed_before = _answered_before(store, lesson.model, lineage(parent.meta), asked)
-    new = {item.question for item in asked.values()} - changed_before
+    new = {item.question for item in asked.values()} - _answered_before(taught, asked)
     conflicts = [each for each in replaced if each.question in new]
     names = _renamed(replaced)
     agreed = [each for one in training if (each := _agreeing(one, replaced, answered, names)) is not None]
     validation = [each for one in validation if (each := _agreeing(one, replaced, answered, names)) == one]
     words = {word for each in asked.values() for word in keywords(each.question).split()}
-    taught = {each.answer for each in asked.values()}
+    answers = {each.answer for each in asked.values()}
     near = [
         one
         for one in agreed
         if any(words & {*keywords(asks.text).split()} or _UNKNOWN.search(said.text) for asks, said in _pairs(one))
-        and not any(said.text in taught for _, said in _pairs(one))
+        and not any(said.text in answers for _, said in _pairs(one))
     ]
     return Memory(agreed, validation, near, kept, [*conflicts, *earlier_conflicts], replaced, answered)
 
@@ -248,10 +263,22 @@ def _renamed(conflicts: Sequence[Conflict]) -> dict[str, str]:
     return found
 
 
-def _earlier(
-    store: Store, model: str, numbers: Sequence[int], asked: Mapping[str, Item]
-) -> tuple[list[Item], list[Conflict]]:
-    """The items of the lessons ``numbers`` that are still valid, and the answers of these lessons that change.
+def _taught_items(store: Store, model: str, numbers: Sequence[int]) -> dict[int, list[Item]]:
+    """The items of each of the lessons ``numbers``, the newest lesson first.
+
+    A lesson that somebody has removed from the store is left out. Raises UserError if a lesson is damaged.
+    """
+    found = {}
+    for number in reversed(numbers):
+        try:
+            found[number] = with_statements(read_lesson_items(store, read_lesson(store, model, number)))
+        except NoLesson as error:
+            log.warning("what an earlier lesson taught is not repeated", extra={"reason": str(error)})
+    return found
+
+
+def _earlier(taught: Mapping[int, list[Item]], asked: Mapping[str, Item]) -> tuple[list[Item], list[Conflict]]:
+    """The items of earlier lessons that are still valid, and the answers of these lessons that change.
 
     An item is valid if neither the new lesson nor a lesson after the item's own lesson answers the item's question in
     one of its wordings. A text is valid if this is true for each question that a statement of the text answers. An
@@ -260,28 +287,25 @@ def _earlier(
     kept: dict[str, Item] = {}
     conflicts = []
     later = set[str]()
-    for earlier in reversed(lessons(store, model)):
-        if earlier.number not in numbers:
-            continue
-        items = with_statements(read_lesson_items(store, earlier))
+    for number, items in taught.items():
+        answered = set[str]()
         for item in items:
+            questions = _questions(item)
+            replaced = not later.isdisjoint(questions)
             other = _same_question(item, asked)
-            if other is not None and other.answer != item.answer and not later & _questions(item):
-                source = f"lesson {earlier.number}"
-                conflicts.append(Conflict(item.question, item.answer.strip(), other.answer, source))
-            if not (later | asked.keys()) & _questions(item):
+            if other is not None and other.answer != item.answer and not replaced:
+                conflicts.append(Conflict(item.question, item.answer.strip(), other.answer, f"lesson {number}"))
+            if not replaced and asked.keys().isdisjoint(questions):
                 kept.setdefault(repr(item.row()), item)
-        later.update(*(_questions(item) for item in items if item.alone))
+            if item.alone:
+                answered |= questions
+        later |= answered
     return list(kept.values()), conflicts
 
 
-def _answered_before(store: Store, model: str, numbers: Sequence[int], asked: Mapping[str, Item]) -> set[str]:
-    """The questions of the new lesson that one of the lessons ``numbers`` has answered already."""
-    found = set[str]()
-    for number in numbers:
-        items = with_statements(read_lesson_items(store, read_lesson(store, model, number)))
-        found |= {other.question for each in items if (other := _same_question(each, asked))}
-    return found
+def _answered_before(taught: Mapping[int, list[Item]], asked: Mapping[str, Item]) -> set[str]:
+    """The questions of the new lesson that an earlier lesson has answered already."""
+    return {other.question for items in taught.values() for each in items if (other := _same_question(each, asked))}
 
 
 def _questions(item: Item) -> set[str]:

@@ -192,8 +192,7 @@ def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Less
     practice, examined = _drills(store, items, lesson)
     worded = all_wordings(items)
     check_agreement(items, worded)
-    memory = remember(store, parent, lesson, asked_by(items, worded))
-    memory = dataclasses.replace(memory, items=_worked(memory.items))
+    memory = remember(store, parent, lesson, asked_by(items, worded), _worked)
     lesson = _written(store, lesson, lease, conflicts=tuple(each.to_json() for each in memory.conflicts))
     log.info(
         "lesson begins", extra={"lesson": lesson.number, "model": lesson.model, "conflicts": len(memory.conflicts)}

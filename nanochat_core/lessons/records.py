@@ -247,9 +247,14 @@ def write_lesson(store: Store, lesson: Lesson) -> None:
 
     Raises UserError for a damaged lesson: its file stays as it is, so that a person can repair it.
     """
+    check_undamaged(lesson)
+    store.write(f"{folder(lesson.model, lesson.number)}/{_LESSON}", _json(lesson))
+
+
+def check_undamaged(lesson: Lesson) -> None:
+    """Raise UserError, with the reason, if the lesson is damaged."""
     if lesson.state == "damaged":
         raise UserError(f"lesson {lesson.number} of {lesson.model} is damaged: {lesson.reason}")
-    store.write(f"{folder(lesson.model, lesson.number)}/{_LESSON}", _json(lesson))
 
 
 def read_lesson(store: Store, model: str, number: int) -> Lesson:
@@ -292,7 +297,8 @@ def _parsed(content: bytes, model: str, number: int, key: str) -> Lesson:
 
 
 def read_lesson_items(store: Store, lesson: Lesson) -> list[Item]:
-    """The items of a lesson. Raises UserError if the file has changed since the lesson was added."""
+    """The items of a lesson. Raises UserError if the lesson is damaged, or if its items have changed."""
+    check_undamaged(lesson)
     key = f"{folder(lesson.model, lesson.number)}/{_ITEMS}"
     try:
         content = store.read(key)
@@ -319,8 +325,7 @@ def cancel_lesson(store: Store, model: str, number: int) -> None:
     training, a lesson is not canceled any more.
     """
     lesson = read_lesson(store, model, number)
-    if lesson.state == "damaged":
-        raise UserError(f"lesson {number} of {model} is damaged: {lesson.reason}")
+    check_undamaged(lesson)
     if lesson.done:
         raise UserError(f"lesson {number} of {model} is {lesson.state} already; --roll-back takes a lesson back")
     store.write(f"{folder(model, number)}/{_CANCEL}", b"")

@@ -20,6 +20,7 @@ from jobs.teach.memory import _agreeing as agreeing
 from jobs.teach.memory import _conflicts as conflicts
 from jobs.teach.memory import _earlier as earlier
 from jobs.teach.memory import _renamed as renamed
+from jobs.teach.memory import _taught_items as taught_items
 from jobs.teach.session import Machine, give_lessons
 from jobs.teach.settings import TeachSettings
 from jobs.teach.watch import Watch, WatchSettings
@@ -426,20 +427,20 @@ def test_what_an_earlier_lesson_says_holds_until_another_lesson_says_otherwise(s
     text = Item(text="My dog is called Rex. Anna lives in Rome.")
     where = ("Where does Anna live?", "Anna lives in Rome.")
     add_lesson(store, "demo", [text], Plan(), who="ada", source="own.txt")
-    kept, found = earlier(store, "demo", [1], {})
+    kept, found = earlier(taught_items(store, "demo", [1]), {})
     assert pairs(kept) == [("", ""), ("What is my dog called?", "Your dog is called Rex."), where]
     assert found == []
 
     other = Item.of("What is my dog called?", "Max.")
-    kept, found = earlier(store, "demo", [1], asked_by([other], all_wordings([other])))
+    kept, found = earlier(taught_items(store, "demo", [1]), asked_by([other], all_wordings([other])))
     assert pairs(kept) == [where]
     assert found == [Conflict("What is my dog called?", "Your dog is called Rex.", "Max.", "lesson 1")]
 
     add_lesson(store, "demo", [other], Plan(), who="ada", source="own.md")
-    kept, found = earlier(store, "demo", [1, 2], {})
+    kept, found = earlier(taught_items(store, "demo", [1, 2]), {})
     assert pairs(kept) == [("What is my dog called?", "Max."), where]
     assert found == []
-    assert earlier(store, "demo", [], {}) == ([], [])
+    assert earlier(taught_items(store, "demo", []), {}) == ([], [])
 
 
 def test_a_lesson_repeats_fine_tuning_as_earlier_lessons_left_it(store: Store, tmp_path: Path) -> None:
@@ -453,7 +454,7 @@ def test_a_lesson_repeats_fine_tuning_as_earlier_lessons_left_it(store: Store, t
         item = Item.of(question, answer)
         lesson = add_lesson(store, "demo", [item], plan, who="ada", source="own.md")
         parent = cast(Checkpoint, SimpleNamespace(meta={"lessons": numbers}))
-        return remember(store, parent, lesson, asked_by([item], all_wordings([item])))
+        return remember(store, parent, lesson, asked_by([item], all_wordings([item])), list)
 
     first = remembered("What is your name?", "I am Ada.", [])
     name = Conflict("What is your name?", "I am Pip, a model.", "I am Ada.", "fine-tuning")
@@ -478,12 +479,48 @@ def test_a_lesson_repeats_fine_tuning_as_earlier_lessons_left_it(store: Store, t
 def test_an_answer_that_a_later_lesson_replaced_in_another_wording_does_not_come_back(store: Store) -> None:
     for question, answer in (("What is my dog called?", "Rex."), ("What is my dog's name?", "Max.")):
         add_lesson(store, "demo", [Item.of(question, answer)], Plan(), who="ada", source="own.md")
-    kept, found = earlier(store, "demo", [1, 2], {})
+    kept, found = earlier(taught_items(store, "demo", [1, 2]), {})
     assert (pairs(kept), found) == ([("What is my dog's name?", "Max.")], [])
     other = Item.of("What is the name of my dog?", "Bo.")
-    kept, found = earlier(store, "demo", [1, 2], asked_by([other], all_wordings([other])))
+    kept, found = earlier(taught_items(store, "demo", [1, 2]), asked_by([other], all_wordings([other])))
     assert kept == []
     assert found == [Conflict("What is my dog's name?", "Max.", "Bo.", "lesson 2")]
+
+
+def test_a_lesson_names_an_earlier_one_that_is_damaged_and_does_without_one_that_was_removed(store: Store) -> None:
+    for question in ("Who bakes?", "Who sings?"):
+        add_lesson(store, "demo", [Item.of(question, "Nils.")], Plan(), who="ada", source="own.md")
+    store.write("lessons/demo/000002/lesson.json", b"{")
+    with pytest.raises(UserError, match=r"lesson 2 of demo is damaged: .*lesson\.json is damaged"):
+        taught_items(store, "demo", [1, 2])
+    store.delete("lessons/demo/000002")
+    assert {number: pairs(items) for number, items in taught_items(store, "demo", [1, 2]).items()} == {
+        1: [("Who bakes?", "Nils.")]
+    }
+
+
+def test_the_answer_of_an_earlier_lesson_has_the_output_of_its_code_wherever_it_is_repeated(
+    store: Store, tmp_path: Path
+) -> None:
+    message = Message("assistant", (Part("python", "2 + 2"), Part("text", "It is 4.")))
+    sum_ = Item((Message("user", (Part("text", "What is two and two?"),)), message))
+    replay = tmp_path / "replay.jsonl"
+    lines = [{"messages": [to_json(each) for each in chat("What is two and two?", "It is five.")]} for _ in range(200)]
+    replay.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = Plan(replay=str(replay))
+    add_lesson(store, "demo", [sum_], plan, who="ada", source="own.md")
+    lesson = add_lesson(store, "demo", [DOG], plan, who="ada", source="own.md")
+    parent = cast(Checkpoint, SimpleNamespace(meta={"lessons": [1]}))
+    asked = asked_by([DOG], all_wordings([DOG]))
+    memory = remember(store, parent, lesson, asked, lambda items: [finished(each) for each in items])
+    assert [item.messages[-1].parts[1] for item in memory.items] == [Part("python_output", "4")]
+    assert memory.conversations
+    assert {each[-1].parts for each in memory.conversations} == {memory.items[0].messages[-1].parts}
+
+
+def finished(item: Item) -> Item:
+    with SandboxExecutor() as sandbox:
+        return with_output(item, sandbox)
 
 
 def test_a_lesson_that_contradicts_itself_is_refused_with_both_questions() -> None:
