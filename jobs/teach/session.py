@@ -41,6 +41,7 @@ from nanochat_core.lessons.records import (
     Lesson,
     State,
     check_roll_back,
+    check_undamaged,
     is_canceled,
     lessons,
     now,
@@ -100,7 +101,8 @@ def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
 
     If this model is promoted already, nothing changes. Another program that uses the gate is waited for.
 
-    Raises UserError if the lesson was never promoted, or if its checkpoint is gone or has other weights now.
+    Raises UserError if the lesson was never promoted or is damaged, or if its checkpoint is gone or has other weights
+    now.
     """
     revision, digest = check_roll_back(store, model, number)
     current = promoted(store, model)
@@ -110,6 +112,7 @@ def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
         if not inside:
             return current
         first = read_lesson(store, model, inside[0])
+        check_undamaged(first)
         revision, digest = first.parent.get("revision", revision), first.parent.get("digest", digest)
     ref = CheckpointRef.parse(model, revision)
     waits = 0
@@ -365,6 +368,8 @@ def _promotion(store: Store, lesson: Lesson) -> Decision | None:
         return None
     # The first one is the gate's own, and later ones are roll-backs.
     made = [each for each in decisions(store, ref) if each.promoted and each.digest == digest]
+    if not made:
+        return None
     # The decision is written before the promotion. A process that died between the two has promoted nothing.
     happened = promoted(store, lesson.model) == ref or was_replaced(store, ref)
-    return made[0] if made and happened else None
+    return made[0] if happened else None

@@ -195,6 +195,34 @@ def test_all_lessons_are_taken_back_to_the_model_that_they_were_given_to(store: 
     assert promoted(store, MODEL) == newer
 
 
+def test_taking_all_lessons_back_is_refused_if_the_first_one_is_damaged(store: WatchedStore) -> None:
+    queue(store, "Rex.")
+    second = queue(store, "Max.")
+    give(store, 2)
+    store.write(f"lessons/{MODEL}/000001/lesson.json", b"{")
+    with pytest.raises(UserError, match="lesson 1 of tiny is damaged"):
+        roll_back(store, MODEL, 0)
+    assert promoted(store, MODEL) == taught_ref(second)
+
+
+def test_a_lesson_reads_only_the_decisions_on_its_own_model_and_the_promoted_one(
+    store: WatchedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for answer in ("Rex.", "Max.", "Bo.", "Ed."):
+        queue(store, answer)
+    give(store, 3)
+    read, found = FolderStore.read, set[str]()
+
+    def noted(self: FolderStore, key: str) -> bytes:
+        if "/decisions/" in key:
+            found.add(key.rpartition("/")[2])
+        return read(self, key)
+
+    monkeypatch.setattr(FolderStore, "read", noted)
+    assert give(store, 4).state == "promoted"
+    assert found == {"lesson_step_000003.json", "lesson_step_000004.json"}
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_roll_back_to_a_checkpoint_that_was_removed_changes_nothing(store: WatchedStore, number: int) -> None:
     first, second = queue(store, "Rex."), queue(store, "Max.")
