@@ -63,7 +63,7 @@ _LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
 # one wrong answer is a large share of them.
 _EARLIER, _KIND, _LOSS = 0.1, 0.1, 0.1
 _POLL_SECONDS = 1.0
-# A roll-back tries to use the gate this often. Two watches may do the same roll-back at once.
+# A roll-back tries this many times to use the gate, which another program may be using.
 _ROLL_BACK_WAITS = 60
 _MOST_QUOTED = 50
 

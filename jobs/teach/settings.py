@@ -22,7 +22,7 @@ class TeachSettings(JobSettings):
     roll_back: int | None = setting(
         None, "promote the model of this lesson again instead; 0 is the model before its first lesson", minimum=0
     )
-    cancel: int | None = setting(None, "cancel this lesson instead, which is queued or in training", minimum=1)
+    cancel: int | None = setting(None, "cancel this lesson instead, before the gate decides on it", minimum=1)
     replay: str = setting(
         "", "mixture of conversations that the model must not forget; by default, the mixture of its fine-tuning"
     )

@@ -46,7 +46,7 @@ _ROLL_BACK_SECONDS = 300.0
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0
 # Exit codes of processes that ended their lesson.
 _ENDED = (0, EXIT_REFUSED, EXIT_FAILED, EXIT_CANCELED)
-# Exit codes of processes that could not go on and say nothing against the lesson: the store is away, or somebody has
+# Exit codes of processes that could not go on for a reason outside the lesson: the store is away, or somebody has
 # stopped the process.
 _RETRIED = (RetryableError.exit_code, 130, 143, -signal.SIGINT, -signal.SIGTERM)
 

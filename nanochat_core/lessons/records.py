@@ -26,14 +26,15 @@ from nanochat_core.store import Store
 State = Literal["queued", "training", "examining", "promoted", "refused", "failed", "canceled", "damaged"]
 UNDONE: tuple[State, ...] = ("queued", "training", "examining")
 
-# A lesson that was interrupted this often fails, because it probably ends its own process, for example for memory.
+# A lesson that was interrupted this many times fails, because it probably ends its own process, for example because it
+# needs too much memory.
 MOST_ATTEMPTS = 5
 
 _FORMAT = 1
 _ITEMS, _LESSON, _CANCEL, _ROLL_BACK = "items.jsonl", "lesson.json", "CANCEL", "roll_back.json"
 _COUNTS: Shape = {str: {"right": int, "asked": int}}
 _TEXTS: Shape = [{str: str}]
-# The shapes of a lesson's fields that are no text. A lesson that has not come so far has empty objects.
+# The shapes of those fields of a lesson that are not text.
 _SHAPES: Mapping[str, Shape] = {
     "number": int,
     "items": {"questions": int, "conversations": int, "texts": int, "digest": str},
@@ -57,6 +58,7 @@ _SHAPES: Mapping[str, Shape] = {
     "lost": _TEXTS,
     "decision": {"rules": [{"passed": (bool, type(None)), "reason": str}]},
 }
+# These fields are empty objects until the lesson is in training or is decided.
 _EMPTY_AT_FIRST = ("training", "decision")
 
 
@@ -321,8 +323,8 @@ def lessons(store: Store, model: str, leave_out: Collection[int] = ()) -> list[L
 def cancel_lesson(store: Store, model: str, number: int) -> None:
     """Ask the program that gives a lesson to cancel it. Raises UserError if the lesson is done or does not exist.
 
-    A queued lesson is canceled when its turn comes, and one in training at the next check of the training. After its
-    training, a lesson is not canceled any more.
+    A queued lesson is canceled when its turn comes, one in training at the next check of the training, and one that is
+    being examined after the examination. Once the gate has decided, the lesson is not canceled any more.
     """
     lesson = read_lesson(store, model, number)
     check_undamaged(lesson)

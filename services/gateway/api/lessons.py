@@ -181,11 +181,10 @@ async def retrieve_lesson(number: _Number, pool: PoolDep, store: StoreDep, model
 
 @router.post("/{number}/cancel", summary="Cancel a lesson")
 async def cancel(number: _Number, pool: PoolDep, store: StoreDep, model: _Model = None) -> dict[str, Any]:
-    """A queued lesson is canceled at its turn, and one in training within ten steps."""
+    """Cancel a queued lesson at its turn, one in training within ten steps, and one in examination at its end."""
     name = _served(pool, model).info.name
 
     def ask() -> dict[str, Any]:
-        read_lesson(store, name, number)
         cancel_lesson(store, name, number)
         return _described(store, read_lesson(store, name, number))
 
