@@ -61,7 +61,7 @@ from nanochat_core.lessons.records import (
     write_lesson,
 )
 from nanochat_core.sandbox import SandboxExecutor
-from nanochat_core.store import Lease, LeaseLost, Store, StoreError, open_store
+from nanochat_core.store import FolderStore, Lease, LeaseLost, Store, StoreError, open_store
 from tests.support.engine_models import BYTES
 
 DOG = Item.of("What is my dog's name?", "Your dog is called Biscuit.")
@@ -917,6 +917,21 @@ def test_a_request_whose_process_died_adds_its_lesson_when_it_is_made_again(
     lesson = add(store, "one")
     assert lessons(store, "demo") == [lesson] == [add(store, "one")]
     assert read_lesson_items(store, lesson) == [DOG]
+
+
+def test_a_request_that_is_made_again_leaves_its_lesson_as_it_is_on_a_server_without_conditional_writes(
+    tmp_path: Path,
+) -> None:
+    class Unconditional(FolderStore):
+        def replace(self, key: str, data: bytes, version: str | None) -> str | None:
+            self.write(key, data)
+            return ""
+
+    store = Unconditional(tmp_path)
+    ended = dataclasses.replace(add(store, "one"), state="promoted")
+    write_lesson(store, ended)
+    assert add(store, "one") == ended
+    assert lessons(store, "demo") == [ended]
 
 
 def test_equal_requests_at_the_same_time_add_one_lesson(store: Store) -> None:
