@@ -44,6 +44,8 @@ const canceled = (...numbers: number[]): Lesson[] =>
   numbers.map((number) => ({ ...lesson, number, state: "canceled" }));
 
 let served: LessonList;
+/** Lists for certain queries; other queries get `served`. */
+let pages: Record<string, LessonList>;
 let details: LessonDetails | null;
 let status: number;
 let asked: { path: string; query: string; method: string; body: unknown; key: string | null }[];
@@ -56,13 +58,13 @@ beforeEach(() => {
   HTMLDialogElement.prototype.close = function () {
     this.open = false;
   };
-  [served, details, status, asked] = [list, null, 200, []];
+  [served, pages, details, status, asked] = [list, {}, null, 200, []];
   vi.useFakeTimers();
   vi.stubGlobal("fetch", (url: URL, init: RequestInit) => {
     const key = new Headers(init.headers).get("idempotency-key");
     const body: unknown = init.body && JSON.parse(String(init.body));
     asked.push({ path: url.pathname, query: url.search, method: init.method ?? "GET", body, key });
-    const found = /\d$/.test(url.pathname) ? details : served;
+    const found = /\d$/.test(url.pathname) ? details : (pages[url.search] ?? served);
     const answer = status === 200 ? found : { error: { message: "items.jsonl:1 has no answer.", code: "x" } };
     return Promise.resolve(Response.json(answer, { status }));
   });
@@ -191,6 +193,33 @@ test("older lessons are shown when asked for, and stay while the newest are foll
   served = { ...list, data: canceled(13, 12), has_more: true };
   await act(async () => void (await vi.advanceTimersByTimeAsync(1_100)));
   expect(numbers(), "lesson 11 would be missing between the lists").toEqual([13, 12]);
+});
+
+test("an older lesson is followed, too, while it is not done", async () => {
+  const training: Lesson = { ...lesson, number: 6, state: "training" };
+  served = { ...list, data: canceled(9, 8), has_more: true };
+  pages = { "?order=desc&after=8": { ...list, data: [...canceled(7), training], has_more: true } };
+  await show();
+  await act(() => find("lessons-older")!.click());
+  await settle();
+  const states = () => lessons.list.value!.data.map(({ number, state }) => `${number} ${state}`);
+  expect(states()).toEqual(["9 canceled", "8 canceled", "7 canceled", "6 training"]);
+  pages["?order=desc&after=8"] = { ...list, data: canceled(7, 6), has_more: true };
+  await act(() => lessons.check());
+  expect(states()).toEqual(["9 canceled", "8 canceled", "7 canceled", "6 canceled"]);
+  asked = [];
+  await act(() => lessons.check());
+  expect(states()).toHaveLength(4);
+  expect(asked).toHaveLength(1);
+});
+
+test("a request to roll back that cannot be read is not called a failure", async () => {
+  served = { ...list, roll_back: { number: 0, state: "damaged", reason: "roll_back.json is damaged" } };
+  await show();
+  expect(document.body.textContent).toContain(
+    "The last request to take lessons back cannot be read: roll_back.json is damaged",
+  );
+  expect(document.body.textContent).not.toContain("was not changed");
 });
 
 test("what a lesson contradicts is named with its origin", async () => {

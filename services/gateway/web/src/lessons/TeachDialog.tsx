@@ -134,7 +134,10 @@ function Known() {
       )}
       {(roll_back?.state === "failed" || roll_back?.state === "damaged") && (
         <p role="alert" class="teach-problem">
-          The model was not changed: {roll_back.reason}
+          {roll_back.state === "failed"
+            ? "The model was not changed"
+            : "The last request to take lessons back cannot be read"}
+          : {roll_back.reason}
         </p>
       )}
       {list.data.length === 0 && <p class="hint">{list.model} has had no lesson yet.</p>}

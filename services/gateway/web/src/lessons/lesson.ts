@@ -71,7 +71,7 @@ export function figuresOf({ before, after }: Lesson): { words: string; before: s
   }));
 }
 
-/** The list with the lessons of `known` that are older than its own. They do not change any more. */
+/** The list with the lessons of `known` that are older than its own. They are done, so they do not change any more. */
 export function withOlder(list: LessonList, known: LessonList | null): LessonList {
   const oldest = list.data.at(-1)?.number;
   if (!known || known.model !== list.model || oldest === undefined || !list.has_more) return list;

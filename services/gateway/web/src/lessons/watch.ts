@@ -29,7 +29,7 @@ export class Lessons {
     clearTimeout(this.timer);
     const before = this.list.peek();
     try {
-      const found = this.options.hasKey() ? await this.api.lessons() : null;
+      const found = this.options.hasKey() ? await this.newest() : null;
       this.list.value = found && withOlder(found, this.list.peek());
     } catch (error) {
       // The key may not teach, or the server takes no lessons. After another failure, the known list stays.
@@ -103,6 +103,20 @@ export class Lessons {
       this.problem.value = error instanceof Error ? error.message : String(error);
       return null;
     }
+  }
+
+  /** The newest lessons, and older ones as far back as a shown lesson that was not done when it was last read. */
+  private async newest(): Promise<LessonList> {
+    let list = await this.api.lessons();
+    const known = this.list.peek();
+    const undone = known?.model === list.model ? known.data.findLast((lesson) => !isDone(lesson))?.number : undefined;
+    let last = list.data.at(-1);
+    while (last && undone !== undefined && list.has_more && last.number > undone) {
+      const { data, has_more } = await this.api.lessons(last.number);
+      list = { ...list, data: [...list.data, ...data], has_more };
+      last = data.at(-1);
+    }
+    return list;
   }
 
   private async act(request: () => Promise<unknown>): Promise<boolean> {
