@@ -1,8 +1,11 @@
 """Teach a model: ``nanochat teach demo facts.md``, or ``python -m jobs.teach demo facts.md``."""
 
+import contextlib
 import getpass
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from jobs.program import run_program
 from jobs.teach.memory import lineage
@@ -47,12 +50,31 @@ def main(settings: TeachSettings) -> None:
     else:
         prepare_cpu(settings.threads)
         try:
-            number = _queued(store, model, settings)
-            lesson = give_lessons(store, model, Machine(settings.threads, settings.device), number)
+            with _ended_by_signals():
+                number = _queued(store, model, settings)
+                lesson = give_lessons(store, model, Machine(settings.threads, settings.device), number)
         except (StoreError, LeaseLost) as error:
             raise RetryableError(f"the lesson is not done; run again to go on: {error}") from error
         show_lesson(lesson, print)
         raise SystemExit(_EXIT.get(lesson.state, EXIT_FAILED))
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside the ``with`` block, SIGTERM and SIGINT raise SystemExit.
+
+    The program then releases its leases, and the lesson does not count the attempt as an interruption.
+    """
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _queued(store: Store, model: str, settings: TeachSettings) -> int:

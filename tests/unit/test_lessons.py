@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 import json
+import os
 import random
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -851,6 +853,28 @@ def test_the_exit_code_says_how_a_lesson_ended(
     with pytest.raises(SystemExit) as ended:
         program.main(TeachSettings(home=str(store), lesson=("demo",)))
     assert ended.value.code == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_lesson_that_is_stopped_at_any_moment_counts_no_attempt_and_leaves_no_lease(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def teach(store: Store, lesson: Lesson, *_: object) -> None:
+        write_lesson(store, dataclasses.replace(lesson, state="training", attempts=lesson.attempts + 1))
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal did not end the lesson")
+
+    add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    monkeypatch.setattr(session, "_teach", teach)
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        program.main(TeachSettings(home=str(store), lesson=("demo",)))
+    assert ended.value.code == 128 + number
+    lesson = read_lesson(store, "demo", 1)
+    assert (lesson.state, lesson.attempts) == ("training", 0)
+    with Lease(store, "models/demo", "another program"):
+        pass
+    assert signal.getsignal(number) == handler
 
 
 @pytest.mark.parametrize("error", [StoreError("the store is away"), LeaseLost("somebody else gives it")])
