@@ -292,7 +292,7 @@ def _earlier(taught: Mapping[int, list[Item]], asked: Mapping[str, Item]) -> tup
         for item in items:
             questions = _questions(item)
             replaced = not later.isdisjoint(questions)
-            other = _same_question(item, asked)
+            other = _same_question(item, questions, asked)
             if other is not None and other.answer != item.answer and not replaced:
                 conflicts.append(Conflict(item.question, item.answer.strip(), other.answer, f"lesson {number}"))
             if not replaced and asked.keys().isdisjoint(questions):
@@ -305,7 +305,8 @@ def _earlier(taught: Mapping[int, list[Item]], asked: Mapping[str, Item]) -> tup
 
 def _answered_before(taught: Mapping[int, list[Item]], asked: Mapping[str, Item]) -> set[str]:
     """The questions of the new lesson that an earlier lesson has answered already."""
-    return {other.question for items in taught.values() for each in items if (other := _same_question(each, asked))}
+    items = [item for each in taught.values() for item in each]
+    return {other.question for item in items if (other := _same_question(item, _questions(item), asked))}
 
 
 def _questions(item: Item) -> set[str]:
@@ -315,10 +316,11 @@ def _questions(item: Item) -> set[str]:
     return {normal(each) for questions, _ in statement_questions(item.text) for each in questions}
 
 
-def _same_question(item: Item, asked: Mapping[str, Item]) -> Item | None:
-    """The member of ``asked`` that asks the item's question, in one of the wordings of either of the two."""
+def _same_question(item: Item, questions: set[str], asked: Mapping[str, Item]) -> Item | None:
+    """The member of ``asked`` that asks the item's question, in one of the wordings of either of the two.
+
+    ``questions`` are the item's :func:`_questions`.
+    """
     if not item.alone:
         return None
-    return asked.get(normal(item.question)) or next(
-        (asked[each] for each in sorted(_questions(item) & asked.keys())), None
-    )
+    return asked.get(normal(item.question)) or next((asked[each] for each in sorted(questions & asked.keys())), None)
