@@ -1,7 +1,8 @@
 """Lessons in the store: ``lessons/<model>/<n>/`` with ``items.jsonl`` and ``lesson.json``.
 
 Programs that ask for something write only here, so the gateway needs no right to any other folder of the store: a new
-lesson, the file ``CANCEL`` in the folder of a lesson, and ``lessons/<model>/roll_back.json``.
+lesson, the request that added it in ``lessons/<model>/requests/``, the file ``CANCEL`` in the folder of a lesson, and
+``lessons/<model>/roll_back.json``.
 """
 
 from __future__ import annotations

@@ -199,6 +199,40 @@ test("tabs that change a header at the same time lose no change, and leave one e
   );
 });
 
+test("tabs that share a storage lose no change before they hear of each other", () => {
+  const tabs = [0, 1].map(() => {
+    const [store, events] = [new ConversationStore(localStorage), new EventTarget()];
+    store.watch(events as Window, { header: () => undefined, message: () => undefined });
+    return { store, events };
+  });
+  let all = newHeader("c1", "", 0);
+  const keys = new Set<string>();
+  for (const [place, tab] of [
+    ["a", 0],
+    ["b", 1],
+    ["c", 1],
+    ["d", 0],
+    ["e", 1],
+  ] as const) {
+    const header: Header = { ...newHeader("c1", "", 0), chosen: { [place]: { value: place, at: 1 } } };
+    tabs[tab]!.store.saveHeader(header);
+    all = mergeHeaders(all, header);
+    headerKeys(localStorage).forEach((key) => keys.add(key));
+    expect(new ConversationStore(localStorage).load()[0]!.header.chosen).toEqual(all.chosen);
+  }
+  expect(headerKeys(localStorage)).toHaveLength(2);
+  for (const { store, events } of tabs) {
+    for (const key of keys) {
+      const newValue = localStorage.getItem(key);
+      events.dispatchEvent(Object.assign(new Event("storage"), { storageArea: localStorage, key, newValue }));
+    }
+    store.saveHeader(newHeader("c1", "", 0));
+    headerKeys(localStorage).forEach((key) => keys.add(key));
+    expect(headerKeys(localStorage)).toHaveLength(1);
+    expect(new ConversationStore(localStorage).load()[0]!.header.chosen).toEqual(all.chosen);
+  }
+});
+
 /** Counts how often the keys of the whole storage are listed while `work` runs. */
 function listings(work: () => void): number {
   const keys = vi.spyOn(Object, "keys");

@@ -33,7 +33,10 @@ export class ConversationStore {
   readonly refusal = signal<"full" | "blocked" | null>(null);
   /** Keys of entries that cannot be read. */
   readonly damaged = signal<readonly string[]>([]);
-  /** The keys of each header's entries; null until they are needed. A scan of all keys at each change would be slow. */
+  /**
+   * The keys of each header's entries; null until they are needed. A scan of all keys at each change would be slow. An
+   * entry of which this tab has not heard yet is missing here, and is merged by a later change or by `load`.
+   */
   private headerKeys: Map<string, Set<string>> | null = null;
   /** The deleted conversations that may still have stored messages; null if any conversation may be one of them. */
   private removable: Set<string> | null = null;
