@@ -18,8 +18,9 @@ from nanochat_core.tokenizer import Tokenizer
 
 # Share of the lesson's single questions that stand after or before a remembered conversation, as in a longer chat.
 _IN_A_CHAT = 0.15
-# In the time in which every other item is shown once, an ability is shown this many times, each time as another drill.
-_DRILLS_PER_TURN = 8
+# In the time in which every other item is shown once, an ability is shown this many times: once as it is written, and
+# otherwise each time as another drill.
+_TURNS_OF_ABILITY = 8
 # Share of the remembered conversations that are drawn from those whose questions have words of the lesson.
 _NEAR_SHARE = 0.25
 # Largest share of earlier lessons' items in all examples.
@@ -60,7 +61,7 @@ def curriculum(
     rng = random.Random(f"{plan.seed}/curriculum")  # noqa: S311
     earlier = all_wordings(memory.items)
     total = plan.max_steps * plan.batch_tokens
-    lots = [i for i in range(len(items)) for _ in range(_DRILLS_PER_TURN if i in practice else 1)]
+    lots = [i for i in range(len(items)) for _ in range(_TURNS_OF_ABILITY if i in practice else 1)]
     share = _share(plan, len(lots))
     earlier_share = min(_EARLIER_SHARE, 0.02 * len(memory.items))
     documents: list[tuple[np.ndarray, np.ndarray]] = []
@@ -116,7 +117,7 @@ def _example(
     item = items[i]
     if item.text:
         return _passage(tokenizer, item.text, rng, row_tokens)
-    if i in practice:
+    if i in practice and rng.random() < 1 - 1 / _TURNS_OF_ABILITY:
         return rendered(tokenizer, rng.choice(practice[i]), row_tokens)
     conversation = asked(item, worded[i].draw(rng)) if i in worded else item.messages
     if i in worded and memory.conversations and rng.random() < _IN_A_CHAT:

@@ -238,7 +238,7 @@ def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Less
                 "base": parent.ref.revision,
                 "lessons": list(lesson.lineage),
                 "examples": parent.meta.get("examples", []),
-                "plan": {"steps": trained.steps, "batch_tokens": lesson.plan.batch_tokens},
+                "plan": {"steps": trained.steps, "batch_tokens": lesson.plan.batch_tokens, "way": trained.way},
                 "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
                 "flops_per_token": parent.config.flops_per_token,
                 "dtype": str(trained.model.compute_dtype).removeprefix("torch."),

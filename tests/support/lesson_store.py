@@ -114,7 +114,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
         model = parent.build_model()
         with torch.no_grad():
             model.head.weight[0, 0] += 1.0
-        return Trained(model, 10, 1.0, history)
+        return Trained(model, 1.0, 10, 1.0, history)
 
     monkeypatch.setattr(session, "remember", lambda *_: Memory([], [], [], [], [], [], {}))
     monkeypatch.setattr(session, "examination", examination)
