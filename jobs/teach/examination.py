@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from jobs.data.origin import read_origin
+from jobs.demo_world.evaluation import EvalItem
 from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
 from jobs.eval.chat_eval.scores import quote
 from jobs.recipes import RECIPES
@@ -32,7 +33,7 @@ from jobs.teach.curriculum import asked, rendered
 from jobs.teach.memory import Conversation, Memory
 from jobs.teach.training import Probe
 from jobs.teach.wordings import Wordings
-from nanochat_core.chat import Message
+from nanochat_core.chat import Message, parse_messages
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.lessons.items import Item, to_json
 from nanochat_core.lessons.records import Lesson
@@ -57,11 +58,13 @@ class Examination:
         task: the questions of all groups.
         probes: questions with their right answers, as tokens. They decide when training ends. They are the lesson's
             questions as written, held-out wordings of these questions, and drills.
+        others: held-out questions of the model's recipe that the examination does not ask, with their right answers.
         heard: validation conversations of fine-tuning, as tokens. The lesson does not train on them.
     """
 
     task: GenerativeTask
     probes: list[Probe]
+    others: list[Probe]
     heard: list[Probe]
 
     @property
@@ -113,12 +116,13 @@ def examination(
         for i, found in worded.items()
         for wording in rng.sample(found.held_out, min(_UNSEEN_PER_ITEM, len(found.held_out)))
     ]
+    kept = _held_out(store, parent, memory, 0)
     questions = [
         *(_question("taught", item, item.messages[:-1]) for item in _some(chats, rng)),
         *(_question("unseen", item, asked(item, wording)[:-1]) for item, wording in _some(unseen, rng)),
         *(_drill(question, answer) for question, answer in _some(drills, rng)),
         *(_question("earlier", item, item.messages[:-1]) for item in _some(memory.items, rng) if item.messages),
-        *_kept(store, parent, memory),
+        *_kept(kept),
     ]
     task = GenerativeTask(LESSON_QUESTIONS, tuple(questions), tools=True, max_tokens=_MAX_TOKENS)
     probes = [rendered(tokenizer, item.messages, row_tokens) for item in _some(chats, rng)]
@@ -126,7 +130,14 @@ def examination(
     # Drills of one ability stand together, so every n-th drill is taken, and each ability has some.
     probed = drills[:: -(-len(drills) // _PROBED_DRILLS) or 1]
     probes += [rendered(tokenizer, drill, row_tokens) for drill in probed]
-    return Examination(task, probes, [rendered(tokenizer, each, row_tokens) for each in memory.validation])
+    others = [
+        rendered(
+            tokenizer, parse_messages([*item.messages, {"role": "assistant", "content": item.reference}]), row_tokens
+        )
+        for item in _held_out(store, parent, memory, 1)
+        if all(item.messages != asked_item.messages for asked_item in kept)
+    ]
+    return Examination(task, probes, others, [rendered(tokenizer, each, row_tokens) for each in memory.validation])
 
 
 def lost(before: Result, after: Result) -> list[dict[str, str]]:
@@ -169,19 +180,24 @@ def _right(expected: str, response: Response, _: SandboxExecutor) -> bool:
     return contains_phrase(expected, response.text)
 
 
-def _kept(store: Store, parent: Checkpoint, memory: Memory) -> list[OpenQuestion]:
-    """Questions from held-out conversations of the model's recipe, without those whose answers lessons change."""
+def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> list[EvalItem]:
+    """Held-out questions of the model's recipe, without those whose answers lessons change."""
     origin = read_origin(store, parent.ref.model) or {}
     recipe = RECIPES.get(str(origin.get("recipe")))
-    if recipe is None:
-        return []
-    evaluated = recipe.evaluation_items(_KEPT)
-    kept = []
-    for item, question in zip(evaluated, demo.task(evaluated).questions, strict=True):
-        answer = item.reference if isinstance(item.reference, str) else item.reference[-1]["text"]
-        if not memory.contradicts(str(item.messages[-1]["content"]), answer):
-            kept.append(dataclasses.replace(question, group=f"kept.{item.kind}"))
-    return kept
+    drawn = recipe.evaluation_items(_KEPT, seed) if recipe is not None else []
+    return [item for item in drawn if not memory.contradicts(str(item.messages[-1]["content"]), _last_text(item))]
+
+
+def _last_text(item: EvalItem) -> str:
+    return item.reference if isinstance(item.reference, str) else item.reference[-1]["text"]
+
+
+def _kept(items: Sequence[EvalItem]) -> list[OpenQuestion]:
+    questions = demo.task(items).questions
+    return [
+        dataclasses.replace(question, group=f"kept.{item.kind}")
+        for item, question in zip(items, questions, strict=True)
+    ]
 
 
 @torch.inference_mode()

@@ -37,8 +37,10 @@ _FEWEST_STEPS = 80
 _WARMDOWN_SHARE = 0.5
 _SHORTEST_WARMDOWN = 20
 _PROBED_TOKENS = 8192
-# Shares of the way from the weights before the lesson to the trained ones that are tried, before the whole way.
-_SHARES_OF_WAY = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+# If the model has forgotten too much, its weights go back in steps of this share of the way, and at most this near to
+# the weights before the lesson.
+_STEP_BACK = 0.05
+_NEAREST = 0.6
 
 Probe = tuple[np.ndarray, np.ndarray]
 
@@ -67,6 +69,7 @@ def train(
     parent: Checkpoint,
     documents: Curriculum,
     probes: Sequence[Probe],
+    others: Sequence[Probe],
     plan: Plan,
     settings: StageSettings,
     runtime: Runtime,
@@ -75,6 +78,8 @@ def train(
     """Train ``parent`` on the documents until every probe is answered exactly, for at most ``plan.max_steps`` steps.
 
     A probe is a conversation that ends with the right answer: its tokens, and which of them the model has to produce.
+    ``others`` are probes that the lesson does not teach. If the training loses more than half of ``plan.margin`` of
+    those that ``parent`` answers, the weights go back as :func:`go_back` describes.
     ``tested`` is called after each test with the probes, with the history and the seconds since the beginning. It may
     raise an error, such as LessonCanceled, which ends the training.
 
@@ -85,6 +90,7 @@ def train(
     stage = Stage(LESSON, settings, runtime, parent.config, parent.tokenizer, parent)
     model = stage.model
     start = [parameter.detach().clone() for parameter in model.parameters()]
+    known = [probe for probe, right in zip(others, answered(model, others), strict=True) if right]
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=plan.lr_scale)
     optimizer = MuonAdamW(groups, runtime.ranks, muon_dtype(runtime.device))
     objective = cross_entropy(model, compile=settings.compile, device=runtime.device)
@@ -137,31 +143,43 @@ def train(
                     end = min(plan.max_steps, state.step + max(_SHORTEST_WARMDOWN, int(_WARMDOWN_SHARE * state.step)))
                     step = step_until(end, state.step)
                 progress.update(state.step, dict(history[-1]))
-    way = go_back(model, start, probes)
+    way = go_back(model, start, probes, known, plan.margin / 2)
     return Trained(model, way, state.step, time.monotonic() - started, history)
 
 
 @torch.no_grad()
-def go_back(model: GPT, start: Sequence[Tensor], probes: Sequence[Probe]) -> float:
-    """Move the weights toward those before the training, as far as the model still answers as many probes exactly.
+def go_back(
+    model: GPT, start: Sequence[Tensor], probes: Sequence[Probe], known: Sequence[Probe], margin: float
+) -> float:
+    """Move the weights toward those before the training until the model has forgotten little enough.
 
-    Weights on the straight line between two models forget less than the fine-tuned model (Wortsman et al. 2022, "Robust
-    fine-tuning of zero-shot models").
+    The weights go back in steps, at most to :data:`_NEAREST` of the way, and only as far as the model still answers as
+    many probes exactly. Weights on the straight line between two models forget less than the fine-tuned model (Wortsman
+    et al. 2022, "Robust fine-tuning of zero-shot models").
 
     Args:
         start: the parameters before the training, in the order of ``model.parameters()``.
+        known: probes that the model answered exactly before the training.
+        margin: share of ``known`` that may be forgotten.
 
     Returns:
         The share of the way from ``start`` to the trained weights at which the weights are now; 1 leaves them alone.
     """
     parameters = list(model.parameters())
     trained = [parameter.clone() for parameter in parameters]
-    right = sum(answered(model, probes))
-    for way in (*_SHARES_OF_WAY, 1.0):
+
+    def go_to(way: float) -> None:
         for parameter, before, after in zip(parameters, start, trained, strict=True):
             parameter.copy_(torch.lerp(before, after, way))
-        if sum(answered(model, probes)) >= right:
+
+    way, right = 1.0, sum(answered(model, probes))
+    while len(known) - sum(answered(model, known)) > margin * len(known) and way > _NEAREST:
+        next_way = round(way - _STEP_BACK, 6)
+        go_to(next_way)
+        if sum(answered(model, probes)) < right:
+            go_to(way)
             break
+        way = next_way
     return way
 
 

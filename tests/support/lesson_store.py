@@ -73,6 +73,7 @@ class _Exam:
 
     gate: Gate
     probes: Sequence[Any] = ()
+    others: Sequence[Any] = ()
 
     def take(self, *_: object) -> dict[str, Any]:
         return {"groups": {"taught": {"right": 1, "asked": 1}}, "answers": []}
@@ -104,6 +105,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
         parent: Checkpoint,
         documents: object,
         probes: object,
+        others: object,
         plan: object,
         settings: Any,
         runtime: object,
