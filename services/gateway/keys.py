@@ -26,6 +26,8 @@ from services.gateway.admission.usage import FIELDS, last_days, table_rows
 from services.gateway.settings import MAX_LIMIT, KeyStoreSettings
 
 PROGRAM = "python -m services.gateway.keys"
+# Shortest time limit of a command for Redis.
+_PATIENCE_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,8 @@ async def run(command: Command, settings: KeyStoreSettings) -> None:
         )
     store: KeyStore
     if settings.redis_url:
-        store = RedisStore(RedisLink(settings.redis_url, settings.redis_timeout_seconds))
+        # A request of a client must not wait long for Redis, but a person who manages keys may.
+        store = RedisStore(RedisLink(settings.redis_url, max(settings.redis_timeout_seconds, _PATIENCE_SECONDS)))
     else:
         store = FileStore(settings.keys_file)
     try:

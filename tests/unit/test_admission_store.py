@@ -21,6 +21,7 @@ from services.gateway.admission.redis_store import RedisStore
 from services.gateway.admission.store import KeyStore, MemoryStore, StoreError
 from services.gateway.admission.usage import Usage, UsageTable, last_days
 from services.gateway.admission.usage_book import UsageBook
+from services.gateway.keys import COMMANDS, CreateSettings, run
 from tests.support.redis_server import RedisServer, needs_redis
 
 DAY, NEXT_DAY = "2026-11-29", "2026-11-30"
@@ -192,6 +193,20 @@ async def test_usage_of_a_read_only_file_stays_in_memory(tmp_path: Path) -> None
     book.add(DAY, "a", Usage(requests=1))
     await book.flush()
     assert await book.read([DAY]) == {(DAY, "a"): Usage(requests=1)}
+
+
+@needs_redis
+async def test_a_command_waits_longer_for_redis_than_a_request_may(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = RedisServer(tmp_path)
+    server.pause()
+    asyncio.get_running_loop().call_later(1.5, server.resume)
+    settings = CreateSettings(name="late", redis_url=server.url)
+    assert settings.redis_timeout_seconds == 1.0
+    await run(COMMANDS["create"], settings)
+    assert capsys.readouterr().out.startswith("nc-")
+    server.kill()
 
 
 @needs_redis
