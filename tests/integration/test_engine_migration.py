@@ -215,8 +215,9 @@ def test_an_engine_that_drains_tells_every_call_and_ends_when_they_have_moved(
 ) -> None:
     draining, (other, _) = started("--max-running", "2", "--drain-seconds", "60"), engines
     prompts = [[i, 2, 3] for i in range(4)]
-    calls = [draining.generate(prompt, sampling=ENDLESS) for prompt in prompts]
-    begun = [[next(calls[0])], [next(calls[1])], [], []]  # two requests run, and two wait
+    calls = [draining.generate(prompt, sampling=ENDLESS) for prompt in prompts[:2]]
+    begun = [[next(calls[0])], [next(calls[1])], [], []]
+    calls += [draining.generate(prompt, sampling=ENDLESS) for prompt in prompts[2:]]  # two requests run, and two wait
     while draining.load().waiting < 2:
         time.sleep(0.01)
     health = draining.health()
