@@ -7,12 +7,11 @@ import json
 import os
 import re
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_kubernetes import CHART, RESTRICTED, get
+from test_kubernetes import CHART, RESTRICTED, get, new_namespace
 
 from tests.support.commands import ANSWER, QUESTION, ROOT, assert_answer_came_through_the_tool, run
 
@@ -29,13 +28,8 @@ WAITS_FOR = "import json, urllib.request as u; print(json.load(u.urlopen('http:/
 
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[str]:
-    name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
-    run("kubectl", "create", "namespace", name)
-    try:
-        run("kubectl", "label", "namespace", name, RESTRICTED.format("enforce"), RESTRICTED.format("warn"))
+    with new_namespace(RESTRICTED.format("enforce"), RESTRICTED.format("warn")) as name:
         yield name
-    finally:
-        run("kubectl", "delete", "namespace", name, "--timeout=180s")
 
 
 def ready(namespace: str, component: str) -> int:
@@ -95,11 +89,9 @@ def test_a_claim_that_jobs_have_created_is_used(namespace: str) -> None:
 
 def test_a_saved_store_serves_in_another_namespace_without_a_training(namespace: str, tmp_path: Path) -> None:
     """The second namespace is that of a new cluster: it has nothing but what the backup brings."""
-    saved, other = tmp_path / "store.tar", f"{namespace}-restored"
+    saved = tmp_path / "store.tar"
     run("deploy/backup", "save", str(saved), environ={"NAMESPACE": namespace})
-    run("kubectl", "create", "namespace", other)
-    try:
-        run("kubectl", "label", "namespace", other, RESTRICTED.format("enforce"))
+    with new_namespace(RESTRICTED.format("enforce")) as other:
         empty = ("--set=image.tag=dev", "--set=engine.replicas=0,bootstrap.enabled=false")
         run("helm", "-n", other, "install", "nanochat", CHART, *empty)
         run("deploy/backup", "restore", str(saved), environ={"NAMESPACE": other})
@@ -114,5 +106,3 @@ def test_a_saved_store_serves_in_another_namespace_without_a_training(namespace:
         )
         run("helm", "-n", other, "upgrade", "nanochat", CHART, *flags)
         run("helm", "-n", other, "test", "nanochat", "--timeout=2m")
-    finally:
-        run("kubectl", "delete", "namespace", other, "--timeout=180s")

@@ -7,13 +7,12 @@ therefore do the work of the first stage themselves, and then report that its po
 
 import collections
 import json
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from test_kubernetes import BASELINE, get, wait_for
+from test_kubernetes import BASELINE, get, new_namespace, wait_for
 
 from jobs.train.cluster.manifest import GPU
 from tests.support.commands import ROOT, run
@@ -62,10 +61,7 @@ def gpu_nodes() -> Iterator[set[str]]:
 @pytest.fixture(scope="module")
 def namespace(gpu_nodes: set[str]) -> Iterator[str]:
     """A namespace with the pipeline of the manifest for several nodes, which trains the demo model."""
-    name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
-    run("kubectl", "create", "namespace", name)
-    try:
-        run("kubectl", "label", "namespace", name, BASELINE)
+    with new_namespace(BASELINE) as name:
         documents = manifest()
         for document in documents:
             if document["kind"] == "Job":
@@ -78,8 +74,6 @@ def namespace(gpu_nodes: set[str]) -> Iterator[str]:
                 document["template"]["spec"].setdefault("tolerations", []).append(toleration)
         run("kubectl", "-n", name, "apply", "-f", "-", stdin=yaml.safe_dump_all(documents))
         yield name
-    finally:
-        run("kubectl", "delete", "namespace", name, "--timeout=180s")
 
 
 def manifest() -> list[dict[str, Any]]:

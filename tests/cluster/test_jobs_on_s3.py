@@ -12,7 +12,6 @@ import socket
 import subprocess
 import time
 import urllib.parse
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import boto3
 import pytest
 import yaml
-from test_kubernetes import RESTRICTED, get, succeed
+from test_kubernetes import RESTRICTED, get, new_namespace, succeed
 
 from tests.support.commands import ROOT, run
 
@@ -97,10 +96,7 @@ def _wait_for_server(address: str, process: subprocess.Popen[bytes]) -> None:
 @pytest.fixture(scope="module")
 def namespace(store: tuple[Path, str]) -> Iterator[str]:
     """A namespace for restricted pods, with the Secret that tells jobs to use the bucket."""
-    name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
-    run("kubectl", "create", "namespace", name)
-    try:
-        run("kubectl", "label", "namespace", name, RESTRICTED.format("enforce"))
+    with new_namespace(RESTRICTED.format("enforce")) as name:
         secret = {
             "apiVersion": "v1",
             "kind": "Secret",
@@ -115,8 +111,6 @@ def namespace(store: tuple[Path, str]) -> Iterator[str]:
         }
         run("kubectl", "-n", name, "apply", "-f", "-", stdin=yaml.safe_dump(secret))
         yield name
-    finally:
-        run("kubectl", "delete", "namespace", name, "--timeout=180s")
 
 
 def apply(namespace: str, manifest: str, more: tuple[str, ...] = ()) -> None:

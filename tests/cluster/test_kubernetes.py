@@ -66,15 +66,22 @@ with concurrent.futures.ThreadPoolExecutor(10) as pool:
 """
 
 
-@pytest.fixture(scope="module")
-def namespace() -> Iterator[str]:
+@contextlib.contextmanager
+def new_namespace(*labels: str, timeout_seconds: int = 180) -> Iterator[str]:
+    """A new namespace with these labels. After the block, it is deleted with all that it has, within the timeout."""
     name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
     run("kubectl", "create", "namespace", name)
     try:
-        run("kubectl", "label", "namespace", name, RESTRICTED.format("enforce"), RESTRICTED.format("warn"))
+        run("kubectl", "label", "namespace", name, *labels)
         yield name
     finally:
-        run("kubectl", "delete", "namespace", name, "--timeout=180s")
+        run("kubectl", "delete", "namespace", name, f"--timeout={timeout_seconds}s")
+
+
+@pytest.fixture(scope="module")
+def namespace() -> Iterator[str]:
+    with new_namespace(RESTRICTED.format("enforce"), RESTRICTED.format("warn")) as name:
+        yield name
 
 
 def get(namespace: str, *what: str) -> Any:

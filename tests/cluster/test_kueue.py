@@ -5,15 +5,15 @@ pods of the stages are real, except that pretraining of the first pipeline does 
 test deletes it.
 """
 
+import contextlib
 import json
 import re
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from test_kubernetes import RESTRICTED, get, state_of, succeed, wait_for
+from test_kubernetes import RESTRICTED, get, new_namespace, state_of, succeed, wait_for
 
 from tests.support.commands import ROOT, run
 
@@ -37,16 +37,14 @@ def namespace() -> Iterator[str]:
     served = [version["name"] for version in json.loads(found)["spec"]["versions"] if version["served"]]
     if VERSION not in served:
         pytest.skip(f"the Kueue of the cluster serves the versions {served} of its API, not {VERSION}")
-    name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
-    run("kubectl", "create", "namespace", name)
-    try:
-        run("kubectl", "label", "namespace", name, RESTRICTED.format("enforce"))
+    with (
+        contextlib.ExitStack() as afterwards,
+        new_namespace(RESTRICTED.format("enforce"), timeout_seconds=240) as name,
+    ):
+        for kind in ("resourceflavor", "clusterqueue"):  # the last one is deleted first
+            afterwards.callback(run, "kubectl", "delete", kind, name, "--ignore-not-found", "--timeout=60s")
         run("kubectl", "-n", name, "apply", "-f", "-", stdin=yaml.safe_dump_all(queue(name)))
         yield name
-    finally:
-        run("kubectl", "delete", "namespace", name, "--timeout=240s")
-        for kind in ("clusterqueue", "resourceflavor"):
-            run("kubectl", "delete", kind, name, "--ignore-not-found", "--timeout=60s")
 
 
 def queue(name: str) -> list[dict[str, Any]]:

@@ -11,13 +11,23 @@ import json
 import os
 import tarfile
 import urllib.parse
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from test_kubernetes import CHART, LOAD_POD, RESTRICTED, SMALL_ENGINES, get, pods_of, roll_out, streams, wait_for
+from test_kubernetes import (
+    CHART,
+    LOAD_POD,
+    RESTRICTED,
+    SMALL_ENGINES,
+    get,
+    new_namespace,
+    pods_of,
+    roll_out,
+    streams,
+    wait_for,
+)
 
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.store import open_store
@@ -138,13 +148,8 @@ for folder in pathlib.Path("/proc").glob("[0-9]*"):
 
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[str]:
-    name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
-    run("kubectl", "create", "namespace", name)
-    try:
-        run("kubectl", "label", "namespace", name, RESTRICTED.format("enforce"))
+    with new_namespace(RESTRICTED.format("enforce")) as name:
         yield name
-    finally:
-        run("kubectl", "delete", "namespace", name, "--timeout=180s")
 
 
 def upgrade(namespace: str, *settings: str) -> None:

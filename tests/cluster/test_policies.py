@@ -7,13 +7,12 @@ listens, too.
 import itertools
 import json
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from test_kubernetes import CHART, LOAD_POD, RESTRICTED, get, pods_of, roll_out, wait_for
+from test_kubernetes import CHART, LOAD_POD, RESTRICTED, get, new_namespace, pods_of, roll_out, wait_for
 
 from tests.support.commands import run
 
@@ -65,10 +64,7 @@ def pod(name: str, **labels: str) -> str:
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[str]:
     """A namespace with a release and with pods outside of the release. Skips if the cluster enforces no policies."""
-    name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
-    run("kubectl", "create", "namespace", name)
-    try:
-        run("kubectl", "label", "namespace", name, RESTRICTED.format("enforce"))
+    with new_namespace(RESTRICTED.format("enforce")) as name:
         strangers = [DENIED, pod(STRANGER), pod("denied", denied="true")]
         run("kubectl", "-n", name, "apply", "-f", "-", stdin="\n---\n".join(strangers))
         waited = ("pod/stranger", "pod/denied", "--timeout=120s")
@@ -84,8 +80,6 @@ def namespace() -> Iterator[str]:
         wait_for(lambda: connected(name, "deployment/nanochat-engine", own) == own, 120, "the engine does not listen")
         time.sleep(5)
         yield name
-    finally:
-        run("kubectl", "delete", "namespace", name, "--timeout=180s")
 
 
 def running(namespace: str, component: str) -> bool:

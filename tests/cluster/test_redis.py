@@ -5,11 +5,10 @@ test-cluster-full).
 """
 
 import os
-import uuid
 from collections.abc import Iterator
 
 import pytest
-from test_kubernetes import CHART, LOAD_POD, RESTRICTED, get, pods_of, roll_out, wait_for
+from test_kubernetes import CHART, LOAD_POD, RESTRICTED, get, new_namespace, pods_of, roll_out, wait_for
 from test_policies import DENIED, connected, outside, pod
 
 from tests.support.commands import run
@@ -41,17 +40,12 @@ with socket.create_connection((sys.argv[1], 6379), timeout=5) as connection:
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[str]:
     """A namespace with a release of two gateways and a Redis. Its engine and its sandbox have no pods."""
-    name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
-    run("kubectl", "create", "namespace", name)
-    try:
-        run("kubectl", "label", "namespace", name, RESTRICTED.format("enforce"))
+    with new_namespace(RESTRICTED.format("enforce")) as name:
         # Helm would wait for a claim that no pod uses.
         none = "bootstrap.enabled=false,engine.replicas=0,sandbox.replicas=0,store.pvc.existingClaim=none"
         flags = (f"--set=image.tag=dev,{none},redis.enabled=true,gateway.replicas=2", "--wait", "--timeout=3m")
         run("helm", "-n", name, "install", "nanochat", CHART, *flags)
         yield name
-    finally:
-        run("kubectl", "delete", "namespace", name, "--timeout=180s")
 
 
 def inside(namespace: str, pod: str, *command: str) -> str:

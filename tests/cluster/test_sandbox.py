@@ -4,11 +4,10 @@ The nodes must have the image nanochat-sandbox:dev. The release has no other pod
 """
 
 import json
-import uuid
 from collections.abc import Iterator
 
 import pytest
-from test_kubernetes import CHART, RESTRICTED, pods_of, roll_out
+from test_kubernetes import CHART, RESTRICTED, new_namespace, pods_of, roll_out
 
 from tests.support.commands import run
 from tests.support.sandbox_attacks import ATTACKS
@@ -19,17 +18,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[str]:
-    name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
-    run("kubectl", "create", "namespace", name)
-    try:
-        run("kubectl", "label", "namespace", name, RESTRICTED.format("enforce"))
+    with new_namespace(RESTRICTED.format("enforce")) as name:
         values = "image.tag=dev,bootstrap.enabled=false,gateway.replicas=0,engine.replicas=0"
         # Helm would wait for the claim of the store too, which no pod uses here.
         run("helm", "-n", name, "install", "nanochat", CHART, f"--set={values}")
         roll_out(name, "nanochat", "sandbox")
         yield name
-    finally:
-        run("kubectl", "delete", "namespace", name, "--timeout=180s")
 
 
 def test_every_attack_fails_in_the_deployed_sandbox(namespace: str) -> None:

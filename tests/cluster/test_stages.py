@@ -8,13 +8,12 @@ import json
 import os
 import random
 import time
-import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from test_kubernetes import BASELINE, TRAINING_SECONDS, get, wait_for
+from test_kubernetes import BASELINE, TRAINING_SECONDS, get, new_namespace, wait_for
 
 from tests.support.commands import ROOT, run
 
@@ -45,13 +44,8 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[str]:
     """A namespace that admits the init containers of the operator, with a pod that can read the store."""
-    name = f"nanochat-test-{uuid.uuid4().hex[:8]}"
-    run("kubectl", "create", "namespace", name)
-    try:
-        run("kubectl", "label", "namespace", name, BASELINE)
+    with new_namespace(BASELINE) as name:
         yield name
-    finally:
-        run("kubectl", "delete", "namespace", name, "--timeout=180s")
 
 
 def apply(namespace: str, model: str) -> None:
