@@ -41,9 +41,7 @@ async def served() -> AsyncIterator[tuple[ScriptedEngine, str]]:
 
 @pytest.fixture
 def engine(served: tuple[ScriptedEngine, str]) -> ScriptedEngine:
-    served[0].requests.clear()
-    served[0].metadata.clear()
-    served[0].cancelled = asyncio.Semaphore(0)
+    served[0].forget()
     return served[0]
 
 

@@ -37,9 +37,8 @@ async def served() -> AsyncIterator[tuple[ScriptedEngine, str]]:
 
 @pytest.fixture
 def engine(served: tuple[ScriptedEngine, str]) -> ScriptedEngine:
-    served[0].requests.clear()
+    served[0].forget()
     served[0].script = saying(" world")
-    served[0].cancelled = asyncio.Semaphore(0)
     return served[0]
 
 

@@ -45,8 +45,8 @@ async def served() -> AsyncIterator[tuple[ScriptedEngine, str]]:
 
 @pytest.fixture
 def url(served: tuple[ScriptedEngine, str]) -> str:
+    served[0].forget()
     served[0].script = saying("hello")
-    served[0].cancelled = asyncio.Semaphore(0)
     return served[1]
 
 

@@ -1,6 +1,5 @@
 """Anthropic's Messages API, with a scripted engine behind the real gateway."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -44,9 +43,8 @@ async def served() -> AsyncIterator[tuple[ScriptedEngine, httpx.AsyncClient]]:
 
 @pytest.fixture
 def engine(served: tuple[ScriptedEngine, httpx.AsyncClient]) -> ScriptedEngine:
-    served[0].requests.clear()
+    served[0].forget()
     served[0].script = saying("hello ", "world")
-    served[0].cancelled = asyncio.Semaphore(0)
     return served[0]
 
 

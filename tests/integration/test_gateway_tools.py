@@ -1,6 +1,5 @@
 """Tools that the client runs, as OpenAI's own client sees them, with a scripted engine behind the real gateway."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -47,8 +46,7 @@ async def served() -> AsyncIterator[tuple[ScriptedEngine, str]]:
 
 @pytest.fixture
 def engine(served: tuple[ScriptedEngine, str]) -> ScriptedEngine:
-    served[0].requests.clear()
-    served[0].cancelled = asyncio.Semaphore(0)
+    served[0].forget()
     return served[0]
 
 

@@ -174,6 +174,12 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self.awake = asyncio.Event()
         self.awake.set()
 
+    def forget(self) -> None:
+        """Forgets the requests and the canceled calls so far, so that the next test sees only its own."""
+        self.requests.clear()
+        self.metadata.clear()
+        self.cancelled = asyncio.Semaphore(0)
+
     async def start(self) -> None:
         """Starts to listen. After a restart the address is the same as before."""
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
