@@ -130,12 +130,13 @@ def examination(
     # Drills of one ability stand together, so every n-th drill is taken, and each ability has some.
     probed = drills[:: -(-len(drills) // _PROBED_DRILLS) or 1]
     probes += [rendered(tokenizer, drill, row_tokens) for drill in probed]
+    examined = [item.messages for item in kept]
     others = [
         rendered(
             tokenizer, parse_messages([*item.messages, {"role": "assistant", "content": item.reference}]), row_tokens
         )
         for item in _held_out(store, parent, memory, 1)
-        if all(item.messages != asked_item.messages for asked_item in kept)
+        if item.messages not in examined
     ]
     return Examination(task, probes, others, [rendered(tokenizer, each, row_tokens) for each in memory.validation])
 
