@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -120,10 +121,11 @@ class Choice:
 
     def append(self, output: Output | Completion) -> None:
         assert self.finish_reason is None
-        tokens = list(output.tokens)
-        self.items += [token for token in tokens if not token.forced]
+        # The first token after a tool's output can come together with the output if the result is already known.
+        before = list(itertools.takewhile(lambda token: not token.forced, output.tokens))
+        self.items += before
         self.items += [dataclasses.replace(e, **seconds_of(e, 0.0)) for e in output.tool_events]
-        self.items += [token for token in tokens if token.forced]
+        self.items += output.tokens[len(before) :]
         self.finish_reason = output.finish_reason
         if output.usage:
             self.usage = output.usage.prompt_tokens, output.usage.completion_tokens
