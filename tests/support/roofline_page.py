@@ -35,20 +35,20 @@ of these times is a lower limit of the step. The rates are from NVIDIA's data sh
 """
 CONCLUSIONS = (
     """
-- **Decoding one stream** of d20 reads for {alone:,.0f} µs on an H100. Its {launches} launches take about {launches} µs
-more. Weights in FP8 would halve the first number, and fewer kernels would lower the second.
+- **Decoding one stream** of d20: a step reads for {alone:,.0f} µs on an H100, and the pauses between its {launches}
+launches add about {launches} µs. Weights in FP8 would halve the first number, and fewer kernels would lower the second.
 """,
     """
-- **Decoding 64 streams** with contexts of {context:,} tokens: attention takes {attention} of the limit, because every
-head has its own keys and values. A cache in FP8, or heads that share keys (`n_kv_head`), would gain most.
+- **Decoding 64 streams** with contexts of {context:,} tokens: attention takes {attention} of the lower limit, because
+every head has its own keys and values. A cache in FP8, or heads that share keys (`n_kv_head`), would gain most.
 """,
     """
-- **Training** d20: the products of the blocks take {products} of the limit, and `--dtype fp8` doubles their speed at
-most. Muon takes {muon}.
+- **Training** d20: the products of the blocks take {products} of the lower limit, and `--dtype fp8` at most doubles
+their speed. Muon takes {muon}.
 """,
     """
-- **Several ranks**: with one micro-batch per rank, only the gathering of weights is exposed, less than three hundredths
-of the step.
+- **Several ranks**: with one micro-batch per rank, only the gathering of weights is exposed. It takes less than three
+hundredths of the step.
 """,
 )
 
@@ -101,8 +101,8 @@ def decoding() -> str:
     lines = table(("Model", "Batch", "GB", "GFLOP", "launches", *limits), rows)
     return _section(
         "Decoding",
-        f"One step of the engine in bf16, with contexts of {CONTEXT} tokens. What a step takes beyond the limit is "
-        "mostly the time between two kernels.",
+        f"The table is for one step of the engine in bf16, with contexts of {CONTEXT} tokens. We expect that a step "
+        "takes longer than its limit mostly because the card is idle between two kernels.",
         lines,
     )
 
@@ -137,10 +137,10 @@ def training() -> str:
         rows.append((f"d{depth}", "**whole step**", "", "", "", f"{1e6 * whole:,.0f}", percent(1.0), measurements))
     return _section(
         "Training",
-        f"One optimizer step of {GLOBAL_BATCH:,} tokens on one GPU in bf16, in micro-batches of {FULL.train_rows} rows."
-        " The launches are those of the products and of attention. Elementwise operations are not counted, because the "
-        "compiler fuses them; they are a part of the difference between the limit and the measured time (in ms, H100 "
-        "and H200).",
+        f"The table is for one optimizer step of {GLOBAL_BATCH:,} tokens on one GPU in bf16, in micro-batches of "
+        f"{FULL.train_rows} rows. It counts only the launches of matrix products and of attention. Elementwise "
+        "operations are not counted, because the compiler fuses them; they explain a part of the difference between "
+        "the limit and the measured time. The last column has the measured times on an H100 and on an H200, in ms.",
         table(("Model", "Kernel", "launches", "MB", "GFLOP", "H100 limit, µs", "share", "measured"), rows),
     )
 
@@ -179,8 +179,9 @@ def ranks() -> str:
     return _section(
         f"Communication on {RANKS} ranks",
         f"Each rank sends {RANKS - 1}/{RANKS} of all gradients, and then of all updated weights, at 450 GB/s. "
-        "Gradients are summed during the last backward pass, and weights are gathered while the next ones are updated. "
-        "What does not fit is exposed. Here a step has one micro-batch per rank.",
+        "Gradients are summed during the last backward pass, and updated weights are gathered while the next weights "
+        "are updated. If the communication takes longer than the computation beside it, the ranks wait for the rest, "
+        "and this waiting time is *exposed*. The times are in ms, for a step with one micro-batch per rank.",
         table(header, rows),
     )
 
@@ -205,9 +206,10 @@ def costs() -> str:
             )
     return _section(
         "What separate kernels cost",
-        "The time that a step of d20 would save on an H100 by the bytes alone. At batch 1, the saved launches matter "
-        "more: between two kernels of a CUDA graph, a card does nothing for about a microsecond. This is an "
-        "assumption, and the part `profile` of `make gpu` measures it.",
+        "The table shows how much time a step of d20 would save on an H100 if a separate kernel became a part of "
+        "another kernel, because fewer bytes are read and written. At batch 1, the saved launches save more time than "
+        "the bytes: we assume that a card does nothing for about a microsecond between two kernels of a CUDA graph. "
+        "The part `profile` of `make gpu` measures this pause.",
         table(("Batch", "Kernels", "Instead", "µs", "share of the limit", "launches saved"), rows),
     )
 
