@@ -20,10 +20,10 @@ help: ## Show this list
 run: setup $(STATIC)/index.html ## Serve the chat page (PORT=8000 to choose), and train the demo model if there is none
 	@exec $(PYTHON) -m deploy.local
 
-# Tests run side by side, in the order of collection. The end-to-end tests train a model first, so they keep one process busy
-# most of the time.
-TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
-SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder
+# Several processes run the tests, each a file at a time, in the order that tests/conftest.py sets. Many tests wait for
+# servers, browsers or time limits, so twice as many processes as cores need about half the time of one process for each core.
+TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 2 ? 2 : 4)))
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs neither Docker nor Kubernetes
 	@$(MAKE) --no-print-directory --jobs=2 SERVERS=servers lint-types lint-rules test-web
 	@$(PYTHON) -m pytest -m "not cluster" $(SIDE_BY_SIDE) --cov --cov-report=

@@ -10,8 +10,6 @@ from pathlib import Path
 import grpc
 import hypothesis
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
 pytest.register_assert_rewrite("tests.support.store_contract")
 
@@ -42,32 +40,35 @@ hypothesis.settings.register_profile("nanochat", deadline=None)
 hypothesis.settings.load_profile("nanochat")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    return _SideBySide(config, log)
-
-
-class _SideBySide(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """Keeps tests that share fixtures in one process: the tests of a file, and all tests in tests/e2e."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        folder = file.rpartition("/")[0]
-        return folder if folder.endswith("e2e") else file
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure coverage in the first case of each test, and not in property tests.
+    """Order the tests. Measure coverage in the first case of each test, and not in property tests.
 
     The trace function slows all Python code down to half its speed, also code that is not measured. Further cases and
     examples run nearly the same lines again.
     """
+    _order(items)
     seen: set[str] = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
         if test in seen or getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker(pytest.mark.no_cover)
         seen.add(test)
+
+
+def _order(items: list[pytest.Item]) -> None:
+    """Put the first file that needs the trained demo model first, and the other such files after the integration tests.
+
+    Each test process takes the next file. One process therefore trains the model, and hardly any other waits for it.
+    """
+    files = dict.fromkeys(item.path for item in items if "demo_home" in getattr(item, "fixturenames", ()))
+    first = next(iter(files), None)
+
+    def rank(item: pytest.Item) -> int:
+        if item.path in files:
+            return 0 if item.path == first else 2
+        return 3 if item.path.parent.name == "unit" else 1
+
+    items.sort(key=rank)
 
 
 def pytest_collection_finish() -> None:

@@ -1,5 +1,6 @@
 """A trained demo model and running services for the end-to-end tests."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -38,11 +39,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_home() -> Path:
-    """The checkout's own store with the trained demo model. The training skips finished stages."""
+    """The checkout's own store with the trained demo model. The training skips finished stages.
+
+    If several test processes need the model, one of them trains it, and the others wait.
+    """
     home = Path(os.environ.get("NANOCHAT_TEST_HOME") or ROOT / ".nanochat")
-    subprocess.run(
-        [sys.executable, "-m", "jobs.train.pipeline", "--recipe", "demo", "--home", str(home)], cwd=ROOT, check=True
-    )
+    lock = os.open(Path(__file__).parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(
+            [sys.executable, "-m", "jobs.train.pipeline", "--recipe", "demo", "--home", str(home)], cwd=ROOT, check=True
+        )
+    finally:
+        os.close(lock)
     return home
 
 
