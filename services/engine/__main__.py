@@ -1,4 +1,4 @@
-"""``python -m services.engine``"""
+"""``python -m services.engine``: serves a model over gRPC."""
 
 import asyncio
 import logging

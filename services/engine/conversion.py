@@ -27,10 +27,10 @@ _FINISH_REASONS = {
 
 
 def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Request:
-    """Convert a request for the inference core. ``request_id`` replaces the client's id.
+    """Convert a gRPC request to a request of the inference core. ``request_id`` replaces the client's id.
 
-    In the trace, the request's Python calls are children of the current task's span. In the sandbox, they take turns
-    with the calls of other callers.
+    In the trace, the request's Python calls are children of the current task's span. In the sandbox, the Python calls
+    of different callers take turns.
     """
     sampling, context = request.sampling, contextvars.copy_context()
     context.run(current_caller.set, request.caller)
@@ -93,7 +93,7 @@ def _core_tool_event(event: engine_pb2.ToolEvent) -> ToolCall | ToolResult:
 
 
 def chunk(output: Output) -> engine_pb2.GenerateChunk:
-    """Convert one output of the inference core for the stream."""
+    """Convert one output of the inference core to a message of the reply stream."""
     message = engine_pb2.GenerateChunk(
         index=output.index,
         draining=output.draining,

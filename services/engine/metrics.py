@@ -17,7 +17,7 @@ class Metrics(Observer):
     def __init__(self, load: Callable[[], Load], sandboxes: Callable[[], int] = lambda: 0) -> None:
         """``load`` returns the current load of all engines together.
 
-        ``sandboxes`` returns the number of sandboxes that can take calls.
+        ``sandboxes`` returns the number of sandboxes that accept calls.
         """
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -25,9 +25,9 @@ class Metrics(Observer):
         self._gauge("requests_waiting", "Sequences in the queue", lambda: load().waiting)
         self._gauge("requests_parked", "Sequences that wait for a Python call", lambda: load().parked)
         self._gauge("kv_cache_usage_ratio", "Share of the KV cache's blocks in use", lambda: _cache_usage(load()))
-        self._gauge("waiting_tokens", "Known tokens that must still be computed", lambda: load().waiting_tokens)
-        self._continued = self._counter("requests_continued", "Requests that continue what another engine began")
-        self._gauge("sandboxes", "Sandboxes that can take Python calls", sandboxes)
+        self._gauge("waiting_tokens", "Tokens that must be computed before sampling", lambda: load().waiting_tokens)
+        self._continued = self._counter("requests_continued", "Requests that continue another engine's answer")
+        self._gauge("sandboxes", "Sandboxes that accept Python calls", sandboxes)
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of admitted requests")
         self._generated = self._counter("generation_tokens", "Sampled tokens")
         self._preemptions = self._counter("preemptions", "Sequences that lost their blocks and are computed again")
@@ -39,7 +39,7 @@ class Metrics(Observer):
         self._finished = self._counter("requests_finished", "Finished choices by reason", "reason")
         self._refused = self._counter("requests_refused", "Refused requests by reason", "reason")
         self._tools = self._counter("tool_calls", "Python calls by status", "status")
-        self._tool_retries = self._counter("tool_retries", "Python calls that were made again at another sandbox")
+        self._tool_retries = self._counter("tool_retries", "Python calls that were repeated at another sandbox")
         self._queued = self._histogram(
             "queue_time_seconds", "Time from arrival to the start of the computation", _LATENCY
         )

@@ -34,8 +34,8 @@ class ModelHost:
 
     Attributes:
         current: the model that gets new requests; None until the first model is loaded.
-        in_progress: while no revision is promoted, the program that works on the model and its progress; empty if no
-            program works on it.
+        in_progress: the program that makes the model and its progress, such as ``jobs.train.sft: step 12 of 320``;
+            empty if no program makes the model now, or if there is a revision to serve.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class ModelHost:
     ) -> None:
         """The running answers of a replaced model get ``retire_seconds`` to finish.
 
-        ``on_change`` is called with each model that begins to serve. ``on_loop_death`` is called when a device loop has
-        died; the process should then end.
+        ``on_change`` is called with each model that begins to serve. ``on_loop_death`` is called when a device loop
+        (the thread that runs an engine's steps) has died; the process should then end.
         """
         self._loader = loader
         self._retire_seconds = retire_seconds
@@ -86,9 +86,9 @@ class ModelHost:
         With the setting ``snapshots``, also serve the newest checkpoint of fine-tuning until a revision is
         promoted. A revision that :meth:`reload` has loaded serves until another revision is promoted.
 
-        While a model serves, errors are only logged. Before the first model serves, an error is raised, except for two
-        cases that are only logged: the store fails after it has answered before, or a snapshot cannot be loaded. The
-        training may have deleted the snapshot after this service had listed it.
+        While a model serves, errors are only logged. Before the first model serves, errors are raised, except for two:
+        a failure of a store that has answered before, and a failure to load a snapshot. The store may answer again, and
+        the training may have deleted the snapshot after this service had listed it.
         """
         followed: CheckpointRef | None = None
         store_answered = waiting = False
@@ -97,7 +97,8 @@ class ModelHost:
             snapshot = False
             try:
                 ref = await run_in_daemon_thread(self._loader.wanted_ref)
-                # With a configured revision, wanted_ref() does not read the store, so the store may be away.
+                # With a configured revision, wanted_ref() does not read the store, so its success does not show that
+                # the store answers.
                 store_answered = store_answered or not self._loader.revision
                 if ref is None and self._loader.snapshots:
                     ref = await run_in_daemon_thread(self._loader.newest_snapshot)
@@ -116,8 +117,8 @@ class ModelHost:
                     store_answered = True
                 followed = ref
             except Exception as error:
-                # A store that has answered before may answer again, so the loop goes on. A damaged checkpoint stays
-                # damaged.
+                # A store that has answered before may answer again, so the loop then tries the checkpoint again. A
+                # damaged checkpoint stays damaged, so the loop does not try it again.
                 store_lost = store_answered and isinstance(error, StoreError)
                 if self.current is None and not store_lost and not snapshot:
                     raise
@@ -197,7 +198,7 @@ class ModelHost:
             task.cancel()
         for model in self.models:
             if not await model.engine.stop():
-                log.warning("a step is left to itself", extra={"revision": model.ref.revision})
+                log.warning("a step did not end in time and is abandoned", extra={"revision": model.ref.revision})
 
     async def _retire(self, old: ServedModel) -> None:
         revision, seconds = old.ref.revision, self._retire_seconds

@@ -41,7 +41,7 @@ class ModelLoader:
         self._loop = asyncio.get_running_loop()
 
     def promoted_ref(self) -> CheckpointRef | None:
-        """The promoted checkpoint of the model, or ``None`` if none is promoted."""
+        """The promoted checkpoint of the model; None if no checkpoint is promoted."""
         return promoted(self.store, self.model)
 
     def wanted_ref(self) -> CheckpointRef | None:
@@ -49,10 +49,10 @@ class ModelLoader:
         return CheckpointRef.parse(self.model, self.revision) if self.revision else self.promoted_ref()
 
     def newest_snapshot(self) -> CheckpointRef | None:
-        """The newest checkpoint of the last stage that teaches the model to talk, or ``None`` if there is none.
+        """The newest checkpoint of reinforcement learning or else of fine-tuning; None if there is neither.
 
-        Also ``None`` once a revision was promoted. After a withdrawn promotion, the newest checkpoints may be some that
-        the gate has refused.
+        Also None if a revision was ever promoted, even if that promotion was withdrawn later. After a withdrawal, the
+        newest checkpoints may be checkpoints that the promotion gate has refused.
         """
         if was_promoted(self.store, self.model):
             return None

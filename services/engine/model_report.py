@@ -20,7 +20,7 @@ def read_report(store: Store, model: str, file: str = "") -> engine_pb2.Report:
 
     Raises:
         FileNotFoundError: the report does not exist, or has no such file.
-        UserError: the content has more than :data:`MAX_BYTES`.
+        UserError: the content has more than :data:`MAX_BYTES` bytes.
     """
     folder = f"reports/{model}/"
     names = [key.removeprefix(folder) for key in store.keys(folder.rstrip("/"))]

@@ -14,7 +14,7 @@ from nanochat_core.sandboxes import NoSandbox, Sandboxes
 from nanochat_core.tls import TlsFiles
 from nanochat_core.tracing.span import current_span
 
-# Who sent the request whose Python calls run in this context; empty if that is unknown.
+# Id of the caller whose request makes the Python calls of this context; empty if the caller is unknown.
 current_caller: contextvars.ContextVar[str] = contextvars.ContextVar("current_caller", default="")
 
 _UNAVAILABLE = ToolOutput("unavailable", "error: the Python sandbox is unavailable")
@@ -27,7 +27,7 @@ _MEDIA_TYPES = {
     ".gif": "image/gif",
     ".webp": "image/webp",
 }
-# The largest number and the largest total size of the pictures of one call. Further pictures are left out.
+# The largest number of pictures of one call, and their largest total size. Further pictures are left out.
 _MAX_PICTURES, _MAX_PICTURE_BYTES = 8, 2 << 20
 
 
@@ -50,11 +50,11 @@ class SandboxClient:
 
     @property
     def serving(self) -> int:
-        """Number of sandboxes that can take calls."""
+        """Number of sandboxes that accept calls."""
         return self._sandboxes.serving
 
     async def __call__(self, code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
-        """Run ``code``. If no sandbox has answered in time, this raises :class:`TimeoutError`.
+        """Run ``code``. Raises :class:`TimeoutError` if no sandbox answers within ``timeout_seconds``.
 
         If no sandbox can be reached, the output is an error message that the model can read.
         """

@@ -50,7 +50,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def Generate(
         self, request: engine_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[engine_pb2.GenerateChunk]:
-        """Stream the continuation of a prompt. However the gRPC call ends, the prompt's sequences are freed."""
+        """Stream the continuation of a prompt. The prompt's sequences are freed even if the gRPC call is canceled."""
         span = current_span.get()
         if span and request.request_id:
             span.request_id = request.request_id  # the request's headers may lack the id
@@ -147,7 +147,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         return await self._read(context, lambda: self._host.training.progress(served))
 
     async def _read(self, context: Context, read: Callable[[], T]) -> T:
-        """Read from the store on a thread. If this fails, end the call with the status of the error."""
+        """Read from the store on a thread. If this fails, end the call with the gRPC status that fits the error."""
         if not self._reads.acquire(blocking=False):
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "the store does not answer; try again later")
 
@@ -195,7 +195,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                 context,
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"the prompt was made with tokenizer {digest:.12}, but {model.ref.model} {model.ref.revision} has "
-                f"{served:.12}; ask GetModel for it and make the prompt again",
+                f"{served:.12}; get that tokenizer with GetModel and encode the prompt again",
             )
 
 

@@ -15,9 +15,9 @@ from nanochat_core.store import DEFAULT_HOME
 class EngineSettings(EngineOptions, ListenSettings):
     """gRPC service that continues token sequences with one model of the artifact store."""
 
-    port: int = setting(50051, "port to serve gRPC on; 0 takes any free one", minimum=0, maximum=65535)
+    port: int = setting(50051, "port to serve gRPC on; 0 chooses a free port", minimum=0, maximum=65535)
     metrics_port: int = setting(
-        9091, "port to serve Prometheus metrics on; 0 takes any free one", minimum=0, maximum=65535
+        9091, "port to serve Prometheus metrics on; 0 chooses a free port", minimum=0, maximum=65535
     )
     home: str = setting(DEFAULT_HOME, "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     cache_dir: str = setting("", "folder for cached files of a remote store; empty means a temporary folder")
@@ -27,7 +27,7 @@ class EngineSettings(EngineOptions, ListenSettings):
     model: str = setting("demo", "name of the model in the store")
     revision: str = setting("", "revision to serve, as <stage>/step_<n>; empty follows promotions")
     snapshots: bool = setting(
-        False, "until a model is promoted, serve the newest checkpoint of fine-tuning or RL, and change to each new one"
+        False, "until a model is promoted, serve the newest checkpoint of fine-tuning or RL, and each newer one later"
     )
     poll_seconds: float = setting(5.0, "seconds between two checks for a new promotion", minimum=0.1)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device that computes")
@@ -37,15 +37,15 @@ class EngineSettings(EngineOptions, ListenSettings):
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
     sandbox_address: tuple[str, ...] = setting(
         (),
-        "host:port of the sandboxes, comma separated; each address of a name is one sandbox; if empty, the model's "
-        "Python calls get an error message",
+        "host:port of the sandboxes, comma separated; each address that a host name resolves to is one sandbox; if "
+        "empty, the model's Python calls return an error message",
     )
     kv_cache_mib: int = setting(0, "size of the KV cache in MiB; 0 derives it from memory and max-running", minimum=0)
     retire_seconds: float = setting(
         600.0, "seconds that running answers get to finish after another model has replaced their model", minimum=0.1
     )
     hang_seconds: float = setting(
-        300.0, "seconds after which a step counts as hung and the process ends; 0 waits for ever", minimum=0.0
+        300.0, "seconds after which a step counts as hung and the process ends; 0 sets no limit", minimum=0.0
     )
     drain_seconds: float = setting(
         25.0, "seconds that running answers get to finish when the service ends", minimum=0.0

@@ -25,7 +25,7 @@ class TrainingWatch:
         self._makers = [LeaseWatch(store, f"{folder}/{model}") for folder in _MADE_IN]
 
     def program(self) -> str:
-        """The program that works on the model now; empty if no program does."""
+        """The name of the program that works on the model now; empty if no program works on it."""
         return next(filter(None, (maker.program() for maker in self._makers)), "")
 
     def summary(self) -> str:
@@ -44,7 +44,8 @@ class TrainingWatch:
     def progress(self, served: str) -> engine_pb2.Progress:
         """The progress of the training. ``served`` is the revision that answers new requests; empty if there is none.
 
-        Raises FileNotFoundError if the store has no progress, and NewerFormatError if a newer version wrote it.
+        Raises FileNotFoundError if the store has no progress, and NewerFormatError if a newer version of this project
+        wrote the progress.
         """
         parts = read_progress(self._store, self._model)
         if not parts:

@@ -1,4 +1,4 @@
-"""A client's connection: HTTP/1.1 with limits on what a client may send and on how long it may take."""
+"""A client's connection: HTTP/1.1 with limits on the size of the headers, on times and on the number of connections."""
 
 import asyncio
 import socket
@@ -13,8 +13,8 @@ from services.gateway.metrics import Metrics
 from services.gateway.middleware.unread_body import DROP_SECONDS, LINGER_SECONDS
 from services.gateway.settings import GatewaySettings
 
-# If more bytes than this wait for the client, in the process or unsent in the kernel, the answer pauses. With the
-# kernel's own limit, up to 4 MB of an answer that nobody reads would wait in the kernel.
+# The answer pauses while more bytes than this wait for the client, either in the process or unsent in the kernel. With
+# the kernel's own limit, up to 4 MB of an answer that nobody reads would wait in the kernel.
 _UNSENT_BYTES = 16_384
 
 
@@ -26,7 +26,7 @@ class Connection(H11Protocol):
     """
 
     def __init__(self, *arguments: Any, settings: GatewaySettings, metrics: Metrics, **options: Any) -> None:
-        """``settings`` and ``metrics`` are those of the gateway. uvicorn gives the other arguments."""
+        """``settings`` and ``metrics`` belong to the gateway. uvicorn passes the other arguments."""
         super().__init__(*arguments, **options)
         self._settings = settings
         self._closed = metrics.connections_closed
@@ -41,7 +41,7 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begins to wait for a request. If there are too many connections, closes the one that is idle for longest."""
+        """Begins to wait for a request. If there are too many connections, closes the one that is idle longest."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(_UNSENT_BYTES)
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
@@ -61,8 +61,8 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Parses the client's data in pieces.
 
-        h11 checks the size of the headers only until it has received their end. Therefore no piece goes more than one
-        byte over the limit, and h11 notices headers that are too large before it receives their end.
+        h11 checks the size of the headers only while their end is missing. Therefore each piece ends at most one byte
+        after the limit, so that h11 refuses headers that are too large before it receives their end.
         """
         self._active = self.loop.time()
         if self._refused:
@@ -78,7 +78,7 @@ class Connection(H11Protocol):
             start = end
 
     def handle_events(self) -> None:
-        """Handles all complete events, and runs the deadline while a part of a request is missing."""
+        """Handles all complete events. The arrival deadline runs while a part of a request is missing."""
         super().handle_events()
         if self._refused:
             return
@@ -107,7 +107,7 @@ class Connection(H11Protocol):
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         if status == 431:
             limit = self._settings.max_header_bytes
-            message = f"The request line and the headers are larger than this server takes ({limit} bytes)."
+            message = f"The request line and the headers are larger than this server accepts ({limit} bytes)."
             self._refuse(ApiError(431, message, code="headers_too_large"), "oversized")
         else:
             message = f"The request is not valid HTTP: {shown(str(error or msg))}."
@@ -151,7 +151,7 @@ class Connection(H11Protocol):
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
-        # The origin of the page is not known, because the headers may not have been read.
+        # The headers may not have been read, so the page's origin is unknown and the response can allow only `*`.
         if "*" in self._settings.cors_origins:
             headers.append((b"access-control-allow-origin", b"*"))
         status = error.status_code

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from nanochat_core.redaction import redact
 
 RETRY_AFTER_SECONDS = 2
-# An error repeats at most this many characters of what the client sent.
+# An error message repeats at most this many characters of a text that the client sent.
 _SHOWN_CHARACTERS = 100
 
 # OpenAI's error types by status. Every other status below 500 is an invalid_request_error; from 500 on, the type is
@@ -34,7 +34,7 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """``param`` is the request's wrong parameter, such as ``messages[2].content``.
+        """``param`` is the name of the request's wrong parameter, such as ``messages[2].content``.
 
         ``code`` is an error code that programs can compare. ``headers`` are added to the response.
         """
@@ -123,7 +123,7 @@ def not_allowed(scope: str) -> ApiError:
 def rate_limited(message: str, *, retry_seconds: float | None) -> ApiError:
     """Returns an error with status 429: the caller has reached one of its limits.
 
-    The limit has room again in ``retry_seconds`` seconds. None says that the same request can never pass; the header
+    The limit has room again in ``retry_seconds`` seconds. None means that the same request can never pass; the header
     ``x-should-retry`` then tells OpenAI's client libraries not to retry.
     """
     if retry_seconds is None:
@@ -142,7 +142,7 @@ def admission_unavailable() -> ApiError:
 
 def model_not_found(name: str, known: Collection[str]) -> ApiError:
     """Returns an error with status 404: the engines serve the ``known`` models only."""
-    message = f"The model {shown(name)!r} does not exist here; this server has {', '.join(sorted(known))}."
+    message = f"The model {shown(name)!r} does not exist here; this server serves {', '.join(sorted(known))}."
     return ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -219,7 +219,7 @@ def _parameter_name(location: Sequence[str | int]) -> str:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Answers an :class:`ApiError` or an error of the framework with the same JSON shape."""
+    """Answers an :class:`ApiError` or an error of the framework. Both answers have OpenAI's JSON form."""
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):
         path = f"{request.method} {shown(request.url.path)}"

@@ -1,4 +1,4 @@
-"""API keys in the store: ``python -m services.gateway.keys create|list|rotate|revoke|usage``.
+"""Manages the API keys in the store: ``python -m services.gateway.keys create|list|rotate|revoke|usage``.
 
 The commands use the store directly, so they work without a running gateway. Running gateways notice changes within a
 second. A new key is printed once, and no other copy of it exists.
@@ -26,7 +26,7 @@ from services.gateway.admission.usage import FIELDS, last_days, table_rows
 from services.gateway.settings import MAX_LIMIT, KeyStoreSettings
 
 PROGRAM = "python -m services.gateway.keys"
-# Shortest time limit of a command for Redis.
+# A command waits at least this long for Redis, even if the settings have a shorter time limit.
 _PATIENCE_SECONDS = 10.0
 
 
@@ -40,7 +40,7 @@ class CreateSettings(KeyStoreSettings):
     )
     requests_per_minute: int | None = setting(
         None,
-        "limit of this key; 0 sets no limit, and the gateway's limits hold if no limit of the key is given",
+        "limit of this key; 0 sets no limit; a key without any limit of its own gets the limits of the gateway",
         minimum=0,
         maximum=MAX_LIMIT,
     )
@@ -48,9 +48,9 @@ class CreateSettings(KeyStoreSettings):
         None, "limit of this key on tokens of prompts and answers", minimum=0, maximum=MAX_LIMIT
     )
     parallel_answers: int | None = setting(
-        None, "limit of this key on answers at the same time", minimum=0, maximum=MAX_LIMIT
+        None, "limit of this key on answers that are written at the same time", minimum=0, maximum=MAX_LIMIT
     )
-    expires_days: float = setting(0.0, "days until the key ends; 0 sets no end", minimum=0, maximum=36_500)
+    expires_days: float = setting(0.0, "days until the key expires; 0 means never", minimum=0, maximum=36_500)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,12 +65,12 @@ class RotateSettings(KeyStoreSettings):
     """Give a key a new secret and print it; id, scopes, limits and usage stay."""
 
     id: str = setting(help="id of the key", positional=True)
-    keep_seconds: float = setting(0.0, "how long the old key stays valid", minimum=0)
+    keep_seconds: float = setting(0.0, "seconds for which the old key stays valid", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RevokeSettings(KeyStoreSettings):
-    """Revoke a key for good."""
+    """Revoke a key permanently."""
 
     id: str = setting(help="id of the key", positional=True)
 
@@ -80,7 +80,7 @@ class UsageSettings(KeyStoreSettings):
     """Show requests and tokens per key and day."""
 
     days: int = setting(7, "number of days, today included", minimum=1, maximum=400)
-    id: str = setting("", "id of the only key to show")
+    id: str = setting("", "show only the key with this id")
     json: bool = setting(False, "print JSON")
 
 
@@ -136,7 +136,7 @@ async def show_usage(settings: UsageSettings, store: KeyStore) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A subcommand: its settings and what it does."""
+    """A subcommand: its settings and its function."""
 
     settings: type[KeyStoreSettings]
     run: Callable[[Any, KeyStore], Awaitable[None]]
@@ -160,8 +160,8 @@ async def run(command: Command, settings: KeyStoreSettings) -> None:
     """
     if not (settings.redis_url or settings.keys_file):
         raise UserError(
-            "name the place of the keys with --redis-url (NANOCHAT_REDIS_URL) or --keys-file (NANOCHAT_KEYS_FILE), as "
-            "the gateway has it"
+            "name the place of the keys with --redis-url (NANOCHAT_REDIS_URL) or --keys-file (NANOCHAT_KEYS_FILE); use "
+            "the same value as the gateway"
         )
     store: KeyStore
     if settings.redis_url:

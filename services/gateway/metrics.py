@@ -20,7 +20,7 @@ class Metrics:
         histogram = functools.partial(Histogram, registry=self.registry)
         self.requests = counter(
             "nanochat_gateway_requests_total",
-            "HTTP requests; status 499 is a client that left before the end",
+            "HTTP requests; status 499 means that the client left before the end",
             ("route", "status"),
         )
         self.request_seconds = histogram(
@@ -59,15 +59,16 @@ class Metrics:
             "nanochat_gateway_choices_finished_total", "Choices by the reason for their end", ("finish_reason",)
         )
         self.failovers = counter(
-            "nanochat_gateway_failovers_total", "Requests that another engine began because the first one could not"
+            "nanochat_gateway_failovers_total",
+            "Requests that another engine began to answer because the first engine could not",
         )
         self.migrations = counter(
             "nanochat_gateway_migrations_total",
-            "Running answers that another engine went on with, by the reason for leaving the first one",
+            "Running answers that another engine continued, by the reason for leaving the first engine",
             ("reason",),
         )
         for reason in ("died", "hung", "drains"):
-            # creates the counter at 0, so that Prometheus sees it before the first migration
+            # This creates the counter at 0, so that Prometheus sees it before the first migration.
             self.migrations.labels(reason)
         self.migration_gap_seconds = histogram(
             "nanochat_gateway_migration_gap_seconds",
@@ -76,10 +77,12 @@ class Metrics:
             buckets=_FIRST_TOKEN_SECONDS,
         )
         self.streams_lost = counter(
-            "nanochat_gateway_streams_lost_total", "Running answers that ended with an error because no engine went on"
+            "nanochat_gateway_streams_lost_total",
+            "Running answers that ended with an error because no engine continued them",
         )
         self.ejections = counter(
-            "nanochat_gateway_engine_ejections_total", "Times that failing calls have kept calls away from an engine"
+            "nanochat_gateway_engine_ejections_total",
+            "Times that an engine got no calls for a while because calls to it had failed",
         )
         self.queue_length = gauge("nanochat_gateway_queue_length", "Requests that wait for an engine")
         self.queue_seconds = histogram(
@@ -94,14 +97,15 @@ class Metrics:
         )
         self.canary_percent = gauge("nanochat_gateway_canary_percent", "Share of the requests that the canary gets")
         self.canary_returned = gauge(
-            "nanochat_gateway_canary_returned", "1 once the canary has lost its share because it did worse"
+            "nanochat_gateway_canary_returned",
+            "1 once the canary has lost its share because it did worse than the other revisions",
         )
         self.engine_up = gauge(
             "nanochat_gateway_engine_up", "1 while an engine is healthy and its model is known", ("address",)
         )
         self.admission_refusals = counter(
             "nanochat_gateway_admission_refusals_total",
-            "Requests that may not enter, by the code of the error",
+            "Requests that were refused for their key or a limit, by the code of the error",
             ("code",),
         )
         self.key_requests = counter(
@@ -112,4 +116,6 @@ class Metrics:
             "Tokens by the id of the API key, and by their kind: prompt or completion",
             ("key", "kind"),
         )
-        self.redis_up = gauge("nanochat_gateway_redis_up", "1 while Redis answers; 0 also if there is none")
+        self.redis_up = gauge(
+            "nanochat_gateway_redis_up", "1 while Redis answers; 0 while it does not, or if no Redis is configured"
+        )

@@ -16,8 +16,8 @@ MAX_STOP_STRINGS = 4
 # The gateway compares each new piece of text with the stop strings, so their length must have a bound.
 MAX_STOP_CHARACTERS = 1000
 # Bounds of lists and objects. Checking an entry takes microseconds, so without bounds a body of 1 MB could take
-# seconds. Together with fail_fast, which ends a list at its first wrong entry, the bounds also limit the number of
-# errors that pydantic collects.
+# seconds. Together with fail_fast, which stops the check of a list at its first wrong entry, the bounds also limit the
+# number of errors that pydantic collects.
 MAX_MESSAGES = 2048
 MAX_PARTS = 2048
 MAX_TOOL_EVENTS = 1024
@@ -29,12 +29,12 @@ MAX_CHOICES_OF_TEXT = 1024
 MAX_STOP_TOKENS = 128
 # Largest length of the schemas of all tools together, in characters of JSON. The engine refuses longer schemas.
 MAX_TOOL_CHARACTERS = 65_536
-# Largest number of log probabilities of prompts in one answer. They take about 100 MB, and half a second to write. For
-# a prompt that is text, each character counts as a token, because the number of tokens is not known yet.
+# Largest number of log probabilities of prompts in one answer. This many need about 100 MB, and half a second to write.
+# For a prompt that is text, each character counts as a token, because the number of tokens is not known yet.
 MAX_SCORES = 500_000
 MAX_FIELDS = 256
 
-# Most tools of a request, as in OpenAI's API.
+# Largest number of tools in a request, as in OpenAI's API.
 MAX_TOOLS = 128
 
 # Parameters of OpenAI's and vLLM's APIs that this server doesn't support although they would change the answer. The
@@ -136,7 +136,7 @@ def _list_prompts(value: Any) -> Any:
         _check_length(value, MAX_PROMPTS, "prompts")
         if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
             return value
-    _reject("use a string, a list of strings, a list of token ids or a list of such lists, none of them empty")
+    _reject("use a string, a list of strings, a list of token ids or a list of lists of token ids; no empty lists")
 
 
 def _is_ids(value: Any) -> bool:
@@ -146,7 +146,7 @@ def _is_ids(value: Any) -> bool:
 
 def _check_length(value: list[Any] | dict[Any, Any], most: int, name: str) -> None:
     if len(value) > most:
-        _reject(f"at most {most} {name} are possible, and there are {len(value)}")
+        _reject(f"at most {most} {name} are allowed, but there are {len(value)}")
 
 
 def _few_biases(value: Any) -> Any:
@@ -156,7 +156,7 @@ def _few_biases(value: Any) -> Any:
 
 
 class ApiModel(BaseModel):
-    """A JSON object of the API. Unknown fields are kept, so that they can be refused by name."""
+    """A JSON object of the API. Unknown fields are kept, so that an error can name them."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -169,7 +169,11 @@ class ApiModel(BaseModel):
 
 
 def refuse(model: ApiModel, unsupported: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
-    """Refuses fields that should change the answer but that the server would have to ignore."""
+    """Refuses fields that would change the answer but that this server does not support.
+
+    ``unsupported`` maps the name of each such field to its values that change nothing and are therefore accepted.
+    Raises an :class:`ApiError` with status 400.
+    """
     for name, value in (model.model_extra or {}).items():
         if name in unsupported and value is not None and value not in unsupported[name]:
             param = f"{prefix}{name}"
@@ -179,7 +183,8 @@ def refuse(model: ApiModel, unsupported: Mapping[str, tuple[Any, ...]], prefix: 
 def refuse_unknown(body: ApiModel, known: Collection[str]) -> None:
     """Refuses parameters that this server does not know, in the words of OpenAI's server, which also refuses them.
 
-    ``known`` has the names of parameters that this server knows besides those of chat.
+    ``known`` contains the names of further parameters that the endpoint knows. Raises an :class:`ApiError` with status
+    400.
     """
     for name in body.model_extra or {}:
         if name not in _UNSUPPORTED and name not in _WITHOUT_EFFECT and name not in known:
@@ -215,11 +220,11 @@ class ToolEvent(ApiModel):
     """A call of the Python tool inside an assistant's message, or the result of such a call."""
 
     type: Literal["call", "result"]
-    index: int | None = Field(None, ge=0, description="place in the list, by which clients join the parts of a stream")
+    index: int | None = Field(None, ge=0, description="place in the list; clients join the parts of a stream by it")
     call_index: int = Field(ge=0, description="counts the calls of the message from 0")
     code: str | None = Field(None, description="call: the Python code that ran")
     offset: int | None = Field(
-        None, ge=0, description="call: number of characters (Unicode code points) of `content` that precede it"
+        None, ge=0, description="call: number of characters (Unicode code points) of `content` before the call"
     )
     status: str | None = Field(None, description="result: `ok`, or the kind of failure")
     output: str | None = Field(None, description="result: the text that the model reads")
@@ -244,7 +249,7 @@ class Extension(ApiModel):
 
 
 class FunctionCall(ApiModel):
-    """A function's name and the arguments of a call of it."""
+    """A function's name and the arguments with which it is called."""
 
     name: str
     arguments: str = Field(description="JSON, as the model wrote it")
@@ -264,11 +269,11 @@ class ChatMessage(ApiModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     tool_calls: list[ToolCall] | None = Field(
-        None, max_length=MAX_CALLS, fail_fast=True, description="assistant: the calls that came with the answer"
+        None, max_length=MAX_CALLS, fail_fast=True, description="assistant: the calls in this answer"
     )
-    tool_call_id: str | None = Field(None, description="tool: the call whose result this is")
+    tool_call_id: str | None = Field(None, description="tool: id of the call whose result this message is")
     nanochat: Extension | None = Field(
-        None, description="the same object that came with an assistant's answer, so that the model sees its tool calls"
+        None, description="assistant: the object from the server's answer, so that the model sees its tool calls"
     )
 
     @model_validator(mode="after")
@@ -299,7 +304,7 @@ class StreamOptions(ApiModel):
 
     include_usage: bool | None = Field(None, description="send a last chunk with the token counts")
     continuous_usage_stats: bool | None = Field(
-        None, description="with `include_usage`: send the counts so far in every chunk"
+        None, description="with `include_usage`: also send the token counts so far in every chunk"
     )
 
 
@@ -331,7 +336,7 @@ class FunctionDefinition(ApiModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="letters, digits, `_` and `-`, up to 64")
     description: str | None = Field(None, description="what the function does; the model reads it")
-    parameters: dict[str, Any] | None = Field(None, description="JSON schema of the arguments; none by default")
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of the arguments; default: no arguments")
     strict: bool | None = Field(None, description="accepted; the arguments always follow the schema")
 
 
@@ -343,7 +348,7 @@ class FunctionTool(ApiModel):
 
 
 class NamedFunction(ApiModel):
-    """A function by its name."""
+    """The name of a function."""
 
     name: str
 
@@ -374,9 +379,9 @@ ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool | None, B
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """What the text of an answer must match."""
+    """The form that the text of an answer must have."""
 
-    parameter: str  # the request's parameter
+    parameter: str  # name of the request's parameter that sets the constraint
     field: Literal["json_object", "json_schema", "regex", "text_or_json_schema"]  # field of the engine's SamplingParams
     value: str | bool
 
@@ -389,7 +394,7 @@ def call_schema(tools: Sequence[FunctionTool]) -> dict[str, Any]:
     length = sum(len(json.dumps(tool.function.parameters)) for tool in tools)
     if length > MAX_TOOL_CHARACTERS:
         most = MAX_TOOL_CHARACTERS
-        raise invalid_value(f"The schemas of tools have {length} characters; at most {most} are possible.", "tools")
+        raise invalid_value(f"The schemas of tools have {length} characters; at most {most} are allowed.", "tools")
     return {
         "anyOf": [
             {
@@ -415,13 +420,16 @@ def call_schema(tools: Sequence[FunctionTool]) -> dict[str, Any]:
     }
 
 
-# Keywords of JSON Schema whose values are data, and keywords whose values are objects from names to schemas.
+# Keywords of JSON Schema whose values are data, and keywords whose values are objects that map names to schemas.
 _DATA_KEYWORDS = {"const", "default", "enum", "examples"}
 _NAMED_SCHEMAS = {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """Returns a copy of the schema for ``place`` in another schema, with its references adjusted to this place."""
+    """Returns a copy of the schema for use inside another schema, with adjusted references.
+
+    ``place`` is the JSON pointer of the copy in the other schema, such as ``#/$defs/name``.
+    """
     if isinstance(schema, list):
         return [_moved(item, place) for item in schema]
     if not isinstance(schema, dict):
@@ -445,7 +453,7 @@ class StructuredOutputs(ApiModel):
 
     json_: str | dict[str, Any] | None = Field(None, alias="json", description="a JSON schema")
     regex: str | None = Field(None, min_length=1, description="a regular expression")
-    choice: Choices | None = Field(None, description="texts, of which the answer is one")
+    choice: Choices | None = Field(None, description="the possible answers")
     json_object: bool | None = Field(None, description="any JSON object")
 
     @model_validator(mode="after")
@@ -475,37 +483,43 @@ class SamplingRequest(ApiModel):
     max_tokens: Integer | None = Field(None, ge=1, description="most tokens of the answer, tool output included")
     stop: Stops = Field(None, description="up to 4 strings; the answer ends before the first one that appears")
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token")
-    top_p: float | None = Field(None, ge=0, le=1, description="sample from the likeliest tokens of this total weight")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="sample from the likeliest tokens with this total probability"
+    )
     top_k: Integer | None = Field(None, ge=-1, description="sample from this many likeliest tokens; 0 or -1 means all")
     min_p: float | None = Field(
-        None, ge=0, le=1, description="leave out tokens less likely than this share of the likeliest one"
+        None, ge=0, le=1, description="leave out tokens below this share of the likeliest token's probability"
     )
     seed: Integer | None = Field(None, ge=-(2**63), lt=2**64, description="equal seeds and requests give equal answers")
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="against tokens that have appeared")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="against tokens, each time they appear")
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="subtracted once from the logits of tokens that the answer contains"
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="subtracted from a token's logit each time that the answer contains the token"
+    )
     repetition_penalty: float | None = Field(
-        None, ge=0.01, le=10, description="divides the logits of tokens that have appeared; 1 changes nothing"
+        None, ge=0.01, le=10, description="makes tokens of prompt and answer less likely if above 1; 1 changes nothing"
     )
     logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few_biases)] = Field(
-        None, description="token id to a number from -100 to 100"
+        None, description="maps token ids to numbers from -100 to 100 that are added to the logits of these tokens"
     )
     stop_token_ids: list[Integer] | None = Field(
         None,
         max_length=MAX_STOP_TOKENS,
         fail_fast=True,
-        description="token ids that end the answer, too; the answer contains the one that did",
+        description="further token ids that end the answer; the token that ends the answer is its last token",
     )
     min_tokens: Integer | None = Field(
-        None, ge=0, le=2**31, description="nothing ends the answer before this many tokens"
+        None, ge=0, le=2**31, description="no stop token ends the answer before this many tokens"
     )
-    ignore_eos: bool | None = Field(None, description="continue until `max_tokens`, even if the model ends its message")
+    ignore_eos: bool | None = Field(None, description="continue up to `max_tokens`, even if the model ends its message")
     regex: str | None = Field(None, min_length=1, description="a regular expression that the whole answer matches")
     structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's form of constraints")
     guided_json: str | dict[str, Any] | None = Field(None, description="vLLM's earlier form: a JSON schema")
     guided_regex: str | None = Field(None, min_length=1, description="vLLM's earlier form: a regular expression")
     guided_choice: Choices | None = Field(None, description="vLLM's earlier form: possible answers")
     priority: Integer | None = Field(
-        None, ge=0, le=100, description="0 is the most urgent and the default; higher values wait for lower ones"
+        None, ge=0, le=100, description="0 (default) is the most urgent; a request waits for requests with lower values"
     )
     user: str | None = Field(None, description="accepted and not used")
 
@@ -516,7 +530,10 @@ class SamplingRequest(ApiModel):
 
     @functools.cached_property
     def constraint(self) -> Constraint | None:
-        """What the answer must match. More than one constraint is an :class:`ApiError` with status 400."""
+        """The constraint on the answer; None if the request sets none.
+
+        Raises an :class:`ApiError` with status 400 if the request sets more than one.
+        """
         found = list(self._constraints())
         if len(found) > 1:
             first, second = found[0].parameter, found[1].parameter
@@ -547,7 +564,7 @@ class SamplingRequest(ApiModel):
     def check(self) -> None:
         """Raises an :class:`ApiError` with status 400 if parameters exclude each other or are not supported."""
         if self.min_tokens and self.limit is not None and self.min_tokens > self.limit:
-            raise invalid_value("min_tokens is more than the most tokens of the answer.", "min_tokens")
+            raise invalid_value("min_tokens is larger than the limit on the answer's tokens.", "min_tokens")
         if (constraint := self.constraint) is not None and (self.min_tokens or self.ignore_eos):
             extra = "min_tokens" if self.min_tokens else "ignore_eos"
             raise invalid_value(f"{extra} and {constraint.parameter} exclude each other.", extra)
@@ -558,10 +575,12 @@ class ChatParameters(SamplingRequest):
     """The parameters of an answer in a conversation."""
 
     response_format: ResponseFormat | None = Field(None, description="make the answer JSON; turns the Python tool off")
-    max_completion_tokens: Integer | None = Field(None, ge=1, description="newer name of `max_tokens`; wins over it")
+    max_completion_tokens: Integer | None = Field(
+        None, ge=1, description="newer name of `max_tokens`; if both are set, this value is used"
+    )
     logprobs: bool | None = Field(None, description="report the log probability of each token of the text")
     top_logprobs: Integer | None = Field(
-        None, ge=0, le=20, description="likeliest alternatives to report for each token"
+        None, ge=0, le=20, description="number of likeliest alternatives to report for each token"
     )
     tools: list[FunctionTool] | None = Field(
         None,
@@ -570,7 +589,7 @@ class ChatParameters(SamplingRequest):
         description="functions that the client runs; they turn the Python tool off",
     )
     tool_choice: ToolChoice = Field(
-        None, description="`auto` (default): text or a call; `required`, or a function's name: a call; `none`: text"
+        None, description="`auto` (default): text or a call; `required` or a function's name: a call; `none`: text"
     )
     truncation: Literal["auto", "disabled"] | None = Field(
         None, description="`auto` leaves out the oldest messages if the conversation is longer than the context"
@@ -615,7 +634,7 @@ class ChatParameters(SamplingRequest):
                 f"tool_choice names {shown(self.tool_choice.name)!r}, which is not in tools.", "tool_choice"
             )
         if self.tool_choice == "required" and not names:
-            raise invalid_value("tool_choice is required, and tools has no function.", "tool_choice")
+            raise invalid_value('tool_choice is "required", but tools has no function.', "tool_choice")
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid_value("top_logprobs needs logprobs to be true.", "top_logprobs")
         super().check()
@@ -636,10 +655,10 @@ class ChatRequest(ChatParameters):
 
     messages: Messages
     continue_final_message: bool | None = Field(
-        None, description="continue the last message; the default if that message is an assistant's"
+        None, description="continue the last message; by default, an assistant's last message is continued"
     )
     add_generation_prompt: bool | None = Field(
-        None, description="begin a new assistant message; false writes what follows the messages in a document"
+        None, description="true: begin a new assistant message; false: the prompt ends after the last message"
     )
 
     @model_validator(mode="after")
@@ -658,7 +677,7 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Prompts
     max_tokens: Integer | None = Field(None, ge=0, description="most tokens of the text; 0 only scores the prompt")
-    echo: bool | None = Field(None, description="begin the text with the prompt, and with its log probabilities")
+    echo: bool | None = Field(None, description="put the prompt, and its log probabilities, in front of the text")
     logprobs: Integer | None = Field(
         None, ge=0, le=20, description="report log probabilities, with this many alternatives for each token"
     )
@@ -671,7 +690,7 @@ class CompletionRequest(SamplingRequest):
             if size > MAX_SCORES:
                 raise invalid_value(
                     f"With echo and logprobs, the length of the prompts times (logprobs + 1) is at most {MAX_SCORES}, "
-                    f"and here it is {size}. Send fewer prompts in a request.",
+                    f"but here it is {size}. Send fewer prompts in a request.",
                     "prompt",
                 )
         return self
@@ -687,11 +706,13 @@ class TokenizeRequest(ApiModel):
 
     model: str | None = None
     prompt: str | None = Field(None, description="text to encode")
-    messages: Messages | None = Field(None, description="or a conversation, as chat sends it")
-    add_special_tokens: bool | None = Field(None, description="begin a prompt with the token that begins documents")
+    messages: Messages | None = Field(None, description="a conversation, as in chat, instead of `prompt`")
+    add_special_tokens: bool | None = Field(
+        None, description="put the token that begins documents in front of the prompt (default: true)"
+    )
     continue_final_message: bool | None = Field(None, description="as in chat")
     add_generation_prompt: bool | None = Field(None, description="as in chat")
-    return_token_strs: bool | None = Field(None, description="also give the text of each token")
+    return_token_strs: bool | None = Field(None, description="also return the text of each token")
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _KEEP_ALIVE_SECONDS = 75
 # Time to close connections after the drain, when no answer runs any more.
 _CLOSE_SECONDS = 5
-# Open files besides the connections of clients: libraries, logs, connections to engines.
+# Number of open files besides the connections of clients: libraries, logs, connections to engines.
 _OTHER_FILES = 256
 
 
@@ -89,7 +89,7 @@ class Server(uvicorn.Server):
 
 
 def allow_files(connections: int) -> None:
-    """Raises the soft limit of open files to ``connections`` and 256 more, or to the hard limit if that is lower."""
+    """Raises the soft limit of open files to ``connections + 256``, or to the hard limit if that is lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -15,23 +15,23 @@ MAX_LIMIT = 10_000_000
 
 @dataclasses.dataclass(frozen=True)
 class KeyStoreSettings:
-    """Where API keys and their usage are kept; the gateway and ``nanochat keys`` have the same settings."""
+    """The place of API keys and their usage. The gateway and ``nanochat keys`` share these settings."""
 
     redis_url: str = setting(
         "",
         "URL of the Redis that keeps keys, usage and limits for all gateways: "
-        "redis://[user:password@]host:port/database, or rediss:// for TLS; empty uses the file of the keys and counts "
-        "in this process",
+        "redis://[user:password@]host:port/database, or rediss:// for TLS; if empty, keys-file has the keys, and each "
+        "gateway counts for itself",
         env="NANOCHAT_REDIS_URL",
         secret=True,
     )
     redis_timeout_seconds: float = setting(
-        1.0, "longest wait for Redis", env="NANOCHAT_REDIS_TIMEOUT_SECONDS", minimum=0.01
+        1.0, "longest wait for Redis, in seconds", env="NANOCHAT_REDIS_TIMEOUT_SECONDS", minimum=0.01
     )
     keys_file: str = setting(
         "",
-        "JSON file with the keys, for one gateway without Redis; may be replaced while it runs. If this is empty too, "
-        "there are no keys, and usage lives until the gateway ends",
+        "JSON file with the keys, for one gateway without Redis; may be replaced while the gateway runs; if keys-file "
+        "and redis-url are empty, there are no keys, and the usage is lost when the gateway ends",
         env="NANOCHAT_KEYS_FILE",
     )
 
@@ -42,20 +42,20 @@ class KeyStoreSettings:
 
 @dataclasses.dataclass(frozen=True)
 class AdmissionSettings(KeyStoreSettings):
-    """Who may use the gateway, and how much each caller may use."""
+    """The rights and limits of callers."""
 
     redis_failure: Literal["open", "closed"] = setting(
         "open",
-        "what happens while Redis is away: open counts in each gateway and accepts the keys that it knows, closed "
-        "answers 503",
+        "behavior while Redis does not answer: with open, each gateway counts for itself and accepts the keys that it "
+        "knows; with closed, it answers 503",
     )
     anonymous_scopes: tuple[str, ...] = setting(
         ("chat", "sandbox", "metrics"),
-        "what callers without a key may do, comma separated; none requires a key for everything",
+        "what callers without a key may do, comma separated; the word none means that every caller needs a key",
     )
     requests_per_minute: int = setting(
         0,
-        "requests per minute of each caller: a key, or an address without one; 0 sets no limit",
+        "requests per minute of each caller (a key, or the address of a client without a key); 0 sets no limit",
         minimum=0,
         maximum=MAX_LIMIT,
     )
@@ -79,7 +79,7 @@ class AdmissionSettings(KeyStoreSettings):
 
 @dataclasses.dataclass(frozen=True)
 class HttpsSettings:
-    """The files of the gateway's own certificate; without them, clients talk to it in plain text."""
+    """The files of the gateway's own certificate. Without them, clients connect without encryption."""
 
     https_certificate: str = setting(
         "", "PEM file with the certificate that clients see, and its chain; may be replaced while the gateway runs"
@@ -96,23 +96,23 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
     """Serves an OpenAI-style REST API and the chat page in front of one or more inference engines."""
 
     host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(8000, "TCP port to listen on; 0 takes any free one", minimum=0, maximum=65535)
+    port: int = setting(8000, "TCP port to listen on; 0 chooses a free port", minimum=0, maximum=65535)
     engine_addresses: tuple[str, ...] = setting(
         ("127.0.0.1:50051",),
-        "host:port of the engines, comma separated; each address of a host name is an engine of its own",
+        "host:port of the engines, comma separated; each address that a host name resolves to is one engine",
     )
     discovery_seconds: float = setting(
-        LOOKUP_SECONDS, "time between two lookups of the engines' and sandboxes' names", minimum=0.05
+        LOOKUP_SECONDS, "seconds between two lookups of the engines' and sandboxes' names", minimum=0.05
     )
     sandbox_addresses: tuple[str, ...] = setting(
         (),
         "host:port of the sandboxes in which clients may run code (/v1/sandbox/execute), comma separated; each address "
-        "of a host name is a sandbox of its own; empty: clients cannot",
+        "that a host name resolves to is one sandbox; if empty, clients cannot run code",
     )
     lessons_home: str = setting(
         "",
-        "artifact store for lessons (/v1/lessons): a folder or s3://bucket/prefix, of which only lessons/ is used; "
-        "empty: no lessons over the API",
+        "artifact store for lessons (/v1/lessons): a folder or s3://bucket/prefix, in which the gateway uses only "
+        "lessons/; if empty, the API accepts no lessons",
     )
     model_aliases: tuple[str, ...] = setting(
         (), "further names that requests may use for the served model, comma separated"
@@ -138,27 +138,27 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         16_384, "largest accepted request line and headers of a request, in bytes", minimum=1024
     )
     max_connections: int = setting(
-        4096, "most connections of clients; one more closes the connection that is idle longest", minimum=1
+        4096, "most connections of clients; a further one closes the connection that is idle longest", minimum=1
     )
     arrival_seconds: float = setting(
-        30.0, "longest time from a request's first byte, or from a new connection, to the request's end", minimum=0.1
+        30.0, "most seconds from a request's first byte, or from a new connection, to the request's end", minimum=0.1
     )
     stall_seconds: float = setting(
-        60.0, "longest time that a client may take to read what waits for it, about 64 kB of its answer", minimum=0.1
+        60.0, "most seconds for a client to read the waiting part of its answer, about 64 kB", minimum=0.1
     )
-    request_timeout_seconds: float = setting(600.0, "longest time an engine may work on one request", minimum=1)
+    request_timeout_seconds: float = setting(600.0, "most seconds that an engine may work on one request", minimum=1)
     heartbeat_seconds: float = setting(
         10.0, "seconds of silence after which a stream gets a comment line, so that proxies keep it open", minimum=0.05
     )
     connect_timeout_seconds: float = setting(
-        5.0, "longest wait for a connection to an engine and for the description of its model", minimum=0.1
+        5.0, "most seconds to wait for a connection to an engine and for the description of its model", minimum=0.1
     )
-    poll_seconds: float = setting(1.0, "time between two checks of an engine's health and load", minimum=0.05)
+    poll_seconds: float = setting(1.0, "seconds between two checks of an engine's health and load", minimum=0.05)
     health_timeout_seconds: float = setting(
-        1.0, "longest wait for the answer to such a check; an engine that misses two in a row hangs", minimum=0.05
+        1.0, "most seconds for a check of health or load; two checks without an answer mean a hung engine", minimum=0.05
     )
     model_poll_seconds: float = setting(
-        5.0, "time between two checks of the model revision that an engine serves", minimum=0.05
+        5.0, "seconds between two checks of the model revision that an engine serves", minimum=0.05
     )
     max_engine_sequences: int = setting(
         0, "most answers that this gateway lets run in one engine; 0 leaves the limit to the engine", minimum=0
@@ -167,15 +167,15 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         1000, "most requests that wait for an engine; further requests get 429, so 0 lets none wait", minimum=0
     )
     queue_seconds: float = setting(
-        30.0, "longest time that a request, or a stream that lost its engine, waits for an engine", minimum=0
+        30.0, "most seconds that a request, or a stream that lost its engine, waits for an engine", minimum=0
     )
     max_failures: int = setting(
-        4, "failures of engines on one request, without a token in between, after which it is given up", minimum=1
+        4, "number of engine failures in a row, without a token in between, after which a request fails", minimum=1
     )
-    waiting_hint: str = setting("", "sentence that the page shows, too, while no engine is ready")
+    waiting_hint: str = setting("", "sentence that the chat page adds to its message while no engine is ready")
     canary: str = setting(
         "",
-        "<model>/<stage>/step_<n>: a revision that gets a share of the requests, unless it does worse than the others",
+        "<model>/<stage>/step_<n>: a revision that gets a share of the requests until it does worse than the others",
     )
     canary_percent: float = setting(
         10.0, "percentage of the requests for its model that the canary gets", minimum=0, maximum=90
@@ -185,11 +185,9 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         "largest gRPC message from an engine in bytes; one message carries the whole tokenizer",
         minimum=65536,
     )
-    drain_seconds: float = setting(
-        30.0, "longest time that running answers may take to finish after SIGTERM", minimum=0
-    )
+    drain_seconds: float = setting(30.0, "most seconds for running answers to finish after SIGTERM", minimum=0)
     response_seconds: int = setting(
-        3600, "seconds for which a response of /v1/responses is kept, to be continued; 0 keeps none", minimum=0
+        3600, "seconds for which a response of /v1/responses can be continued; 0 keeps no responses", minimum=0
     )
     static_dir: str = setting(str(Path(__file__).parent / "static"), "folder with the built web page")
     cors_origins: tuple[str, ...] = setting(
@@ -197,7 +195,7 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
     )
     trace_ratio: float = setting(
         1.0,
-        "share of the requests whose trace is exported; if a request brings its own trace, the caller has decided",
+        "share of the requests whose trace is exported; for a request that brings its own trace, its caller decides",
         minimum=0,
         maximum=1,
     )

@@ -27,7 +27,7 @@ def main() -> None:
     logs.configure("sandbox", chosen.log_level)
     log.info("starting", extra={"settings": settings.describe(chosen)})
     if os.geteuid() == 0:
-        log.warning("running as root: the isolation holds, but one layer more would if the service were unprivileged")
+        log.warning("running as root: code is isolated, but an unprivileged user would add one more layer of isolation")
     with SandboxExecutor(chosen) as executor:
         log.info(
             "isolation profile chosen",
@@ -49,7 +49,8 @@ async def serve(config: SandboxSettings, executor: SandboxExecutor) -> None:
         SERVICE,
         config,
         max_receive_bytes=config.max_code_bytes + config.max_file_bytes + _MESSAGE_OVERHEAD,
-        # A reply holds three outputs. An invalid byte is replaced by a character that takes three bytes in UTF-8.
+        # A reply contains three outputs: stdout, stderr and the result. Each invalid byte in an output is replaced by a
+        # character that needs three bytes in UTF-8, so an output grows at most by the factor 3.
         max_send_bytes=9 * config.max_output_bytes + config.max_file_bytes + _MESSAGE_OVERHEAD,
     )
     metrics = Metrics(executor)
@@ -68,11 +69,15 @@ async def serve(config: SandboxSettings, executor: SandboxExecutor) -> None:
 
 
 async def _probe(service: GrpcService, executor: SandboxExecutor, seconds: float) -> None:
-    """Make a test call every ``seconds`` seconds. The health service reports whether the last one succeeded."""
+    """Make a test call every ``seconds`` seconds, and repeat a failed one at once.
+
+    The health service reports NOT_SERVING after two failures in a row, until a test call succeeds.
+    """
     serving = True
     while True:
         await asyncio.sleep(seconds)
-        problem = await _problem(executor) and await _problem(executor)  # one failure may come from a killed process
+        # A single failure may only mean that something killed the process of the test call.
+        problem = await _problem(executor) and await _problem(executor)
         if serving == bool(problem):
             serving = not problem
             await service.set_serving(serving)
@@ -88,7 +93,7 @@ async def _problem(executor: SandboxExecutor) -> str:
         await executor.probe()
     except WorkerFailed as error:
         return str(error)
-    except Exception as error:  # the probing goes on, and the health service tells that the sandbox does not work
+    except Exception as error:  # the test calls go on, and the health service reports that the sandbox fails
         log.exception("a test call raised an unexpected error")
         return f"{type(error).__name__}: {error}"
     return ""

@@ -22,7 +22,7 @@ class Metrics:
             self._executions.labels(status.value)
         self._seconds = Histogram(
             "nanochat_sandbox_execution_seconds",
-            "Time from a call's arrival to its answer, with the wait for a slot",
+            "Time from a call's arrival to its answer, including the wait for a slot",
             buckets=_SECONDS,
             registry=self.registry,
         )

@@ -16,9 +16,9 @@ from services.sandbox.metrics import Metrics
 
 log = logging.getLogger("nanochat.sandbox")
 
-# Longer ids are cut in the log.
+# The log shows only this many characters of a request id, because the client chooses its length.
 _LOGGED_ID_CHARACTERS = 128
-# Time for calls that are interrupted at the end of the drain to send their replies.
+# The end of the drain interrupts the calls that still run. This is the time for sending their replies.
 _REPLY_SECONDS = 2.0
 
 _FORMATS = {sandbox_pb2.RESULT_FORMAT_REPR: ResultFormat.REPR, sandbox_pb2.RESULT_FORMAT_STR: ResultFormat.STR}
@@ -37,7 +37,10 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
         self._idle.set()
 
     async def drain(self, seconds: float) -> None:
-        """Refuse new calls and give running calls ``seconds`` to finish. Then close the executor, which kills them."""
+        """Refuse new calls, and let running calls finish for up to ``seconds``.
+
+        Then close the executor, which kills the calls that still run.
+        """
         self._draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), seconds)
@@ -48,7 +51,7 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
     async def Execute(
         self, request: sandbox_pb2.ExecuteRequest, context: grpc.aio.ServicerContext
     ) -> sandbox_pb2.ExecuteReply:
-        """Run the code. If the client cancels the call, gRPC cancels this coroutine. This kills the code's process."""
+        """Run the code. If the client cancels the call, gRPC cancels this coroutine, which kills the code's process."""
         return await self._count(request, context)
 
     async def ExecuteStream(

@@ -12,9 +12,9 @@ from nanochat_core.settings import setting
 class SandboxSettings(SandboxConfig, ListenSettings):
     """gRPC service that runs Python code in isolation."""
 
-    port: int = setting(50052, "port to serve gRPC on; 0 takes any free one", minimum=0, maximum=65535)
+    port: int = setting(50052, "port to serve gRPC on; 0 chooses a free port", minimum=0, maximum=65535)
     metrics_port: int = setting(
-        9092, "port to serve Prometheus metrics on; 0 takes any free one", minimum=0, maximum=65535
+        9092, "port to serve Prometheus metrics on; 0 chooses a free port", minimum=0, maximum=65535
     )
     max_code_bytes: int = setting(1 << 20, "largest size of the code in bytes of UTF-8", minimum=1)
     drain_seconds: float = setting(10.0, "seconds that running calls get to finish when the service ends", minimum=0)

@@ -109,7 +109,7 @@ def qa(question: str, answer: str) -> dict[str, str]:
         ({"items": [{"text": "x"}] * 10_001}, 400, "10000"),
         ({"items": [{"messages": [[[[]]]]}]}, 400, "items.jsonl:1"),
         ({"items": [DOG | {"wordings": ["x"] * 65}]}, 400, "at most 64"),
-        ({"text": "x" * 10_000_000}, 413, "larger than this server takes"),
+        ({"text": "x" * 10_000_000}, 413, "larger than this server accepts"),
         ({"text": "Q: Who?\n"}, 400, "has no answer"),
         ({"items": [DOG], "model": "other"}, 404, "does not exist here"),
     ],

@@ -1,5 +1,5 @@
-"""Who may enter, and how much each caller may do: API keys, scopes, limits and usage.
+"""Decides which requests the gateway accepts: API keys, scopes (permissions of a key), limits and usage.
 
-``KeyStore`` keeps keys and usage: in memory, in a file or in Redis. ``Limiter`` counts what callers do: in this process
-or in Redis. ``Admission`` combines both for the middleware.
+``KeyStore`` keeps keys and usage: in memory, in a file or in Redis. ``Limiter`` counts the requests, tokens and answers
+of each caller: in this process or in Redis. ``Admission`` combines both for the middleware.
 """

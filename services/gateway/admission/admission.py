@@ -1,4 +1,4 @@
-"""Decides who may enter and how much each caller may do."""
+"""Decides which requests the gateway accepts, and counts them against the limits of their callers."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ class Admission:
 
     Attributes:
         redis: the connection to the Redis server that all gateways share; None if none is configured.
-        store: where keys and usage are kept.
+        store: the store of keys and usage.
         keyring: the keys in memory.
         usage: the usage, including amounts that are not in the store yet.
     """
@@ -67,7 +67,10 @@ class Admission:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Reads the keys. Until :meth:`aclose`, tasks refresh the keys, write the usage and renew leases of answers."""
+        """Reads the keys, and starts the tasks that refresh the keys, write the usage and renew the leases of answers.
+
+        :meth:`aclose` ends these tasks.
+        """
         await self.keyring.refresh()
         self._tasks = [asyncio.create_task(task) for task in (self.keyring.watch(), self._flush(), self._renew())]
         for task in self._tasks:
@@ -83,15 +86,15 @@ class Admission:
                 while not await self.usage.flush():
                     await asyncio.sleep(_CLOSE_PAUSE_SECONDS)
         except TimeoutError:
-            logger.warning("usage is lost, because the store did not take it before the gateway's end")
+            logger.warning("usage is lost, because the store did not accept it before the gateway ended")
         await self.store.aclose()
 
     async def enter(self, headers: Headers, address: str, scope: Scope) -> Caller:
-        """Returns who sent a request.
+        """Returns the caller of a request to a path that needs ``scope``.
 
         Raises ApiError: 401 for a wrong key, 403 if the caller lacks the scope, 503 if the key cannot be checked.
         """
-        # Metrics stay readable, because they show that the store is away.
+        # While the store does not answer, a known key can still read the metrics, because they show this failure.
         need_fresh = self._closes and scope is not Scope.METRICS
         caller = await self._callers.identify(headers, address, need_fresh=need_fresh)
         if scope not in caller.scopes:
@@ -99,7 +102,7 @@ class Admission:
         return caller
 
     async def begin(self, caller: Caller) -> Grant:
-        """Counts a request against the caller's limits. If a limit refuses the request, the usage counts the refusal.
+        """Counts a request against the caller's limits. If a limit refuses the request, adds the refusal to the usage.
 
         Raises ApiError: 429 if a limit has no room, 503 if no limiter answers.
         """
@@ -114,9 +117,10 @@ class Admission:
         return grant
 
     async def finish(self, grant: Grant, prompt_tokens: int, completion_tokens: int, *, refused: bool) -> None:
-        """Settles a request with the tokens that it has used. Later calls for the same request do nothing.
+        """Replaces the request's reserved tokens by the tokens that it has used, and adds them to the usage.
 
-        ``refused`` says whether the caller's limit of tokens had no room for the request.
+        Later calls for the same request do nothing. ``refused`` says whether the caller's token limit had no room for
+        the request.
         """
         self._running.discard(grant)
         if not await grant.finish(prompt_tokens + completion_tokens):
@@ -137,7 +141,7 @@ class Admission:
         while True:
             await asyncio.sleep(_RENEW_SECONDS)
             limiter = self._limiters[0]
-            # An answer that began while Redis was away counts in this process only.
+            # An answer that began while Redis was away is counted only in this process, so Redis has no lease of it.
             limited = [g for g in self._running if g.caller.limits.answers and g.is_counted_by(limiter)]
             with contextlib.suppress(Away):
                 await limiter.renew((grant.caller.id, grant.answer) for grant in limited)
@@ -148,4 +152,4 @@ class Admission:
 
 def _report(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
-        logger.critical("keeping keys and limits current has failed", exc_info=task.exception())
+        logger.critical("the task that refreshes keys, usage or leases has failed", exc_info=task.exception())

@@ -2,4 +2,4 @@
 
 
 class Away(Exception):
-    """The store of the keys or the counts did not answer. The call may have had its effect nevertheless."""
+    """The store of the keys or of the counts did not answer. It may have executed the call nevertheless."""

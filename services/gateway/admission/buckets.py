@@ -19,7 +19,7 @@ class Bucket:
     """The amount that a caller has spent and that the bucket has not leaked yet.
 
     Attributes:
-        spent: this amount in units. It exceeds the size of the bucket while the caller is in debt.
+        spent: that amount, in units. It exceeds the size of the bucket while the caller is in debt.
         at: time of the last change in microseconds.
     """
 
@@ -35,7 +35,7 @@ class Bucket:
         return Bucket(spent, max(self.at, now))
 
     def plus(self, limit: int, cost: int) -> "Bucket":
-        """Returns the bucket with ``cost`` more requests or tokens; a negative ``cost`` gives some back."""
+        """Returns the bucket after ``cost`` further requests or tokens. A negative ``cost`` gives unused ones back."""
         return Bucket(max(0, self.spent + cost * UNITS), self.at) if limit else self
 
     def has_room(self, limit: int, cost: int) -> bool:

@@ -1,4 +1,4 @@
-"""Who sent a request."""
+"""Identifies the caller of a request by its API key or its address."""
 
 import dataclasses
 import ipaddress
@@ -17,10 +17,11 @@ _IPV6_PREFIX = 64
 
 @dataclasses.dataclass(frozen=True)
 class Caller:
-    """Who sent a request.
+    """The sender of a request.
 
     Attributes:
-        id: identifies the caller in the limits and in the queue: a key, or the address of a caller without a key.
+        id: identifies the caller in the limits and in the queue: ``key:`` and the key's id, or ``address:`` and the IP
+            address of a caller without a key. For IPv6, this is the address of the caller's network.
         key: the key's id, or ``anonymous``, for logs, metrics and usage.
         scopes: what the caller may do.
         limits: how much the caller may do.
@@ -33,7 +34,7 @@ class Caller:
 
 
 class Callers:
-    """Finds out who sent a request."""
+    """Finds the caller of each request."""
 
     def __init__(self, keyring: Keyring, anonymous_scopes: frozenset[Scope], limits: Limits) -> None:
         """
@@ -46,7 +47,7 @@ class Callers:
         self._limits = limits
 
     async def identify(self, headers: Headers, address: str, *, need_fresh: bool) -> Caller:
-        """Returns who sent a request from this address.
+        """Returns the caller of a request with these headers from this IP address.
 
         If the store does not answer at the moment, known keys are accepted unless ``need_fresh`` is true.
 

@@ -28,7 +28,7 @@ class FileStore(KeyStore):
     """
 
     def __init__(self, path: str) -> None:
-        """Raises UserError if the file exists and cannot be read, or does not have the form of a file of keys."""
+        """Raises UserError if the file exists but cannot be read or is not a file of keys."""
         self._path = Path(path)
         self._last_batch = 0
         self._usage_path = self._path.with_name(self._path.stem + ".usage.json")

@@ -1,4 +1,4 @@
-"""What one request has taken from its caller's limits."""
+"""The permission for one request, which counts against the limits of the request's caller."""
 
 import math
 from collections.abc import Sequence
@@ -11,11 +11,13 @@ from services.gateway.errors import ApiError, admission_unavailable, rate_limite
 _ANSWER_RETRY_SECONDS = 1.0
 _FACTS = ("limit", "remaining", "reset")
 RATE_LIMIT_HEADERS = tuple(f"x-ratelimit-{fact}-{kind}" for kind in ("requests", "tokens") for fact in _FACTS)
-"""Names of the headers that say what a caller may still do."""
+"""Names of the response headers that tell a caller its limits and how much of them is left."""
 
 
 class Grant:
-    """The right of one request to be answered.
+    """The permission to answer one request.
+
+    :meth:`charge` reserves tokens for the request, and :meth:`finish` replaces them by the used tokens.
 
     Attributes:
         caller: who sent the request.
@@ -41,11 +43,11 @@ class Grant:
             await self._take(Cost(requests=1, answer=self.answer))
 
     def is_counted_by(self, limiter: Limiter) -> bool:
-        """Whether ``limiter`` has counted the request, so that :meth:`finish` settles it there."""
+        """Whether ``limiter`` has counted the request, so that :meth:`finish` corrects the count there."""
         return limiter in self._reserved
 
     async def charge(self, prompt_tokens: int, answer_tokens: int) -> None:
-        """Reserves the tokens of a prompt and the most tokens that its answers may have.
+        """Reserves the tokens of a prompt and the largest number of tokens that its answers may have together.
 
         If the sum exceeds the caller's limit, the whole limit is reserved, because the answers may be shorter.
 
@@ -79,14 +81,16 @@ class Grant:
     def _refused(self, by: Kind, seconds: float) -> ApiError:
         limits = self.caller.limits
         if by is Kind.ANSWERS:
-            message = f"This caller may have {limits.answers} answers at the same time, and as many are being written."
+            message = f"This caller may have {limits.answers} answers at the same time, and it has that many now."
             return rate_limited(message, retry_seconds=_ANSWER_RETRY_SECONDS)
         limit = limits.requests if by is Kind.REQUESTS else limits.tokens
         message = f"This caller may send {limit} {by} per minute. Try again in {_duration(seconds)}."
         return rate_limited(message, retry_seconds=seconds)
 
     async def finish(self, used_tokens: int) -> bool:
-        """Settles the tokens and ends the answer. Returns whether this is the first call; later calls do nothing.
+        """Replaces the reserved tokens by the used tokens, and ends the answer.
+
+        Returns whether this is the first call. Later calls do nothing.
 
         If a limiter is away, the reserved tokens count until they have leaked, and the answer counts until
         its lease ends.
@@ -106,7 +110,7 @@ class Grant:
         return True
 
     def headers(self) -> dict[str, str]:
-        """The headers of the response that say what the caller may still do, as OpenAI's server sends them."""
+        """Response headers with the caller's limits and the remaining amounts, in the form of OpenAI's server."""
         limits, verdict = self.caller.limits, self._verdict
         headers: dict[str, str] = {}
         for kind, limit, left, reset in (

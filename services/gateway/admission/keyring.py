@@ -1,4 +1,4 @@
-"""The keys of the store, in memory, so that a request with a known key does not wait for the store."""
+"""A copy of the store's keys in memory, so that a request with a known key does not wait for the store."""
 
 import asyncio
 import logging
@@ -12,13 +12,13 @@ from services.gateway.admission.store import KeyStore, StoreError
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-"""Time between two checks of the store. A revoked key is refused after at most this time and the time of one call."""
+"""Time between two checks of the store. A revoked key is refused after at most this time plus the time of a check."""
 FRESH_SECONDS = 2.0
 """The keys are fresh if the store has confirmed them within this time."""
 
 
 class Keyring:
-    """All keys. :meth:`watch` keeps them current."""
+    """All keys of the store. :meth:`watch` keeps them up to date."""
 
     def __init__(self, store: KeyStore) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""API keys: their form, their record in a store, and their check."""
+"""API keys: their format, their record in a store, and their check."""
 
 import dataclasses
 import enum
@@ -20,12 +20,12 @@ _FORM = re.compile(API_KEY_FORM)
 
 
 class Scope(enum.StrEnum):
-    """What a key may do."""
+    """A permission of a key: the endpoints that its owner may call."""
 
     CHAT = "chat"  # all endpoints that use the model
     SANDBOX = "sandbox"  # /v1/sandbox/, and the model may run Python in this key's answers
     METRICS = "metrics"  # /metrics
-    ADMIN = "admin"  # manage keys, read usage, give lessons
+    ADMIN = "admin"  # manage keys, read usage and status, send lessons for the model
 
 
 DEFAULT_SCOPES = frozenset({Scope.CHAT, Scope.SANDBOX})
@@ -65,9 +65,9 @@ class ApiKey:
         digest: SHA-256 of the whole key, as hexadecimal digits.
         scopes: what the key may do.
         limits: limits of this key; None means the gateway's limits.
-        created: time in seconds since 1970, like all times here.
-        expires: end of the key; None if it has no end.
-        revoked: when the key was revoked; None if it was not.
+        created: time of the key's creation, in seconds since 1970, as for all times of this class.
+        expires: time when the key expires; None if it never expires.
+        revoked: time when the key was revoked; None if it was not revoked.
         old_digest: digest that the key had before its rotation; empty if the old key is no longer accepted.
         old_expires: time until which the old key is accepted.
     """
@@ -94,7 +94,7 @@ class ApiKey:
         return self.revoked is None and (self.expires is None or now < self.expires)
 
     def accepts(self, secret: str, now: float) -> bool:
-        """Whether ``secret`` is this key, or the key before its rotation as long as the old key is accepted.
+        """Whether ``secret`` is this key, or is the key before its rotation and still accepted at the time ``now``.
 
         The comparison takes constant time.
         """
@@ -104,7 +104,7 @@ class ApiKey:
         return is_new or is_old
 
     def rotated(self, keep_seconds: float = 0.0) -> tuple[Self, str]:
-        """Returns the record with a new key, and that key. The old key stays valid for ``keep_seconds``."""
+        """Returns the record with a new secret, and that secret. The old secret stays valid for ``keep_seconds``."""
         secret = _new_secret(self.id)
         old = {"old_digest": self.digest, "old_expires": time.time() + keep_seconds} if keep_seconds > 0 else {}
         plain: dict[str, Any] = {"old_digest": "", "old_expires": 0.0}
@@ -170,7 +170,7 @@ def id_of(secret: str) -> str | None:
 
 
 def parse_scopes(names: Iterable[str]) -> frozenset[Scope]:
-    """Returns the scopes with these names. Raises ValueError if one does not exist."""
+    """Returns the scopes with these names. Raises ValueError if a name is not the name of a scope."""
     wrong = [name for name in names if name not in list(Scope)]
     if wrong:
         raise ValueError(f"there is no scope {wrong[0]!r}; scopes are {', '.join(Scope)}")

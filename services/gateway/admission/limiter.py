@@ -1,4 +1,4 @@
-"""Counts what callers do, and refuses requests that exceed their limits."""
+"""Counts the requests, tokens and answers of callers, and refuses requests that exceed a limit."""
 
 import abc
 import dataclasses
@@ -26,7 +26,7 @@ class Kind(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a request wants to take.
+    """The amounts that a request uses of its caller's limits.
 
     Attributes:
         requests: number of requests.
@@ -41,11 +41,14 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The answer of a limiter. Its amounts and times describe the state after the request; without a limit, they are 0.
+    """A limiter's decision on a request.
+
+    The amounts and times describe the state after the request. They are 0 for a limit that is not set.
 
     Attributes:
-        refused_by: the limit that has no room. None if the request may pass; the limiter then has taken the whole cost.
-        retry_us: microseconds until the refusing limit has room; 0 if that depends on other requests.
+        refused_by: the limit that has no room. None if the request may pass; the limiter has then counted its cost.
+        retry_us: microseconds until the refusing limit has room; 0 for the limit on answers, which has room when
+            another answer ends.
         requests_left, tokens_left: how many requests and tokens may pass now.
         requests_reset_us, tokens_reset_us: microseconds until the whole limit is available.
     """
@@ -59,11 +62,14 @@ class Verdict:
 
 
 class Limiter(abc.ABC):
-    """Counts what each caller does. Each method raises Away if the store of the counts does not answer."""
+    """Counts the requests, tokens and running answers of each caller.
+
+    Each method raises Away if the store of the counts does not answer.
+    """
 
     @abc.abstractmethod
     async def take(self, caller: str, limits: Limits, cost: Cost) -> Verdict:
-        """Takes the whole cost, or nothing if one of the limits has no room for it. A limit of 0 is not counted."""
+        """Counts the whole cost, or nothing if one of the limits has no room for it. A limit of 0 counts nothing."""
 
     @abc.abstractmethod
     async def settle(self, caller: str, limits: Limits, tokens: int, answer: str) -> None:
@@ -77,7 +83,7 @@ class Limiter(abc.ABC):
 
     @abc.abstractmethod
     async def renew(self, answers: Iterable[tuple[str, str]]) -> None:
-        """Extends the leases of running answers. Each answer is a pair of its caller and its id."""
+        """Extends the leases of running answers. An answer is given as the id of its caller and its own id."""
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Checks each request before anything reads its body."""
+"""Checks the key and the limits of each request before its body is read."""
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,7 +13,7 @@ from services.gateway.middleware.request_log import RequestRecord
 
 
 class AdmissionMiddleware:
-    """ASGI middleware that answers 401, 403, 429 or 503 to requests that may not enter.
+    """ASGI middleware that answers 401, 403, 429 or 503 to requests that the gateway does not accept.
 
     For a path that needs a scope, ``scope["state"]["caller"]`` becomes the :class:`Caller`. For a POST request to the
     model or the sandbox, ``scope["state"]["grant"]`` becomes the :class:`Grant`.
@@ -57,7 +57,7 @@ class AdmissionMiddleware:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(grant.headers())
             elif message["type"] == "http.response.body" and not message.get("more_body"):
-                # The client may send its next request as soon as this part arrives, so the grant is settled before.
+                # The client may send its next request as soon as this part arrives, so the grant is settled first.
                 await finish()
             await send(message)
 

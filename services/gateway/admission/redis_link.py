@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 _SCRIPTS = Path(__file__).parent / "lua"
 _CONNECTIONS = 32
-# After a failure no request tries Redis for this long, so that an absent Redis does not slow every request down.
+# After a failure, no request calls Redis for this long, so that an absent Redis does not slow every request down.
 _PAUSE_SECONDS = 0.5
 
 
 class RedisLink:
-    """A Redis server. After a failure, all calls fail immediately for half a second. Then one call tries again.
+    """A Redis server. After a failure, all calls fail immediately for half a second. Then one call tests the server.
 
-    No call is repeated: Redis may have done a call that failed, and a limit must not count this call twice.
+    No call is repeated: Redis may have executed a call whose reply was lost, and a limit must not count it twice.
     """
 
     def __init__(self, url: str, timeout_seconds: float, on_change: Callable[[bool], None] = lambda _: None) -> None:
@@ -72,13 +72,13 @@ class RedisLink:
 
     async def call(self, command: Callable[[Redis], Awaitable[T]]) -> T:
         """Runs a command and returns its answer. Raises Away if Redis does not answer."""
-        # A long wait for the turn does not mean that Redis fails, so this wait has no time limit.
+        # A long wait for a free connection does not mean that Redis fails, so this wait has no time limit.
         async with self._turns:
             now = time.monotonic()
             if now < self._paused_until:
                 raise Away
             if not self.up:
-                self._paused_until = now + _PAUSE_SECONDS  # meanwhile, no other call tries Redis
+                self._paused_until = now + _PAUSE_SECONDS  # until then, no other call is sent to Redis
             try:
                 answer = await command(self._client)
             except (RedisError, OSError, TimeoutError) as error:

@@ -1,4 +1,4 @@
-"""Which scope each path needs."""
+"""Maps the path of a request to the scope that the request needs."""
 
 from services.gateway.admission.keys import Scope
 
@@ -18,5 +18,5 @@ _PREFIXES = (
 
 
 def scope_of(path: str) -> Scope | None:
-    """Returns the scope that a request of this path needs; None if it needs none."""
+    """Returns the scope that a request to this path needs; None if it needs none."""
     return next((scope for prefix, scope in _PREFIXES if path.startswith(prefix)), None)

@@ -1,4 +1,4 @@
-"""Where keys and their usage are kept."""
+"""The interface of the stores that keep keys and their usage, and a store in memory."""
 
 import abc
 from collections.abc import Hashable, Sequence
@@ -8,7 +8,7 @@ from services.gateway.admission.usage import Usage, UsageTable, add_tables, of_d
 
 
 class StoreError(Exception):
-    """The store cannot do what it was asked to. The message says why."""
+    """The store cannot execute an operation. The message says why."""
 
 
 class KeyStore(abc.ABC):
@@ -32,11 +32,11 @@ class KeyStore(abc.ABC):
 
     @abc.abstractmethod
     async def add_usage(self, batch: int, usage: UsageTable) -> None:
-        """Adds usage. The numbers of a program's batches increase. A batch that was added before is not added again."""
+        """Adds a batch of usage, unless it was added before. Each program numbers its batches in increasing order."""
 
     @abc.abstractmethod
     async def has_batch(self, batch: int) -> bool:
-        """Whether this program's batch of this number, or a later one, has been added."""
+        """Whether this program's batch with this number, or a later batch, has been added."""
 
     @abc.abstractmethod
     async def usage(self, days: Sequence[str]) -> dict[tuple[str, str], Usage]:
@@ -78,7 +78,7 @@ class MemoryStore(KeyStore):
 
 
 def check_replacement(keys: dict[str, ApiKey], old: ApiKey | None, new: ApiKey) -> None:
-    """Raises StoreError if ``new`` may not take the place of ``old`` in ``keys``."""
+    """Raises StoreError if ``new`` may not replace ``old`` in ``keys``."""
     if keys.get(new.id) != old:
         raise changed_meanwhile(new.id)
     if old is None and len(keys) >= MAX_KEYS:
@@ -86,10 +86,10 @@ def check_replacement(keys: dict[str, ApiKey], old: ApiKey | None, new: ApiKey) 
 
 
 def changed_meanwhile(key_id: str) -> StoreError:
-    """Returns the error of a record that another program has changed at the same time."""
+    """Returns the error for a record that another program has changed at the same time."""
     return StoreError(f"the key {key_id} has been changed by another program at the same time; try again")
 
 
 def too_many_keys() -> StoreError:
-    """Returns the error of a store that is full."""
-    return StoreError(f"there are {MAX_KEYS} keys already, revoked ones included")
+    """Returns the error for a store that is full."""
+    return StoreError(f"there are {MAX_KEYS} keys already, including revoked keys; the store accepts no more")

@@ -1,4 +1,4 @@
-"""What each key has used on each day."""
+"""The usage of each key on each day."""
 
 import dataclasses
 import datetime
@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 ANONYMOUS = "anonymous"
-"""The name of all callers without a key in the usage, in place of a key's id."""
+"""Stands for all callers without a key wherever the usage has the id of a key."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Usage:
     """Amounts of one key on one day.
 
     Attributes:
-        requests: requests that the gateway let in.
+        requests: requests that the gateway accepted.
         refused: requests that a limit refused.
         prompt_tokens, completion_tokens: tokens of prompts and of answers, also of answers that ended early.
     """
@@ -26,14 +26,14 @@ class Usage:
     completion_tokens: int = 0
 
     def plus(self, other: Self) -> Self:
-        """Returns the sum of both."""
+        """Returns the sum of both amounts."""
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
         return dataclasses.replace(self, **dict(zip(FIELDS, map(sum, zip(mine, theirs, strict=True)), strict=True)))
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Usage))
 
-# The usage of keys by day (such as 2026-11-29, in UTC) and the key's id.
+# Maps a day (such as 2026-11-29, in UTC) and a key's id to the usage of this key on this day.
 UsageTable = Mapping[tuple[str, str], Usage]
 
 

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class UsageBook:
-    """The usage that is not in the store yet. While the store is away, the usage waits here."""
+    """The usage that is not in the store yet. It stays here while the store does not answer."""
 
     def __init__(self, store: KeyStore) -> None:
         self._store = store
@@ -20,7 +20,7 @@ class UsageBook:
         self._sent: UsageTable = {}  # the batch that the store may or may not have
         self._batch = 0
         self._last_problem = ""
-        self._lock = asyncio.Lock()  # no batch is written while the usage is read
+        self._lock = asyncio.Lock()  # so that no batch is written during a read, which could count it twice
 
     def add(self, day: str, key: str, usage: Usage) -> None:
         """Counts the usage of a key on a day."""
@@ -46,7 +46,7 @@ class UsageBook:
             except Away as error:
                 # An error without a message comes from RedisLink, which has logged it already.
                 if str(error) not in ("", self._last_problem):
-                    logger.warning("usage is not written, it is kept in memory", extra={"reason": str(error)})
+                    logger.warning("usage cannot be written, so it stays in memory", extra={"reason": str(error)})
                 self._last_problem = str(error)
                 return False
             self._sent, self._last_problem = {}, ""

@@ -19,14 +19,14 @@ class ChoiceAnswer(Answer):
 
     @abc.abstractmethod
     def choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        """Returns the JSON object of a finished choice. ``delta`` has the whole content of the choice."""
+        """Returns the JSON object of a finished choice. ``delta`` contains the whole content of the choice."""
 
     @abc.abstractmethod
     def pieces(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
         """Yields the JSON objects that carry the content of ``delta``, one object for each streamed chunk."""
 
     def opening(self) -> Iterator[dict[str, Any]]:
-        """Yields the JSON objects of choices with which a stream begins."""
+        """Yields the choice objects with which a stream begins; none by default."""
         return iter(())
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -34,7 +34,7 @@ class ChoiceAnswer(Answer):
         options = self.body.stream_options
         with_usage = options is not None and options.include_usage
         continuous = with_usage and options is not None and options.continuous_usage_stats
-        opening = self.opening()  # an iterator: the first delta uses it up
+        opening = self.opening()  # an iterator, which the first delta consumes
         async with self.deltas() as deltas:
             async for index, delta in deltas:
                 # OpenAI's API sends ``"usage": null`` in every chunk except the last, if the request asks for counts.

@@ -21,14 +21,14 @@ async def decode_choices(
     calls: bool = False,
     prompt_only: bool = False,
 ) -> AsyncIterator[tuple[int, Delta]]:
-    """Yields ``(choice index, delta)`` until all ``n`` choices of the prompt are finished, and fills in ``record``.
+    """Yields ``(choice index, delta)`` until all ``n`` choices of the prompt end, and adds the counts to ``record``.
 
     Args:
         stops: strings that end a choice.
         raw: whether Python code and its output are shown as text.
         calls: whether an answer that begins with a brace is a call of the client's tool.
-        prompt_only: whether only the prompt's log probabilities are wanted. The engine still writes one token, which is
-            neither shown nor counted.
+        prompt_only: whether the client wants only the prompt's log probabilities. The engine still writes one token,
+            which is neither shown nor counted.
 
     Raises ApiError if no engine can continue the answer.
     """
@@ -72,7 +72,7 @@ async def decode_choices(
         completion_tokens[index] = counted
         if delta.finish_reason is not None:
             unfinished -= 1
-            stream.finish(index)  # the engine does not see stop strings
+            stream.finish(index)  # a stop string ends the choice only here, so the engine may still write tokens
             metrics.finished.labels(delta.finish_reason).inc()
         yield index, delta
 

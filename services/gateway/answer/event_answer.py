@@ -41,8 +41,8 @@ class EventAnswer(Answer):
     def encode(value: dict[str, Any]) -> bytes:
         """Returns an object as JSON.
 
-        The object may have huge integers from the client's parameters or from a call's arguments. orjson refuses
-        such integers.
+        The object may contain huge integers from the client's parameters or from a call's arguments. orjson refuses
+        these integers, so this method uses the standard library's encoder.
         """
         return json.dumps(value).encode()
 

@@ -1,4 +1,4 @@
-"""Log probabilities in the two shapes of OpenAI's API."""
+"""Writes log probabilities in the two forms of OpenAI's API: for chat and for text completions."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,8 +27,8 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """Builds the ``logprobs`` object of a text completion.
 
-    ``offsets`` has, for each token, the number of characters before that token. The first token of a prompt has no log
-    probability: its entry is null.
+    ``offsets`` contains, for each token, the number of characters before that token. The first token of a prompt has no
+    log probability, so its entry is null.
     """
     known = [token.HasField("logprob") for token in tokens]
     return {
@@ -40,9 +40,10 @@ def completion_logprobs(
 
 
 def _top(tokenizer: Tokenizer, token: engine_pb2.Token) -> dict[str, float]:
-    """Log probabilities of the alternatives, by text. Of alternatives with equal text, only the likeliest is kept.
+    """Returns the log probabilities of the alternatives by their texts.
 
-    Tokens that are parts of characters may have equal text.
+    Of alternatives with equal text, only the likeliest is kept. Tokens that are parts of characters may have the same
+    text.
     """
     top: dict[str, float] = {}
     for each in token.top_logprobs:

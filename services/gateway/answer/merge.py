@@ -7,14 +7,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# A source may be at most this many items ahead of the reader. A slow reader therefore slows the sources down.
+# At most this many items of all sources together wait for the reader, so a slow reader slows the sources down.
 _AHEAD = 16
 
 
 async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """Yields the items of all sources as they arrive; the items of one source keep their order.
 
-    The first error of a source closes the other sources and is raised. Closing the merged stream closes the sources.
+    If a source raises an error, the other sources are closed, and the error is raised here. Closing the merged stream
+    closes the sources.
     """
     queue: asyncio.Queue[T | Exception] = asyncio.Queue(_AHEAD)
 

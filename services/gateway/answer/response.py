@@ -1,4 +1,4 @@
-"""The answer to one request: sends its prompts to the engines, and responds whole or as a stream of events."""
+"""Answers one request: sends its prompts to the engines, and responds in one piece or with a stream of events."""
 
 import abc
 import contextlib
@@ -49,7 +49,7 @@ class Answer(abc.ABC):
         self._grant: Grant = request.state.grant
         self._charged: set[int] = set()  # prompts whose tokens are reserved
         self._pool = pool
-        # The engine always gets a seed, so that two replicas give the same answer to the same engine request.
+        # The engine always gets a seed, so that two replicas answer the same engine request with the same tokens.
         self._seed = secrets.randbits(64) if body.seed is None else body.seed
         self._streams: dict[int, Stream] = {}  # by the prompt's index
 
@@ -80,7 +80,7 @@ class Answer(abc.ABC):
         return orjson.dumps(value)
 
     def deltas(self) -> contextlib.aclosing[AsyncGenerator[tuple[int, Delta], None]]:
-        """Returns an async generator of the ``(choice index, delta)`` of all choices, in the order of their arrival."""
+        """Returns an async generator of ``(choice index, delta)`` pairs of all choices, in the order of arrival."""
         sources = [self._generate(k) for k in range(len(self.prompts))]
         return contextlib.aclosing(sources[0] if len(sources) == 1 else merge(sources))
 
@@ -127,10 +127,10 @@ class Answer(abc.ABC):
         return ids
 
     def model(self, index: int) -> ServedModel:
-        """Returns the model that writes the choice."""
+        """Returns the model that writes the choice with this index."""
         return self._streams[index // self.n].model
 
     def _placed_at(self) -> float | None:
-        """Returns the time at which the first prompt reached an engine, or None while all prompts wait."""
+        """Returns the time at which the first prompt reached an engine, or None while all prompts wait for one."""
         times = [stream.placed_at for stream in self._streams.values()]
         return min((time for time in times if time is not None), default=None)

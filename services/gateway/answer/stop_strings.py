@@ -1,10 +1,10 @@
-"""Stop strings in text that arrives piece by piece."""
+"""Finds stop strings in a text that arrives piece by piece."""
 
 from collections.abc import Sequence
 
 
 class StopFilter:
-    """Lets text through up to the first complete stop string, which it removes.
+    """Passes text on up to the first complete stop string, without this string.
 
     The first complete stop string ends the text and sets ``stopped``. If several stop strings become complete at the
     same character, the longest one counts. So the result depends on the text alone and not on how it is cut into
@@ -24,7 +24,7 @@ class StopFilter:
         return self.found is not None
 
     def push(self, text: str) -> str:
-        """Takes the next piece and returns the text that may be shown; it is empty after a stop string."""
+        """Adds the next piece, and returns the text that may be shown now. After a stop string, this text is empty."""
         if self.stopped:
             return ""
         seen = self._held + text

@@ -18,7 +18,7 @@ class CallReader:
     """Turns the text of one choice into a call if the text begins with a brace; other text passes unchanged.
 
     The concatenation of the results does not depend on how the text is cut into deltas. A call is only reported once
-    its name is complete. If the answer ends earlier, its text stays text.
+    its name is complete. If the answer ends before that, its text is reported as text.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class CallReader:
         self._head_seen = False
 
     def read(self, delta: Delta) -> Delta:
-        """Returns what the next delta of the choice makes visible."""
+        """Converts the decoder's next ``delta`` of the choice to the delta that the client gets."""
         if self._is_call is None and delta.text:
             self._is_call = delta.text.startswith("{")
         if not self._is_call:
@@ -43,7 +43,7 @@ class CallReader:
             return dataclasses.replace(delta, text=text)
         # A brace at the end is held back, because the call's own last brace is not a part of the arguments.
         passed = self._held.removesuffix("}")
-        # A stop string may cut the text after a brace within the arguments.
+        # A stop string may cut the text after a brace within the arguments. The call is then not complete.
         complete = delta.finish_reason == "stop" and delta.stop_string is None and passed != self._held
         if delta.finish_reason and not complete:
             passed = self._held

@@ -45,13 +45,13 @@ class NewKey(_Body):
     scopes: list[Annotated[Scope, Field(strict=False)]] = Field(
         [Scope.CHAT, Scope.SANDBOX], min_length=1, max_length=10
     )
-    limits: KeyLimits | None = Field(None, description="limits of this key; without them, the gateway's limits hold")
-    expires_in_seconds: float | None = Field(None, gt=0, le=_MAX_SECONDS, description="without it, the key never ends")
+    limits: KeyLimits | None = Field(None, description="limits of this key; without them, the gateway's limits apply")
+    expires_in_seconds: float | None = Field(None, gt=0, le=_MAX_SECONDS, description="default: the key never expires")
 
 
 @router.post("/keys", summary="Create an API key", status_code=201)
 async def create_key(body: NewKey, admission: AdmissionDep) -> dict[str, Any]:
-    """`key` in the answer is the key itself. It is shown only here: the server keeps a digest of it."""
+    """The field `key` of the answer contains the key. Only this answer shows it, because the server keeps a digest."""
     limits = Limits(**body.limits.model_dump()) if body.limits else None
     expires = time.time() + body.expires_in_seconds if body.expires_in_seconds else None
     try:
@@ -73,8 +73,8 @@ async def list_keys(admission: AdmissionDep) -> dict[str, Any]:
 async def rotate_key(
     key_id: str, admission: AdmissionDep, keep_seconds: Annotated[float, Query(ge=0, le=_MAX_SECONDS)] = 0.0
 ) -> dict[str, Any]:
-    """The id, scopes, limits and usage stay; `key` in the answer is the new key. The old key stays valid for
-    `keep_seconds`."""
+    """The id, scopes, limits and usage stay. The field `key` of the answer contains the new key. The old key stays
+    valid for `keep_seconds`."""
     old = await _find(admission, key_id)
     if old.revoked is not None:
         raise ApiError(409, "This key was revoked; create a new one.", code="key_revoked")

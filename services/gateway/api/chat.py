@@ -23,11 +23,11 @@ router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES, route_class=J
 
 @router.post("/v1/chat/completions", summary="Answer a conversation", responses=CHAT_RESPONSES)
 async def create_chat_completion(body: ChatRequest, request: Request, pool: PoolDep) -> Response:
-    """Write the assistant's next message, or continue the last one.
+    """Write the assistant's next message, or continue its last message.
 
-    The model may run Python while it answers. `nanochat.tool_events` has the code that ran and its output. If the
-    request has `tools`, the answer may be a call of one of them, in `tool_calls`. If old messages were left out,
-    `nanochat.left_out_turns` says how many.
+    The model may run Python while it answers. `nanochat.tool_events` contains the code that ran and its output. If the
+    request has `tools`, the answer may be a call of one of these tools, in `tool_calls`. If the oldest turns were left
+    out, `nanochat.left_out_turns` is their number.
     """
     check_known(body, pool.settings)
     check_choices(body.n or 1, pool.settings)
@@ -90,7 +90,7 @@ def _piece(
 
 
 def _call(call: Call) -> dict[str, Any]:
-    """A call, or a part of one, as JSON. Only the first part has the id, the type and the name."""
+    """Returns a call, or a part of a call, as JSON. Only the first part has the id, the type and the name."""
     if not call.id:
         return {"function": {"arguments": call.arguments}}
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

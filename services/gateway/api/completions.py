@@ -27,8 +27,9 @@ router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES, route_class=J
 async def create_completion(body: CompletionRequest, request: Request, pool: PoolDep) -> Response:
     """Write the continuation of a text.
 
-    A prompt of token ids is used unchanged. A text prompt gets the token that begins documents in front. With `echo`
-    and `logprobs`, the answer has the log probabilities of the prompt's tokens; `max_tokens` 0 writes nothing else.
+    A prompt of token ids is used unchanged. The token that begins documents is put in front of a text prompt. With
+    `echo` and `logprobs`, the answer contains the log probabilities of the prompt's tokens. If `max_tokens` is 0, too,
+    it contains nothing else.
     """
     check_known(body, pool.settings)
     check_choices(body.n or 1, pool.settings)
@@ -44,7 +45,7 @@ class _CompletionAnswer(ChoiceAnswer):
     def __init__(self, request: Request, pool: EnginePool, body: CompletionRequest) -> None:
         super().__init__(request, pool, body, [functools.partial(encode_prompt, prompt=each) for each in body.prompt])
         self._completion = body
-        self._echoes: dict[int, str] = {}  # the echoed prompts of choices that have begun
+        self._echoes: dict[int, str] = {}  # the echoed prompts of choices that have begun, by the choice's index
 
     def choice(self, index: int, delta: Delta) -> dict[str, Any]:
         return next(self.pieces(index, delta))

@@ -23,13 +23,13 @@ th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.8rem 0.3rem 0;
 
 @router.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> HTMLResponse:
-    """The page, made from the same document as `/openapi.json`."""
+    """Returns the page, which is made from the same document as `/openapi.json`."""
     return HTMLResponse("".join(_page(request.app.openapi())))
 
 
 @router.get("/docs/style.css", include_in_schema=False)
 async def style() -> Response:
-    """The page's style, in a file because the content security policy forbids styles inside the page."""
+    """Returns the page's style. It is a separate file, because the content security policy forbids styles in a page."""
     return Response(_STYLE, media_type="text/css")
 
 
@@ -38,7 +38,7 @@ def _page(spec: dict[str, Any]) -> Iterator[str]:
     yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title} API</title>'
     yield '<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="/docs/style.css">'
     yield f"<h1>{title} API</h1><p>{escape(spec['info']['description'])}</p>"
-    yield '<p>The same for programs: <a href="/openapi.json">/openapi.json</a>. <a href="/">The chat page.</a></p>'
+    yield '<p>The same text for programs: <a href="/openapi.json">/openapi.json</a>. <a href="/">The chat page.</a></p>'
     for path, methods in spec["paths"].items():
         for method, operation in methods.items():
             yield from _operation(f"{method.upper()} {path}", operation, spec)

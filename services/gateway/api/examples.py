@@ -67,7 +67,7 @@ _COMPLETION = {
 
 CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The answer; with `stream` as server-sent events that end with `[DONE]`.",
+        "description": "The answer; with `stream`, server-sent events that end with `[DONE]`.",
         "content": {"application/json": {"example": _CHAT}, "text/event-stream": {"example": _CHAT_STREAM}},
     }
 }
@@ -106,7 +106,7 @@ _RESPONSE = {
 
 RESPONSES_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The response; with `stream` as server-sent events that end with `response.completed`.",
+        "description": "The response; with `stream`, server-sent events that end with `response.completed`.",
         "content": {"application/json": {"example": _RESPONSE}},
     }
 }
@@ -133,13 +133,13 @@ _EXECUTION_STREAM = (
 
 EXECUTION_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "How the code ended; with `stream` as server-sent events that end with `[DONE]`.",
+        "description": "The result of the code; with `stream`, server-sent events that end with `[DONE]`.",
         "content": {"application/json": {"example": _EXECUTION}, "text/event-stream": {"example": _EXECUTION_STREAM}},
     }
 }
 COMPLETION_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The continuation; with `stream` as server-sent events that end with `[DONE]`.",
+        "description": "The continuation; with `stream`, server-sent events that end with `[DONE]`.",
         "content": {"application/json": {"example": _COMPLETION}},
     }
 }

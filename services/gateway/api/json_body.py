@@ -1,4 +1,4 @@
-"""Parses JSON request bodies without keeping other requests waiting, and says what is wrong with a malformed body."""
+"""Parses JSON request bodies without delaying other requests, and reports the error in a malformed body."""
 
 import asyncio
 import concurrent.futures
@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from services.gateway.errors import ClientGone, bad_request
 
-# Parsing a body of this size takes at most about 2 ms, whatever is in it; a body of 1 MB takes up to 25 ms.
+# Parsing a body of this size takes at most about 2 ms, whatever it contains; a body of 1 MB takes up to 25 ms.
 _INLINE_BYTES = 65_536
 # After each large body, the parsing thread rests for this many times the duration of the parsing.
 _REST = 9
@@ -41,7 +41,7 @@ class _Parser:
     def _parse(self, body: bytes) -> Any:
         time.sleep(max(0.0, self._rest_ends - time.monotonic()))
         began = time.monotonic()
-        # The value may have a million objects. While it grows, the garbage collector would visit them again and again.
+        # The value may contain a million objects, and the garbage collector would visit them again and again meanwhile.
         # Only this one thread switches the collector, so no other call switches it on again too early.
         gc.disable()
         try:
@@ -56,7 +56,7 @@ _PARSER = _Parser()
 
 
 class JsonRoute(APIRoute):
-    """A route whose request bodies :func:`parse` reads, large ones outside the event loop."""
+    """A route that parses request bodies with :func:`parse`. Large bodies are parsed outside the event loop."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Returns FastAPI's handler, called with a :class:`_JsonRequest`."""
@@ -85,8 +85,8 @@ class _JsonRequest(Request):
 def parse(body: bytes) -> Any:
     """Returns the JSON value of a body, or raises an :class:`ApiError` with status 400 that says what is wrong.
 
-    Half of a surrogate pair is read as U+FFFD, because UTF-8 cannot express it. Clients that cut text in the middle of
-    a pair send such a half.
+    A half of a surrogate pair without its other half is read as U+FFFD, because UTF-8 cannot express it. Clients send a
+    single half if they cut text in the middle of a pair.
     """
     try:
         try:

@@ -1,6 +1,7 @@
 """`/v1/lessons`: lessons for the served model, for callers whose key has the scope `admin`.
 
-The gateway only writes what is asked for into the folder `lessons/` of the artifact store. `jobs.teach.watch` does it.
+The gateway only writes each request into the folder `lessons/` of the artifact store. The program `jobs.teach.watch`
+reads the requests there, and trains, examines and promotes the model.
 """
 
 import asyncio
@@ -58,7 +59,7 @@ class NewLesson(ApiModel):
         }
     )
 
-    model: str | None = Field(None, description="the model to teach; may be left out if the server has only one")
+    model: str | None = Field(None, description="the model to teach; optional if the server has only one model")
     items: list[dict[str, Any]] = Field(
         default_factory=list,
         max_length=MAX_ITEMS,
@@ -70,14 +71,14 @@ class NewLesson(ApiModel):
         "lesson.md",
         min_length=1,
         max_length=_MAX_NAME_CHARACTERS,
-        description="name of that file; its ending determines the format",
+        description="name of the file with `text`; its ending determines the format",
     )
 
 
 async def _store(request: Request) -> Store:
     store = cast(Store | None, request.app.state.lessons)
     if store is None:
-        raise ApiError(404, "This server takes no lessons.", code="lessons_not_offered")
+        raise ApiError(404, "This server accepts no lessons.", code="lessons_not_offered")
     return store
 
 
@@ -90,9 +91,9 @@ ListsDep = Annotated[LessonLists, Depends(_lists)]
 _Number = Annotated[int, Path(ge=1, le=999_999)]
 _IdempotencyKey = Annotated[
     str | None,
-    Header(min_length=1, max_length=255, description="any text that is new for each lesson, and the same for a retry"),
+    Header(min_length=1, max_length=255, description="a text that is unique to the lesson; a retry sends it again"),
 ]
-_Model = Annotated[str | None, Query(description="the model; may be left out if the server has only one")]
+_Model = Annotated[str | None, Query(description="the model; optional if the server has only one model")]
 
 
 @router.post("", summary="Teach the model", status_code=201)
@@ -105,17 +106,17 @@ async def create_lesson(
     lists: ListsDep,
     idempotency_key: _IdempotencyKey = None,
 ) -> dict[str, Any]:
-    """Put a lesson into the queue of the model. The model is taught and examined, and then promoted or refused.
+    """Put a lesson into the model's queue. The model is then taught and examined, and at last promoted or refused.
 
-    A request with the `Idempotency-Key` of an earlier request adds no second lesson, so a client that has got no answer
-    can send its request again.
+    A request with the `Idempotency-Key` of an earlier request adds no second lesson, so a client that has received no
+    answer can send its request again.
     """
     check_known(body, pool.settings)
     if bool(body.items) == bool(body.text.strip()):
         raise bad_request("Give either items or text.", "items", "invalid_value")
     model = _served(pool, body.model).info.name
 
-    # Two callers may choose the same key.
+    # Two callers may choose the same Idempotency-Key, so the id of the caller's API key is a part of the stored key.
     asked = f"{request.state.caller.key}\n{idempotency_key}" if idempotency_key else ""
 
     def add() -> dict[str, Any]:
@@ -144,13 +145,15 @@ async def list_lessons(
     lists: ListsDep,
     model: _Model = None,
     limit: Annotated[int, Query(ge=1, le=_MOST_LISTED, description="most lessons in the answer")] = _LISTED,
-    after: Annotated[int | None, Query(ge=0, le=1_000_000, description="number of the last lesson before")] = None,
-    order: Annotated[Literal["asc", "desc"], Query(description="asc: the oldest first")] = "asc",
+    after: Annotated[
+        int | None, Query(ge=0, le=1_000_000, description="number of the last lesson of the previous page")
+    ] = None,
+    order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first, desc: newest first")] = "asc",
 ) -> dict[str, Any]:
-    """The lessons of a model without their details. `has_more` says whether others come `after` the last one.
+    """List the lessons of a model without their details. `has_more` says whether more lessons follow the last one.
 
-    `inside` has the numbers of the lessons that the served revision has learned. `roll_back` is the last request to
-    roll back, with its `state`; null if there was none. `training.history` has only its last point.
+    `inside` contains the numbers of the lessons that the served revision has learned. `roll_back` is the last request
+    to roll back, with its `state`; null if there was none. `training.history` contains only its newest point.
     """
     served = _served(pool, model)
 
@@ -174,14 +177,15 @@ async def list_lessons(
 
 @router.get("/{number}", summary="Describe a lesson")
 async def retrieve_lesson(number: _Number, pool: PoolDep, store: StoreDep, model: _Model = None) -> dict[str, Any]:
-    """One lesson: its progress, the counts before and after it, and the decision with its reasons."""
+    """Describe one lesson: its progress, the counts of right answers before and after it, and the decision about it."""
     name = _served(pool, model).info.name
     return await _done(lambda: _described(store, read_lesson(store, name, number)))
 
 
 @router.post("/{number}/cancel", summary="Cancel a lesson")
 async def cancel(number: _Number, pool: PoolDep, store: StoreDep, model: _Model = None) -> dict[str, Any]:
-    """Cancel a queued lesson at its turn, one in training within ten steps, and one in examination at its end."""
+    """Cancel a lesson: at its turn if it is queued, within ten steps if it is in training, and at the end of the
+    examination if it is in examination."""
     name = _served(pool, model).info.name
 
     def ask() -> dict[str, Any]:
@@ -200,7 +204,7 @@ async def roll_back(
     store: StoreDep,
     model: _Model = None,
 ) -> dict[str, Any]:
-    """Promote the model of a promoted lesson again. The number 0 is the model before its first lesson."""
+    """Promote the model of a promoted lesson again. The number 0 stands for the model before its first lesson."""
     name, who = _served(pool, model).info.name, _who(request, admission)
     return await _done(lambda: dataclasses.asdict(request_roll_back(store, name, number, who)))
 
@@ -213,7 +217,7 @@ def _served(pool: EnginePool, name: str | None) -> ServedModel:
 
 
 def _who(request: Request, admission: AdmissionDep) -> str:
-    """The name of the caller's key."""
+    """Returns the name of the caller's key, or the key's id if the key is no longer known."""
     key = admission.keyring.known(request.state.caller.key)
     return key.name if key else str(request.state.caller.key)
 
@@ -224,7 +228,7 @@ def _described(store: Store, lesson: Lesson) -> dict[str, Any]:
 
 
 async def _done(work: Callable[[], T]) -> T:
-    """The result of ``work``, which reads and writes the store in a thread."""
+    """Runs ``work``, which uses the store, in a thread, and returns its result. Errors become an :class:`ApiError`."""
     try:
         return await asyncio.to_thread(work)
     except NoLesson as error:

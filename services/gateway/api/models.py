@@ -1,4 +1,4 @@
-"""`GET /v1/models`."""
+"""`GET /v1/models`: the models that the engines serve."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ router = APIRouter(tags=["OpenAI API"], responses=ERROR_RESPONSES)
 
 @router.get("/v1/models", summary="List the models")
 async def list_models(pool: PoolDep) -> dict[str, Any]:
-    """The models that requests can use now, aliases too; an empty list while no model is loaded."""
+    """The models that requests can use now, including aliases; an empty list while no model is loaded."""
     served = pool.models()
     names = [*served, *(alias for alias in pool.settings.model_aliases if served and alias not in served)]
     return {"object": "list", "data": [_describe(_named(name, served), name) for name in names]}

@@ -1,4 +1,4 @@
-"""Functions for request parameters that several endpoints share."""
+"""Checks and reads request parameters that several endpoints share."""
 
 from collections.abc import Collection
 
@@ -14,7 +14,7 @@ _ROOM_TOKENS = 256
 def check_known(body: ApiModel, settings: GatewaySettings, known: Collection[str] = ()) -> None:
     """Raises an :class:`ApiError` with status 400 for an unknown parameter, if the settings refuse such parameters.
 
-    ``known`` has the names of parameters that this endpoint knows besides those of chat.
+    ``known`` contains the names of further parameters that this endpoint knows.
     """
     if settings.unknown_parameters == "refuse":
         refuse_unknown(body, known)
@@ -23,17 +23,17 @@ def check_known(body: ApiModel, settings: GatewaySettings, known: Collection[str
 def check_choices(n: int, settings: GatewaySettings) -> None:
     """Raises an :class:`ApiError` with status 400 if a request asks for more answers than the settings allow."""
     if n > settings.max_choices:
-        message = f"n is {shown(str(n))}; this server gives at most {settings.max_choices} answers to a prompt."
+        message = f"n is {shown(str(n))}; this server writes at most {settings.max_choices} answers to a prompt."
         raise invalid_value(message, "n")
 
 
 def check_prompts(prompts: int, settings: GatewaySettings) -> None:
     """Raises an :class:`ApiError` with status 400 if a request has more prompts than the settings allow."""
     if prompts > settings.max_prompts:
-        message = f"The request has {prompts} prompts; this server takes at most {settings.max_prompts}."
+        message = f"The request has {prompts} prompts; this server accepts at most {settings.max_prompts}."
         raise invalid_value(message, "prompt")
 
 
 def wished_truncation(body: ChatParameters) -> Truncation | None:
-    """Returns how to leave out old messages; None if the prompt must have all messages."""
+    """Returns the truncation that the request asks for; None if the prompt must contain all messages."""
     return Truncation(body.limit or _ROOM_TOKENS) if body.truncation == "auto" else None

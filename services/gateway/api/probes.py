@@ -20,19 +20,19 @@ except importlib.metadata.PackageNotFoundError:  # the repository runs without b
 @router.get("/health", include_in_schema=False)
 @router.get("/healthz", summary="Is the gateway alive")
 async def healthz() -> dict[str, str]:
-    """200 as long as the process can answer at all."""
+    """The status is 200 as long as the process can answer at all."""
     return {"status": "ok"}
 
 
 @router.get("/version", summary="The version of nanochat")
 async def version() -> dict[str, str]:
-    """The version of the installed package, such as `0.1.0`; `source` if it runs from the repository."""
+    """The version of the installed package, such as `0.1.0`; `source` if the gateway runs from the repository."""
     return {"version": _VERSION}
 
 
-@router.get("/readyz", summary="Does the gateway take requests", responses=ERROR_RESPONSES)
+@router.get("/readyz", summary="Does the gateway accept requests", responses=ERROR_RESPONSES)
 async def readyz(pool: PoolDep, drain: DrainDep) -> dict[str, Any]:
-    """200 until the shutdown begins, then 503. Without an engine, requests wait.
+    """The status is 200 until the shutdown begins, and then 503. Without an engine it is 200, too: requests wait.
 
     `models` lists the models that engines serve now. While the list is empty, `waits_for` says what is missing.
     """

@@ -1,4 +1,4 @@
-"""`/progress`: how far the training of the model has come. The engine reads it from the artifact store."""
+"""`/progress`: the progress of the model's training. An engine reads it from the artifact store."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc, no_engi
 router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 
 _TIMEOUT_SECONDS = 5.0
-# For this time, all pages that watch a run get the same answer.
+# For this time, all pages that watch a run get the same answer, so that many pages cause no more reads than one page.
 _FRESH_SECONDS = 1.0
 _NOT_FOUND = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)  # engines of earlier versions lack this call
 
@@ -30,7 +30,10 @@ class ProgressReader:
         self._answer: dict[str, Any] | ApiError = no_engine()
 
     async def read(self, pool: EnginePool) -> dict[str, Any]:
-        """The progress as JSON values. Raises ApiError if the store has no progress, or if no engine answers."""
+        """Returns the progress as JSON values.
+
+        Raises ApiError: 404 if the store has no progress; 503 or another status if no engine answers the request.
+        """
         async with self._lock:
             if time.monotonic() - self._read_at >= _FRESH_SECONDS:
                 try:
@@ -74,7 +77,7 @@ async def _reader(request: Request) -> ProgressReader:
 
 @router.get("/progress", summary="How far the model's training has come")
 async def progress(pool: PoolDep, reader: Annotated[ProgressReader, Depends(_reader)]) -> dict[str, Any]:
-    """The progress that the training writes to the store, also while no model is loaded.
+    """The progress that the training writes to the store, even while no model is loaded.
 
     `run` has the stages of the pipeline (null if a stage was started alone), and `stages` has the steps, loss curve,
     held-out metrics and answers of each training stage. `served` is the revision that answers new requests now. While

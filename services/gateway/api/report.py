@@ -12,13 +12,13 @@ router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 
 # The timeout is long because the engine's artifact store may be far away.
 _TIMEOUT_SECONDS = 20.0
-# The gateway hands no other media types to a browser, whatever an engine sends.
+# The gateway sends only files of these media types to a browser, whatever an engine sends.
 _MEDIA_TYPES = {"text/markdown": "text/markdown; charset=utf-8", "image/png": "image/png"}
 
 
 @router.get("/report", include_in_schema=False)
 async def page(pool: PoolDep) -> Response:
-    """The page that shows the report; it loads the files below `/report/`."""
+    """Returns the page that shows the report. The page loads the files below `/report/`."""
     return built_page(pool.settings.static_dir, "report.html")
 
 
@@ -52,7 +52,7 @@ def _api_error(error: grpc.aio.AioRpcError) -> ApiError:
     if code is grpc.StatusCode.NOT_FOUND:
         return _no_report(f"There is no such report: {error.details()}.")
     if code is grpc.StatusCode.UNIMPLEMENTED:  # engines of earlier versions have no reports
-        return _no_report("This engine does not hand out reports.")
+        return _no_report("This engine is of an earlier version and sends no reports.")
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         return ApiError(500, f"The report cannot be sent: {error.details()}.", code="report_too_large")
     return from_rpc(error, started=False)

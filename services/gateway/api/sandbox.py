@@ -30,17 +30,17 @@ router = APIRouter(tags=["Sandbox"], responses=ERROR_RESPONSES, route_class=Json
 _MAX_FILES, _MAX_ARGUMENTS, _MAX_NAME_CHARACTERS = 256, 1024, 256
 _MAX_BYTES = 2**63 - 1
 _FORMATS = {"repr": sandbox_pb2.RESULT_FORMAT_REPR, "str": sandbox_pb2.RESULT_FORMAT_STR}
-# Only the types that Python knows, so that the answer does not depend on the machine's files.
+# This object knows only Python's own list of types, so that the answer does not depend on the machine's files.
 _media_types = mimetypes.MimeTypes()
 
 
 class ExecutionLimits(ApiModel):
-    """The resources that the code may use. 0 means the sandbox's default. The sandbox reduces too large values."""
+    """The resources that the code may use. 0 means the sandbox's default. Values above its maximum are reduced."""
 
-    wall_seconds: float = Field(0, ge=0, description="from the beginning of the code to its end")
+    wall_seconds: float = Field(0, ge=0, description="seconds from the beginning of the code to its end")
     cpu_seconds: float = Field(0, ge=0)
     memory_bytes: int = Field(0, ge=0, le=_MAX_BYTES)
-    output_bytes: int = Field(0, ge=0, le=_MAX_BYTES, description="of each of stdout, stderr and the result")
+    output_bytes: int = Field(0, ge=0, le=_MAX_BYTES, description="for each of stdout, stderr and the result")
 
 
 class InputFile(ApiModel):
@@ -61,16 +61,18 @@ class SandboxRequest(ApiModel):
     )
     files: list[InputFile] = Field(default_factory=list, max_length=_MAX_FILES, fail_fast=True)
     collect_files: bool = Field(
-        False, description="whether the answer has the files that the code has made or changed, and its figures"
+        False, description="whether the answer contains the files that the code has made or changed, and its figures"
     )
     collect_endings: list[str] = Field(
         default_factory=list,
         max_length=_MAX_FILES,
         fail_fast=True,
-        description="the answer has only files whose names end with one of these; empty means all files",
+        description="the answer contains only files whose names end with one of these texts; empty means all files",
     )
     session: str = Field(
-        "", max_length=_MAX_NAME_CHARACTERS, description="name of a session, whose calls keep their files; empty: none"
+        "",
+        max_length=_MAX_NAME_CHARACTERS,
+        description="name of a session: its calls share their files; empty means no session",
     )
     limits: ExecutionLimits | None = None
     stream: bool = Field(False, description="whether the output is sent while the code runs, as server-sent events")
@@ -84,7 +86,7 @@ async def execute(
     record, settings = request.state.record, pool.settings
     check_known(body, settings)
     if not settings.sandbox_addresses:
-        raise ApiError(404, "This server does not run code of its clients.", code="sandbox_not_offered")
+        raise ApiError(404, "This server does not run code for its clients.", code="sandbox_not_offered")
     call = _Call(sandboxes, _message(body, request), settings.request_timeout_seconds)
     if body.stream:
         began = time.monotonic()
@@ -127,7 +129,7 @@ class _Call:
         self._sandboxes, self._message, self._seconds = sandboxes, message, seconds
 
     async def run(self, on_output: OnOutput | None = None) -> sandbox_pb2.ExecuteReply:
-        """Returns the reply. Raises an :class:`ApiError` if the code did not run, or if nobody knows whether it did."""
+        """Returns the reply. Raises an :class:`ApiError` if the code did not run or if it is unknown whether it did."""
         try:
             reply = await self._sandboxes.execute(self._message, self._seconds, on_output)
         except NoSandbox as error:
@@ -147,7 +149,7 @@ class _Call:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yields the output while the code runs, then the reply, each as an encoded event."""
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
-        # A piece of the output can end within a character.
+        # A piece of the output can end within a character, so the decoders keep the incomplete bytes.
         decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in ("stdout", "stderr")}
 
         def show(event: sandbox_pb2.ExecuteEvent) -> None:
@@ -171,7 +173,7 @@ def _event(value: dict[str, Any]) -> bytes:
 
 
 def _execution(reply: sandbox_pb2.ExecuteReply) -> dict[str, Any]:
-    """The reply as the JSON object that the client gets."""
+    """Converts the reply to the JSON object that the client gets."""
     usage = reply.usage
     return {
         "object": "sandbox.execution",

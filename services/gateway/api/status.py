@@ -1,4 +1,4 @@
-"""`/status`: what the engines and this gateway do now, for operators whose key has the scope `admin`."""
+"""`/status`: the current state of the engines and of this gateway, for operators whose key has the scope `admin`."""
 
 import dataclasses
 from typing import Any
@@ -27,7 +27,7 @@ _METRICS = {
 
 @router.get("/status", include_in_schema=False)
 async def page(pool: PoolDep) -> Response:
-    """The page that shows `/admin/status`. It contains no data, so everyone may load it."""
+    """Returns the page that shows `/admin/status`. The page contains no data, so everyone may load it."""
     return built_page(pool.settings.static_dir, "status.html")
 
 
@@ -35,7 +35,7 @@ async def page(pool: PoolDep) -> Response:
 async def status(request: Request, pool: PoolDep, drain: DrainDep) -> dict[str, Any]:
     """The engines as of their last check, and the counters of this gateway since its start.
 
-    `limits` are the gateway's own; keys may have others. `kv_use` is the share of the KV cache that is in use.
+    `limits` are the limits of the gateway; a key may have others. `kv_use` is the used share of the KV cache, 0 to 1.
     """
     settings = pool.settings
     limits = Limits(settings.requests_per_minute, settings.tokens_per_minute, settings.parallel_answers)
@@ -51,7 +51,7 @@ def _engine(replica: Replica) -> dict[str, Any]:
     return {
         "address": replica.address,
         "up": replica.up,
-        "why_down": "it was removed from the settings or its name" if replica.leaving else replica.why_down,
+        "why_down": "it is no longer in the settings or in the DNS" if replica.leaving else replica.why_down,
         "model": info and info.name,
         "revision": info and info.revision,
         "context_length": info and info.context_length,

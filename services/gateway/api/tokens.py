@@ -18,7 +18,7 @@ router = APIRouter(tags=["Tokens"], responses=ERROR_RESPONSES, route_class=JsonR
 
 @router.post("/tokenize", summary="Encode text or a conversation", response_class=JSONResponse)
 async def tokenize(body: TokenizeRequest, pool: PoolDep) -> Response:
-    """Token ids of a text, or of the prompt that a conversation makes, also if the context has no room for them."""
+    """The token ids of a text or of a conversation's prompt, even if they are more than the context length."""
     _, model = pool.pick(body.model)
     if body.messages is not None:
         turns = conversation(body.messages)

@@ -1,4 +1,4 @@
-"""The chat page: the files that the front-end build has written into a folder."""
+"""Serves the web pages: the files that the front-end build has written into a folder."""
 
 import os
 from pathlib import Path
@@ -25,16 +25,16 @@ then load this address again.</p>
 
 # The name of each file in assets/ contains a hash of the content, so a file's content never changes.
 _ASSET_CACHE = "public, max-age=31536000, immutable"
-# The browser asks for each of the remaining files every time, and mostly gets the answer 304 (not modified).
+# For each other file, the browser asks every time whether it has changed. The usual answer is 304 (not modified).
 _CACHE = "no-cache"
 # The build writes compressed files beside the others. The first coding that the browser accepts is sent.
 _CODINGS = {"br": ".br", "gzip": ".gz"}
-# Methods that endpoints of the API may have. Middleware answers HEAD wherever there is GET.
+# Methods that endpoints of the API may have. HEAD is not listed, because middleware answers it wherever there is GET.
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 def built_page(folder: str, name: str) -> Response:
-    """Returns a page of the build that has an address of its own.
+    """Returns a page of the build, such as ``report.html``, that an endpoint serves.
 
     Raises:
         ApiError: 404 if the web page is not built.
@@ -46,7 +46,8 @@ def built_page(folder: str, name: str) -> Response:
 
 
 class WebPage(StaticFiles):
-    """Serves the files of the folder, compressed if the build has compressed them and the browser accepts that.
+    """Serves the files of the folder. A file is sent compressed if the build has compressed it and the browser accepts
+    that.
 
     While there is no ``index.html``, serves a page with build instructions.
     """
@@ -91,7 +92,7 @@ class WebPage(StaticFiles):
 
 
 def _accepted(scope: Scope) -> list[str]:
-    """The codings of compressed files that the client accepts, the best first (RFC 9110, section 12.5.3)."""
+    """Returns the codings of compressed files that the client accepts, the best first (RFC 9110, section 12.5.3)."""
     offers = {}
     for part in Headers(scope=scope).get("accept-encoding", "").split(","):
         name, _, weight = part.partition(";")
@@ -100,10 +101,10 @@ def _accepted(scope: Scope) -> list[str]:
 
 
 def _no_endpoint(path: str, scope: Scope, *, file: bool) -> HTTPException:
-    """Returns the error for a request that no endpoint takes: 405 if the path exists with other methods, else 404.
+    """Returns the error for a request that no endpoint serves: 405 if the path exists with other methods, else 404.
 
-    ``file`` says whether this page has a file at the path. A request whose path belongs to an endpoint with other
-    methods comes here too, because this page is mounted for every path.
+    ``file`` says whether the folder has a file at the path. A request whose path belongs to an endpoint with other
+    methods also reaches this class, because it is mounted for every path.
     """
     allowed = {"GET"} if file or path == "." else set()
     for route in scope["app"].routes:

@@ -20,7 +20,8 @@ from services.gateway.schemas import Body
 
 logger = logging.getLogger(__name__)
 
-# A stream that has begun goes before all new requests, because its client already sees a part of the answer.
+# In the queue, a stream that has begun goes before all new requests, because its client already sees a part of the
+# answer.
 _PRIORITY_OF_STREAMS = -1
 # A stream fails after this many failed calls, even if tokens arrive in between: the request itself may kill engines.
 _MOST_FAILURES = 16
@@ -42,11 +43,11 @@ class Reason(enum.StrEnum):
 class Stream:
     """The answer to one prompt, as one sequence of chunks. The chunks may come from several engines.
 
-    At any time the stream has a call that delivers the chunks, or a search for a place, or both. When the call's engine
-    drains or hangs, a search begins while the call goes on. Once the search has found a place, a second call begins
-    there: the successor. The successor's request contains the answer so far. From then on the stream reads nothing from
-    the old call, so the client gets nothing twice. The successor's first chunk ends the old call. If the successor
-    fails instead, the old call goes on.
+    At any time the stream has a call that delivers the chunks, or a search for a place (reserved room at an engine), or
+    both. When the call's engine drains or hangs, a search begins while the call goes on. Once the search has found a
+    place, a second call begins there: the successor. The successor's request contains the answer so far. From then on
+    the stream reads nothing from the old call, so the client gets nothing twice. The successor's first chunk ends the
+    old call. If the successor fails instead, the stream reads from the old call again.
 
     Attributes:
         model: the model that answers. It no longer changes once :meth:`start` has returned.
@@ -176,7 +177,7 @@ class Stream:
         now = time.monotonic()
         if call is self._successor:
             self._promote(call, now)
-        elif self._reason is Reason.HUNG:  # the engine was slow and did not hang
+        elif self._reason is Reason.HUNG:  # the chunk shows that the engine was slow but did not hang
             self._stop_search()
             self._reason = None
         if not self._begun:
@@ -187,7 +188,7 @@ class Stream:
         self._last_chunk, self._patience, self._fruitless = now, None, 0
         self._said[chunk.index].add(chunk)
         if chunk.HasField("usage"):
-            # the cache may also hold tokens of the answer
+            # The engine's count may include tokens of the answer, but the router needs the prompt's tokens only.
             cached = min(chunk.usage.cached_prompt_tokens, self.prompt_tokens)
             self._pool.answered(call.place, self._wish, cached)
 
@@ -212,7 +213,7 @@ class Stream:
         """Begins to look for another engine, because the call's engine drains or hangs. The call goes on meanwhile.
 
         Raises:
-            ApiError: no call goes on, and the stream has no attempts left.
+            ApiError: the stream has no running call and no attempts left.
         """
         if reason is Reason.HUNG:
             self._pool.outcome(call.place.model, math.inf)
@@ -279,8 +280,8 @@ class Stream:
         self._pool.outcome(place.model, math.inf)
         self._wish.canary = False
         unavailable = code is grpc.StatusCode.UNAVAILABLE
-        # When an engine dies, many calls fail together. Only the first failure counts, because it marks the engine
-        # down.
+        # When an engine dies, many calls fail together with UNAVAILABLE. Only the first of these failures counts: it
+        # marks the engine down, and later ones find it down.
         counts = replica.up or not unavailable
         if counts and replica.outlier.failed(place, time.monotonic()):
             self._pool.metrics.ejections.inc()
@@ -294,7 +295,7 @@ class Stream:
     def _may_fail_again(self, *, fault: bool = False) -> bool:
         """Counts a failure and returns whether the stream may have another attempt.
 
-        ``fault`` says that the engine still takes calls but fails them. Repeated attempts of many streams could
+        ``fault`` says that the engine still accepts calls but fails them. Repeated attempts of many streams could
         overload such an engine, so these attempts use up the budget for retries. Other failures need no budget: an
         engine that died or hangs gets no calls until it answers a health check.
         """

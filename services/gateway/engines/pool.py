@@ -1,4 +1,4 @@
-"""All engines: finds them, watches them, and gives each request a place at one of them."""
+"""Finds all engines, watches them, and reserves room at one of them for each request."""
 
 import asyncio
 import collections
@@ -30,7 +30,7 @@ class Wish:
     Attributes:
         name: the model's name in the request; None or an empty name stands for the only model that is served.
         sequences: number of sequences that the engine has to run.
-        prompt: the prompt, as far as it is known. It only helps to choose among engines that fit.
+        prompt: the encoded prompt; empty before it is encoded. It only affects the choice among the engines that fit.
         weights: digest of the weights that the engine must have; None allows any weights. An empty digest fits no
             engine; it comes from an engine that reports no digest.
         avoid: addresses of engines that have failed on the request.
@@ -45,14 +45,14 @@ class Wish:
     canary: bool | None = None
 
     def fits(self, model: ServedModel, aliases: Collection[str]) -> bool:
-        """Whether the request can be answered by the model."""
+        """Whether the model can answer the request."""
         if self.weights is not None:
             return self.weights != "" and model.weights == self.weights
         return not self.name or self.name in aliases or self.name == model.info.name
 
 
 class EnginePool:
-    """The replicas and the tasks that find and watch them, with the gateway's settings and metrics."""
+    """The replicas (engines) of the gateway, and the tasks that find and watch them."""
 
     def __init__(
         self, settings: GatewaySettings, metrics: Metrics, connect: Connect, lookup: Lookup = addresses_of
@@ -76,7 +76,7 @@ class EnginePool:
         self._queue: FairQueue[Place] = FairQueue(settings.queue_size)
         metrics.queue_length.set_function(lambda: self._queue.length)
         self._hosts = {split_target(target)[0] for target in settings.engine_addresses}
-        self._unfound = self._hosts  # hosts that have no address now
+        self._unfound = self._hosts  # host names for which the last lookup found no address
         self._discovery = asyncio.create_task(
             watch_endpoints(settings.engine_addresses, self._set_endpoints, settings.discovery_seconds, lookup)
         )
@@ -142,7 +142,7 @@ class EnginePool:
         return {model.info.name: model for model in sorted(served, key=lambda model: model.created)}
 
     def waits_for(self) -> str | None:
-        """Returns a sentence that says what requests wait for, or None if they can be answered now."""
+        """Returns a text that says what requests wait for, or None if an engine can answer them now."""
         replicas = [replica for replica in self._replicas.values() if not replica.leaving]
         if any(replica.up for replica in replicas):
             return None

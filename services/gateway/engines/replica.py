@@ -1,4 +1,4 @@
-"""One engine as the gateway sees it: its connection, health, load and model, and the calls that run there."""
+"""One engine as the gateway sees it: its connection, health, load and model, and the calls that run on it."""
 
 import asyncio
 import collections
@@ -42,7 +42,7 @@ class Place:
     sequences: int
 
     def give_back(self, *, refused: bool = False) -> None:
-        """Ends the reservation. ``refused`` says that the engine was too full to take the call."""
+        """Ends the reservation. ``refused`` says that the engine was too full to accept the call."""
         self.replica.outlier.undecided(self)  # has no effect if the call's outcome is already recorded
         self.replica.release(self.sequences, refused=refused)
 
@@ -55,8 +55,8 @@ class Replica:
         model: the model that the engine serves, as of the last check; None while the model is unknown.
         outlier: decides whether the engine has failed too often to get calls.
         leaving: whether discovery no longer finds the engine. If so, it gets no new calls, and its running calls go on.
-        waits_for: what the engine says that it waits for, as of the last check; empty unless it waits for a model.
-        silence_watchers: functions to call each time that the hung engine misses a check.
+        waits_for: the engine's own text about why it has no model, as of the last check; empty if it has a model.
+        silence_watchers: functions that are called at each check that the engine misses while it counts as hung.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Replica:
         metrics: Metrics,
         on_change: Callable[["Replica"], None],
     ) -> None:
-        """``on_change`` is called after each change that may affect whether the engine can take calls."""
+        """``on_change`` is called after each change that may affect whether the engine can accept calls."""
         self.endpoint = endpoint
         self.model: ServedModel | None = None
         self.outlier = Outlier()
@@ -94,7 +94,7 @@ class Replica:
 
     @property
     def address(self) -> str:
-        """Numeric host and port."""
+        """IP address and port, such as ``10.0.0.7:50051``."""
         return self.endpoint.address
 
     @property
@@ -121,7 +121,7 @@ class Replica:
 
     @property
     def reported(self) -> engine_pb2.Load:
-        """The engine's own report, as of the last check."""
+        """The load that the engine reported at the last check, unchanged."""
         return self._load
 
     def reserve(self, sequences: int) -> Place:
@@ -195,7 +195,7 @@ class Replica:
             if 0 < self._settings.max_engine_sequences < self._limit:
                 self._limit = self._settings.max_engine_sequences
         revision = self.model.info.revision if self.model else ""
-        changed = self._load.revision not in ("", revision)  # older engines send no revision
+        changed = self._load.revision not in ("", revision)  # engines of earlier versions send no revision
         if self.why_down is not None or self.model is None or changed or time.monotonic() >= self._next_model_check:
             await self._refresh_soon()
         if self.why_down is not None and self.model is not None:
@@ -339,7 +339,7 @@ class Call:
     def close(self, *, refused: bool = False) -> None:
         """Cancels the call if it still runs, and gives its place back. Calling this again has no effect.
 
-        ``refused`` says that the engine was too full to take the call.
+        ``refused`` says that the engine was too full to accept the call.
         """
         if not self._open:
             return

@@ -38,7 +38,7 @@ _SMALLEST_TOP_P = 1e-6
 _BIAS_LIMIT = 100
 _SEPARATOR = "\n\n"  # between messages of one turn
 
-# Makes a prompt's token ids for a model.
+# Encodes a prompt with the tokenizer of a model, and returns the token ids.
 PromptEncoder = Callable[[ServedModel], Awaitable[list[int]]]
 
 # How a conversation's prompt ends. "answer": with the beginning of a new assistant message. "continue": within the last
@@ -187,7 +187,7 @@ def _with_events(content: str, events: Sequence[ToolEvent], message_index: int) 
 
 
 def describe_tools(tools: Sequence[FunctionTool]) -> str:
-    """Returns the part of the instructions that tells the model about the client's tools."""
+    """Returns the part of the instructions that describes the client's tools to the model."""
     described = (
         tool.function.model_dump(include={"name", "description", "parameters"}, exclude_none=True) for tool in tools
     )
@@ -203,10 +203,10 @@ def call_text(call: FunctionCall) -> str:
 
 @dataclasses.dataclass
 class Truncation:
-    """How many tokens to keep free by leaving out the oldest turns, and how many turns were left out."""
+    """Settings and result of leaving out the oldest turns of a conversation."""
 
-    room: int  # tokens of the context to keep free
-    left_out_turns: int = 0  # turns that the latest prompt does not have
+    room: int  # number of tokens of the context to keep free for the answer
+    left_out_turns: int = 0  # number of turns that the latest prompt leaves out
 
 
 async def encode_chat(
@@ -311,8 +311,8 @@ def check_length(model: ServedModel, ids: list[int], param: str) -> list[int]:
 
 
 def _too_long(model: ServedModel, tokens: str, param: str) -> ApiError:
-    # litellm looks for these words of OpenAI's server, and langchain-openai for the code. Both then raise errors of
-    # their own. Newer versions of OpenAI's client only show the message of an error, so the message has the code too.
+    # litellm looks for these words of OpenAI's server, and langchain-openai for the code. Both then raise an error type
+    # of their own. Newer versions of OpenAI's client show only an error's message, so the message has the code too.
     code = "context_length_exceeded"
     message = (
         f"This model's maximum context length is {model.context_length} tokens, answer included. However, your "
@@ -340,7 +340,7 @@ def engine_request(
     seed: int,
     sandbox: bool,
 ) -> engine_pb2.GenerateRequest:
-    """Builds the engine's request for a prompt with fewer tokens than the context length.
+    """Builds the engine's request. The ``prompt`` must have fewer tokens than the context length.
 
     The engine gets the lowest 64 bits of ``seed``. ``sandbox`` says whether the model may run Python in a chat. A logit
     bias on an id that is no token of the model causes an :class:`ApiError` with status 400.

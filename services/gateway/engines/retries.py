@@ -7,8 +7,8 @@ _BURST = 10.0  # most retries that the budget can hold; also its content at the 
 class RetryBudget:
     """Allows one retry for every five requests, and ten more in a burst.
 
-    The first retry of a request is free. A later retry needs the budget, but only if the failed engine still takes
-    calls. When an engine dies, all its streams may therefore move without the budget.
+    The first retry of a request is free. A later retry needs the budget, but only if the failed engine still accepts
+    calls. Therefore all streams of an engine that died may move to other engines without the budget.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class RetryBudget:
         self._left = min(self._left + _SHARE, _BURST)
 
     def spend(self) -> bool:
-        """Takes one retry from the budget and returns whether there was one left."""
+        """Removes one retry from the budget. Returns False if the budget was empty."""
         if self._left < 1:
             return False
         self._left -= 1

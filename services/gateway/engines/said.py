@@ -13,7 +13,7 @@ from nanochat_core.protos import engine_pb2
 class Said:
     """The tokens and tool events of one choice so far.
 
-    A token takes only five bytes of memory, because many streams may run.
+    A token needs only five bytes. This matters, because the gateway keeps the tokens of all running streams in memory.
 
     Attributes:
         ids: token ids, uint32.

@@ -1,4 +1,4 @@
-"""The queue of requests that no engine can take at the moment."""
+"""The queue of requests that no engine can accept at the moment."""
 
 import asyncio
 import dataclasses
@@ -16,7 +16,7 @@ _KEPT = 100
 
 
 class QueueFull(Exception):
-    """As many requests wait as the queue can hold."""
+    """The queue has its largest number of waiting requests, so no further request may wait."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -24,11 +24,11 @@ class Ticket(Generic[T]):
     """A request in the queue.
 
     Attributes:
-        take: takes and returns the thing that the request waits for, or returns None if that is impossible now. An
+        take: reserves and returns the place that the request waits for, or returns None if no place is free now. An
             exception ends the wait.
         give_back: undoes ``take`` for a request that left the queue at the same moment.
         kind: if ``take`` returns None, the queue tries no other ticket of the same kind before the next change.
-        caller: who sent the request.
+        caller: id of the caller that sent the request.
         priority: lower values go first.
         cost: number of sequences that the request needs.
         bounded: whether this ticket counts for the limit of the queue.

@@ -1,4 +1,4 @@
-"""Limits on request bodies."""
+"""Limits the size of request bodies."""
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -59,7 +59,7 @@ class BodyLimit:
         self._gauge.set(self._held)
 
     def _too_large(self) -> ApiError:
-        message = f"The request body is larger than this server takes ({self._max_bytes} bytes)."
+        message = f"The request body is larger than this server accepts ({self._max_bytes} bytes)."
         return ApiError(413, message, code="request_too_large")
 
 
@@ -70,5 +70,5 @@ def _no_memory() -> ApiError:
 
 def _compressed(encoding: str) -> ApiError:
     message = f"The request body has the Content-Encoding {shown(encoding)!r}; send the body uncompressed."
-    # RFC 7694: this header says which encodings the server takes.
+    # RFC 7694: this header lists the encodings that the server accepts.
     return ApiError(415, message, code="unsupported_content_encoding", headers={"Accept-Encoding": "identity"})

@@ -20,7 +20,7 @@ class Drain:
         self._running: set[asyncio.Task[Any]] = set()
 
     async def run(self, work: Coroutine[Any, Any, T], receive: Receive, record: RequestRecord) -> T:
-        """Runs ``work`` until it is done, and cancels it if the client leaves or the gateway has to end.
+        """Runs ``work`` and returns its result. Cancels ``work`` if the client leaves; :meth:`finish` can cancel it.
 
         Args:
             receive: the request's ASGI ``receive``; the body must have been read already.

@@ -1,4 +1,4 @@
-"""Answers HEAD wherever there is GET."""
+"""Answers HEAD requests to all paths that support GET."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 

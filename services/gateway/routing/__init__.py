@@ -1,4 +1,4 @@
-"""Chooses the replica that computes a prompt: pure code without I/O. Callers pass the time."""
+"""Chooses the replica that computes a prompt: pure code without I/O. Callers pass the current time."""
 
 from services.gateway.routing.canary import Canary
 from services.gateway.routing.prefix_index import Prompt

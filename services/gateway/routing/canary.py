@@ -1,12 +1,13 @@
-"""Gives a new revision of a model a share of the requests, and takes the share back if the revision does worse.
+"""Gives a new revision of a model a share of the requests, until the new revision does worse than the others.
 
 Each answer has one outcome: the time to its first token, which is infinite if its engine failed. An outcome is *bad* if
 it is infinite, or larger than 1.5 times the 95th percentile of the finite outcomes of the model's other revisions. So
-an error and an answer that is much too slow count alike. A few outcomes of the other revisions are bad, too.
+errors and much too slow answers count alike. By this definition, some outcomes of the other revisions are bad, too.
 
-The canary does worse if its share of bad outcomes is certainly larger than that of the others. With few outcomes, the
-share alone says little: if the only outcome is bad, the share is 1. Therefore the Wilson score interval (Wilson 1927)
-bounds both shares. For ``k`` bad outcomes among ``n`` and ``z`` standard deviations, its ends are
+The new revision, called the canary, does worse if, with high confidence, its share of bad outcomes is larger than that
+share of the other revisions. With few outcomes, the share alone says little: if the only outcome is bad, the share is
+1. Therefore the Wilson score interval (Wilson 1927) bounds both shares. For ``k`` bad outcomes among ``n`` and ``z``
+standard deviations, its ends are
 
     (k + z^2 / 2 ± z * sqrt(k * (n - k) / n + z^2 / 4)) / (n + z^2)
 
@@ -30,12 +31,15 @@ class Canary:
     """The share of one revision, and the outcomes of the requests for its model.
 
     Attributes:
-        percent: share of the requests that the revision gets, in percent; 0 once it was taken back.
+        percent: share of the requests that the revision gets, in percent; 0 after the share was taken back.
         returned: whether the share was taken back.
     """
 
     def __init__(self, identity: str, percent: float, draw: Callable[[], float] = random.random) -> None:
-        """``identity`` is ``model/stage/step_n``; if it is empty, there is no canary. ``draw`` returns 0 to 1."""
+        """``identity`` is ``model/stage/step_n``; if it is empty, there is no canary.
+
+        ``draw`` returns a random number in [0, 1).
+        """
         self.percent = percent if identity else 0.0
         self.returned = False
         self._identity, self._draw = identity, draw
@@ -53,7 +57,7 @@ class Canary:
     def record(self, identity: str, seconds: float) -> str | None:
         """Records the outcome of a request: the seconds to its first token, infinite for a failure.
 
-        If this takes the share back, the result says why; otherwise it is None.
+        Returns the reason if this outcome takes the share back; otherwise None.
         """
         if self.returned or not self._identity or _model(identity) != _model(self._identity):
             return None

@@ -1,4 +1,4 @@
-"""Remembers which replica was sent which prompts, and finds the replicas that have computed the beginning of a prompt.
+"""Remembers the prompts that each replica got, and finds the replicas that have computed the beginning of a prompt.
 
 **Hash chain.** A prompt is cut into blocks as in the engine's prefix cache. Each block's hash covers its tokens and
 the hash of the block before it, so it identifies the whole prefix up to the end of the block.
@@ -6,16 +6,16 @@ the hash of the block before it, so it identifies the whole prefix up to the end
 **Marks.** To store every prefix would cost 128 entries for a prompt of 2,048 tokens in blocks of 16. The index stores
 only some of them, called marks: the prefixes of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks, and the longest prefix. A
 prompt of n blocks leaves about 2 log2(n) marks, 14 in the example. The next turn of a chat begins with the whole
-previous prompt, whose longest mark is therefore found. Of any other prefix that two prompts share, the index finds at
-least two thirds of the full blocks, because each number of blocks in the series, from 3 on, is at most 3/2 of the
-previous number.
+previous prompt, whose longest mark is therefore found. If two prompts share any other prefix, the index finds at least
+two thirds of its full blocks, because each number of blocks in the series, from 3 on, is at most 3/2 of the number
+before it.
 
 **Age.** An engine reuses the least recently used block first. A replica whose cache holds n tokens therefore loses a
 prefix after it has written n new tokens since the prefix's last use. For each replica, a clock counts the written
 tokens (:class:`CacheClock`). An entry of the index is the reading of this clock when the prefix was last used.
 
-**Memory.** The index holds at most ``max_entries`` pairs of a mark and a replica, and drops those of the least
-recently used mark first. A pair takes at most about 400 bytes.
+**Memory.** The index holds at most ``max_entries`` pairs of a mark and a replica, and first drops all pairs of the
+least recently used mark. A pair takes at most about 400 bytes.
 """
 
 import functools
@@ -28,12 +28,12 @@ from typing import Self
 # A prefix counts as cached up to this multiple of the estimated capacity. Without the margin, the router would never
 # look for a prefix beyond the estimate, so a low estimate could never rise.
 _MARGIN = 1.25
-# A lost prefix lowers the estimate by at most this factor, because a canceled call may also be the cause.
+# A lost prefix lowers the estimate at most to this share of its old value: a canceled call may also be the cause.
 _DECREASE = 0.9
 
 
 class CacheClock:
-    """What the router knows about the age of a replica's cache. Clocks are compared and hashed by identity.
+    """Measures the age of a replica's cache in written tokens. Clocks are compared and hashed by identity.
 
     Attributes:
         name: the replica's name.
@@ -107,7 +107,8 @@ class Prompt:
         return len(self.ids)
 
 
-# A mark: the number of its tokens, its hash, and the replicas that hold it, the least recent user first.
+# A mark: the number of its tokens, its hash, and the replicas that hold it with their clocks' readings at the last use,
+# the least recent user first.
 Mark = tuple[int, int, dict[CacheClock, float]]
 
 
@@ -175,7 +176,7 @@ class PrefixIndex:
 
 
 def held_tokens(replica: CacheClock, marks: Sequence[Mark], now: float) -> int:
-    """Returns the tokens of the longest of the marks that the replica still holds."""
+    """Returns the number of tokens of the longest mark that the replica still holds; 0 if it holds none of them."""
     for tokens, _, holders in marks:
         if replica in holders and replica.holds(holders[replica], now):
             return tokens

@@ -12,20 +12,20 @@ number of tokens that it computes until the new prompt is done, with other delay
     cost = uncached_weight * uncached tokens of the prompt
          + waiting tokens
          + sequence_tokens * sequences
-         + full_cache_tokens * how far the use of the KV cache is above 80 % (from 0 to 1)
+         + full_cache_tokens * max(0, used share of the KV cache - 0.8) / 0.2
 
 *Uncached tokens* come from an index of what each replica was sent (:mod:`services.gateway.routing.prefix_index`), so
 the engines need not report their caches' contents. They weigh more than waiting tokens, because work that is done twice
 also delays the requests that come later. *Waiting tokens* come from the replica's last report. The report may be a
-second old. The router therefore also counts the tokens that it sent lately, in a sum that decays exponentially with the
-time between reports, and uses the larger of the two numbers. *Sequences* slow each other down while they decode. A
-*full cache* means that a new sequence waits for another one to end, or preempts it. The idea to add uncached and
-decoded work is from the KV router of NVIDIA Dynamo, whose cost is ``overlap_weight * prefill blocks + decode blocks``.
-Dynamo's engines publish an event for each cached block. Dynamo also has an approximate mode, in which the router
-remembers what it sent, as this router does.
+second old. The router therefore also counts the tokens that it sent lately, and uses the larger of the two numbers.
+This count decays exponentially, with the time between two reports as the time constant. *Sequences* slow each other
+down while they decode. A *full cache* means that a new sequence waits for another one to end, or preempts it. The idea
+to add uncached and decoded work is from the KV router of NVIDIA Dynamo, whose cost is
+``overlap_weight * prefill blocks + decode blocks``. Dynamo's engines publish an event for each cached block. Dynamo
+also has an approximate mode, in which the router remembers what it sent, as this router does.
 
 **The candidates.** With many replicas, only some are compared: those that hold the longest known beginnings of the
-prompt (at most 6), and two random ones. If no replica holds anything, the choice is the less loaded of two random
+prompt (at most 6), and two random ones. If no replica holds a beginning, the choice is the less loaded of two random
 replicas. This is the *power of two choices* (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing",
 2001): of n requests on n replicas, the busiest replica gets about log log n / log 2. With one random choice, it would
 get about log n / log log n. Unlike the choice of the least loaded replica, this rule doesn't send the requests of all
@@ -36,7 +36,7 @@ decided by chance.
 the prefix. Therefore a replica that has more than c times the mean number of sequences is no candidate. This is the
 rule of *consistent hashing with bounded loads* (Mirrokni, Thorup, Zadimoghaddam, arXiv 1608.01350): with m sequences on
 n replicas, each takes at most ``ceil(c * (m + 1) / n)``. A popular prefix then spreads: the next replica computes it
-once, is in the index from then on, and takes its share. SGLang's cache-aware router has a similar rule, but for the
+once, is in the index from then on, and gets its share. SGLang's cache-aware router has a similar rule, but for the
 whole fleet: it routes by prefix only as long as the largest and the smallest load are close, and by the shortest queue
 otherwise. A replica with few sequences, ``free_sequences``, is always below the bound. If there are more than 256
 replicas, the mean is estimated from a sample of at least 128 replicas.
@@ -68,14 +68,14 @@ _MOST_COMPARED = 8
 _SAMPLE = 128
 # The use of the KV cache adds to the cost only above this share.
 _HIGH_KV_USE = 0.8
-# The router remembers at most this many unanswered prompts and forgets older ones. The answer to a forgotten prompt
-# does not correct the router's estimates.
+# The router remembers at most this many unanswered prompts and forgets the oldest ones first. The answer to a forgotten
+# prompt does not correct the router's estimates.
 _MOST_EXPECTED = 16_384
 
 
 @dataclass(slots=True)
 class ReplicaLoad:
-    """How busy a replica is.
+    """The load of a replica.
 
     Attributes:
         sequences: sequences that run or wait there, including those that this gateway sent since the last report.
@@ -89,7 +89,7 @@ class ReplicaLoad:
 
 
 class _Replica(CacheClock):
-    """A replica: the state of its cache, and the uncached tokens that it was sent in the last moments."""
+    """A replica: the state of its cache, and the uncached tokens that it was sent lately."""
 
     __slots__ = ("_sent", "_sent_at")
 
@@ -103,7 +103,7 @@ class _Replica(CacheClock):
         self._sent_at = now
 
     def sent_lately(self, now: float, period: float) -> float:
-        """Returns the sum of the uncached tokens sent so far. The sum decays: every ``period`` divides it by e."""
+        """Returns the sum of the uncached tokens sent so far. It decays with the time constant ``period`` (seconds)."""
         return self._sent * math.exp((self._sent_at - now) / period)
 
 
@@ -126,7 +126,7 @@ class Router:
         self._expected: OrderedDict[tuple[_Replica, int], tuple[int, float]] = OrderedDict()
 
     def prompt(self, ids: Sequence[int]) -> Prompt:
-        """Returns the form of a prompt that the other methods take. ``ids`` must not change later."""
+        """Returns the prompt with its hash chain, as the other methods need it. ``ids`` must not change later."""
         return Prompt.of(ids, self._settings.block_tokens)
 
     def choose(self, prompt: Prompt, loads: Mapping[str, ReplicaLoad], now: float) -> str:
@@ -204,7 +204,7 @@ class Router:
     def _candidates(
         self, prompt: Prompt, names: Sequence[str], loads: Mapping[str, ReplicaLoad], now: float
     ) -> dict[str, int]:
-        """Returns the replicas to compare, with the tokens of the prompt that each has in its cache."""
+        """Returns the names of the replicas to compare, with the number of the prompt's tokens in each one's cache."""
         marks, others = self._marks(prompt), names
         candidates: dict[str, int] = {}
         if len(names) > _MOST_COMPARED:

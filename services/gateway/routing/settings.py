@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class RoutingSettings:
-    """How the router weighs cached tokens against load. :mod:`services.gateway.routing.router` explains the method.
+    """Settings of the router. :mod:`services.gateway.routing.router` explains the method.
 
     Attributes:
         block_tokens: tokens of a block. The best value is the block size of the engines' KV cache.

@@ -1,4 +1,4 @@
--- The same arithmetic as buckets.py. It precedes each of the other scripts.
+-- The same arithmetic as in buckets.py. RedisLink puts this text in front of each of the other scripts.
 local UNITS = 60000000
 
 local function clock(given)
@@ -40,13 +40,13 @@ local function add(bucket, cost)
   if bucket.limit > 0 then bucket.spent = math.max(0, bucket.spent + cost * UNITS) end
 end
 
--- Numbers are written as whole numbers: Lua's own form would round them to 14 digits.
+-- Stores numbers as whole numbers, because Lua's own conversion to text would round them to 14 digits.
 local function store(key, name, bucket)
   redis.call('HSET', key, name .. '_spent', string.format('%.0f', bucket.spent),
     name .. '_at', string.format('%.0f', bucket.at))
 end
 
--- An empty bucket says nothing, so a caller is forgotten a minute after everything has leaked.
+-- A missing bucket counts as empty, so Redis may forget a caller a minute after everything has leaked.
 local function forget_in(key, microseconds)
   redis.call('PEXPIRE', key, math.floor(microseconds / 1000) + 60000)
 end

@@ -1,4 +1,4 @@
--- Stores a value for a while. Values that have expired, and the oldest ones if there are too many, are dropped.
+-- Stores a value for a while. Deletes expired values, and the oldest values while all together exceed the size limit.
 -- KEYS: hash from names to values, sorted set of the names by the time when a value expires, bytes of all values.
 -- ARGV: name, value, seconds to keep the value, largest number of bytes of all values.
 local function bytes(name)

@@ -1,8 +1,8 @@
--- Takes a request's whole cost, or nothing.
+-- Counts a request's whole cost, or nothing if a limit has no room for it.
 -- KEYS: the caller's buckets, the caller's running answers.
 -- ARGV: time in microseconds or -1 for Redis's clock; limit and cost of requests; limit and cost of tokens; limit of
 --   answers; id of the answer or ''; lease of an answer in microseconds.
--- Returns: the limit that refuses or '', and the numbers of a Verdict.
+-- Returns: the limit that refuses or '', and the numbers of a Verdict in limiter.py.
 local now = clock(tonumber(ARGV[1]))
 local requests, tokens = leaked(KEYS[1], 'requests', tonumber(ARGV[2]), now), leaked(KEYS[1], 'tokens', tonumber(ARGV[4]), now)
 local request_cost, token_cost, answer_limit = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])

@@ -24,9 +24,9 @@ _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 @router.post("/v1/messages", summary="Answer a conversation (Messages API)")
 async def create_message(body: MessagesRequest, request: Request, pool: PoolDep) -> Response:
-    """Write the assistant's next message, or continue the last one.
+    """Write the assistant's next message, or continue its last message.
 
-    The model may run Python while it answers; `content` then has a `server_tool_use` and its result between the texts.
+    The model may run Python while it answers. Then `content` has a `server_tool_use` and its result between the texts.
     """
     check_known(body, pool.settings, UNSUPPORTED)
     parameters = body.parameters

@@ -28,7 +28,7 @@ class Output:
         self._arguments = ""  # JSON arguments of the call of the client's tool
 
     def add(self, delta: Delta) -> Iterator[Event]:
-        """Takes the next delta and yields its events."""
+        """Adds the next delta, and yields its events."""
         for part in delta.in_order(self._length):
             if isinstance(part, str):
                 yield from self._write(part)

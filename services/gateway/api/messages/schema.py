@@ -55,11 +55,11 @@ class Block(ApiModel):
         "thinking",
         "redacted_thinking",
     ]
-    text: str = Field("", description="text")
-    id: str = Field("", description="tool_use")
-    name: str = Field("", description="tool_use")
+    text: str = Field("", description="text: the text of the block")
+    id: str = Field("", description="tool_use: id of the call")
+    name: str = Field("", description="tool_use: name of the called function")
     input: dict[str, Any] = Field(default_factory=dict, description="tool_use: the arguments")
-    tool_use_id: str = Field("", description="tool_result")
+    tool_use_id: str = Field("", description="tool_result: id of the call")
     content: Any = Field(None, description="tool_result: a text or text blocks")
 
     @property
@@ -72,7 +72,7 @@ class Block(ApiModel):
         parts = self.content if isinstance(self.content, list) else [None]
         texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
         if not all(isinstance(text, str) for text in texts):
-            raise invalid_value("A tool_result has a part that is no text, and this model reads text only.", "messages")
+            raise invalid_value("A tool_result has a part that is not text; this model reads only text.", "messages")
         return "\n".join(map(str, texts))
 
 
@@ -100,7 +100,7 @@ class Tool(ApiModel):
 
 
 class ToolChoice(ApiModel):
-    """Whether the answer is a call, and of which function."""
+    """Says whether the answer must be a call, and names the function to call."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = Field(None, description="tool: the function's name")
@@ -128,7 +128,9 @@ class MessagesRequest(ApiModel):
     stop_sequences: Stops = Field(None, description="up to 4 texts; the answer ends before the first that appears")
     stream: bool | None = Field(None, description="send the answer as server-sent events while it is written")
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token")
-    top_p: float | None = Field(None, ge=0, le=1, description="sample from the likeliest tokens of this total weight")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="sample from the likeliest tokens with this total probability"
+    )
     top_k: Integer | None = Field(None, ge=-1, description="sample from this many likeliest tokens")
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: ToolChoice | None = None
@@ -176,7 +178,8 @@ class MessagesRequest(ApiModel):
     def turns(self, tools: Sequence[FunctionTool]) -> list[Message]:
         """Returns the conversation as the model's turns.
 
-        Raises an :class:`ApiError` with status 400 for a result without its call, and for blocks in a wrong place.
+        Raises an :class:`ApiError` with status 400 if a result has no call before it, or if a user's message contains a
+        block that only the assistant may write.
         """
         turns = Turns(["\n".join(block.text for block in self.system)] if self.system else [], tools)
         for i, message in enumerate(self.messages):
@@ -196,12 +199,12 @@ class MessagesRequest(ApiModel):
                     turns.ask("user", block.text)
                 else:
                     kind = shown(block.type)
-                    raise invalid_value(f"A user's message has no {kind}.", f"messages[{i}].content")
+                    raise invalid_value(f"A user's message cannot contain a {kind} block.", f"messages[{i}].content")
         return turns.finish()
 
 
 def _parts(block: Block) -> tuple[Part, ...]:
-    """Returns the parts of the model's turn that stand for a block of the assistant."""
+    """Returns the parts of the model's turn that represent a block of the assistant; empty for a ``thinking`` block."""
     match block.type:
         case "text":
             return (Part("text", block.text),)

@@ -36,7 +36,7 @@ KeptDep = Annotated[KeptResponses, Depends(_kept)]
 async def create_response(body: ResponsesRequest, request: Request, pool: PoolDep, kept: KeptDep) -> Response:
     """Write the assistant's next message.
 
-    The model may run Python while it answers; `output` then has a `code_interpreter_call` between the texts. If the
+    The model may run Python while it answers. Then `output` has a `code_interpreter_call` between the texts. If the
     request has functions in `tools`, the answer may be a `function_call`.
     """
     check_known(body, pool.settings, UNSUPPORTED)
@@ -50,7 +50,7 @@ async def create_response(body: ResponsesRequest, request: Request, pool: PoolDe
 async def _conversation(body: ResponsesRequest, kept: KeptResponses, caller: str) -> list[InputItem]:
     """Returns the items of the kept conversation that the request continues, then the items of the request's input.
 
-    Each reference to an earlier item is replaced by this item.
+    Each reference to an earlier item is replaced by that item.
     """
     items: list[InputItem] = []
     if body.previous_response_id is not None:

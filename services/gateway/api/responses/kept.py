@@ -25,7 +25,7 @@ class Values(Protocol):
 
 
 class MemoryValues:
-    """Keeps texts in the memory of this process. If they become too large together, the oldest ones are dropped."""
+    """Keeps texts in the memory of this process. Drops the oldest texts while the total exceeds ``max_bytes``."""
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -51,10 +51,10 @@ class MemoryValues:
 
 
 class KeptResponses:
-    """Keeps each response's conversation and the items of its output. Only the caller who got a response can use it."""
+    """Keeps the conversation and the output items of each response. Only the caller who got a response can use it."""
 
     def __init__(self, values: Values, seconds: int, max_bytes: int) -> None:
-        """With ``seconds`` 0, nothing is kept. A conversation of more than ``max_bytes`` is not kept, either."""
+        """Keeps responses for ``seconds``; 0 keeps none. Does not keep a conversation of more than ``max_bytes``."""
         self._values = values
         self._seconds, self._max_bytes = seconds, max_bytes
 
@@ -74,7 +74,7 @@ class KeptResponses:
     async def item(self, caller: str, item_id: str, param: str) -> dict[str, Any]:
         """Returns an item of an earlier output. Raises the same errors as :meth:`conversation`.
 
-        ``param`` is the request's parameter with the item's id, for the errors.
+        ``param`` is the name of the request's parameter that contains the item's id. Errors name it.
         """
         item: dict[str, Any] = await self._get(caller, item_id, param, "Item")
         return item
@@ -82,7 +82,7 @@ class KeptResponses:
     async def keep(
         self, caller: str, response_id: str, asked: list[dict[str, Any]], output: list[dict[str, Any]]
     ) -> None:
-        """Keeps a response: the items ``asked`` before it, and its ``output`` without pictures.
+        """Keeps a response: the items of its conversation (``asked``), and its ``output`` without pictures.
 
         Pictures are left out, because the model does not see them. If the store does not answer, a warning is logged.
         """

@@ -24,7 +24,7 @@ class Output:
     """
 
     def __init__(self, *, logprobs: bool) -> None:
-        """``logprobs`` says whether texts have log probabilities."""
+        """``logprobs`` says whether the texts of the output have log probabilities."""
         self.items: list[dict[str, Any]] = []
         self._logprobs = logprobs
         self._open: dict[str, Any] | None = None  # the item that is not complete yet: always the last one
@@ -32,7 +32,7 @@ class Output:
         self._tokens: collections.deque[tuple[int, engine_pb2.Token]] = collections.deque()
 
     def add(self, delta: Delta, tokenizer: Tokenizer) -> Iterator[Event]:
-        """Takes the next delta and yields its events, which have no sequence numbers yet."""
+        """Adds the next delta, and yields its events, which have no sequence numbers yet."""
         self._tokens.extend(zip(delta.offsets, delta.tokens, strict=True))
         for part in delta.in_order(self._length):
             if isinstance(part, str):
@@ -126,11 +126,11 @@ class Output:
         self._open = None
 
     def _event(self, kind: str, *, with_item_id: bool = True, **fields: Any) -> Event:
-        """An event about the last item."""
+        """Returns an event about the last item."""
         about = {"item_id": self.items[-1]["id"]} if with_item_id else {}
         return {"type": kind, **about, "output_index": len(self.items) - 1, **fields}
 
 
 def _copy(item: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of the item, because the lists in it grow later."""
+    """Returns a copy of the item, so that an event does not change when the item's lists grow later."""
     return {name: list(value) if isinstance(value, list) else value for name, value in item.items()}

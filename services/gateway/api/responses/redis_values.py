@@ -1,4 +1,4 @@
-"""Kept responses in Redis, so that all gateways have them."""
+"""Keeps responses in Redis, so that all gateways can use them."""
 
 from services.gateway.admission.away import Away
 from services.gateway.admission.redis_link import RedisLink
@@ -9,15 +9,15 @@ _KEYS = [f"{{nanochat:responses}}:{part}" for part in ("values", "ends", "bytes"
 
 
 class RedisValues:
-    """Keeps texts in Redis. If they become too large together, the oldest ones are dropped.
+    """Keeps texts in Redis. Drops the oldest texts while the total exceeds ``max_bytes``.
 
-    Without this bound, responses could fill the Redis that keeps the API keys and limits.
+    Without this bound, responses could fill the memory of the Redis server that also keeps the API keys and limits.
     """
 
     def __init__(self, link: RedisLink, max_bytes: int = KEPT_BYTES) -> None:
         """``max_bytes`` bounds the size of all values together.
 
-        A value counts with the bytes of its key and its text, and with 256 bytes, which Redis needs for an entry.
+        The size of a value is the bytes of its key and its text, plus about 256 bytes that Redis needs for an entry.
         """
         self._link = link
         self._max_bytes = max_bytes

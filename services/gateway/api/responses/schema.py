@@ -45,7 +45,7 @@ def _join_parts(value: Any) -> Any:
     for i, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
-            raise invalid_value(f"Part {i} of input is no text, and this model reads text only.", "input")
+            raise invalid_value(f"Part {i} of input is not text; this model reads only text.", "input")
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -58,7 +58,7 @@ def _list_items(value: Any) -> Any:
 
 
 def _nested_choice(value: Any) -> Any:
-    """Converts ``{"type": "function", "name": ...}`` to the form of chat, which has the name in an inner object."""
+    """Converts ``{"type": "function", "name": ...}`` to chat's form, which puts the name into an inner object."""
     if isinstance(value, dict) and "function" not in value:
         return {"type": value.get("type"), "function": {"name": value.get("name")}}
     return value
@@ -71,15 +71,15 @@ class InputItem(ApiModel):
         "message", "function_call", "function_call_output", "code_interpreter_call", "reasoning", "item_reference"
     ] = "message"
     id: str | None = Field(None, description="item_reference: the id of an item of an earlier output")
-    role: Literal["system", "developer", "user", "assistant"] | None = Field(None, description="message")
-    content: Text = Field(None, description="message")
-    call_id: str | None = Field(None, description="function_call and its output")
-    name: str | None = Field(None, description="function_call")
-    arguments: str | None = Field(None, description="function_call: JSON")
+    role: Literal["system", "developer", "user", "assistant"] | None = Field(None, description="message: its author")
+    content: Text = Field(None, description="message: its text")
+    call_id: str | None = Field(None, description="function_call, function_call_output: id of the call")
+    name: str | None = Field(None, description="function_call: name of the function")
+    arguments: str | None = Field(None, description="function_call: the arguments as JSON")
     output: Text = Field(None, description="function_call_output: the result that the model reads")
     code: str | None = Field(None, description="code_interpreter_call: the Python code")
     outputs: list[dict[str, Any]] | None = Field(
-        None, max_length=MAX_PARTS, fail_fast=True, description="code_interpreter_call: what the code printed"
+        None, max_length=MAX_PARTS, fail_fast=True, description="code_interpreter_call: the output of the code"
     )
 
     @model_validator(mode="after")
@@ -98,7 +98,7 @@ class InputItem(ApiModel):
 
 
 class TextFormat(ApiModel):
-    """The form of the answer: chat's ``response_format``, without its inner object."""
+    """The form of the answer. It has the fields of chat's ``response_format``, but without an inner object."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str = Field("answer", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="letters, digits, `_` and `-`, up to 64")
@@ -161,24 +161,28 @@ class ResponsesRequest(ApiModel):
     )
     instructions: str | None = Field(None, description="a system message for this response only")
     previous_response_id: str | None = Field(
-        None, description="continue a kept response, with its input and output; needs a server that keeps responses"
+        None, description="continue the conversation of a response that this server keeps"
     )
     stream: bool | None = Field(None, description="send the answer as server-sent events while it is written")
     stream_options: StreamOptions | None = None
     max_output_tokens: Integer | None = Field(None, ge=1, description="most tokens of the answer")
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token")
-    top_p: float | None = Field(None, ge=0, le=1, description="sample from the likeliest tokens of this total weight")
-    top_logprobs: Integer | None = Field(None, ge=0, le=20, description="likeliest alternatives of each token")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="sample from the likeliest tokens with this total probability"
+    )
+    top_logprobs: Integer | None = Field(
+        None, ge=0, le=20, description="number of likeliest alternatives to report for each token"
+    )
     include: list[str] | None = Field(
         None,
         max_length=20,
-        description="`message.output_text.logprobs` reports log probabilities; others change nothing",
+        description="`message.output_text.logprobs` reports log probabilities; other values change nothing",
     )
     text: TextConfig | None = None
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: Annotated[ToolChoice, BeforeValidator(_nested_choice)] = Field(None, description="as in chat")
     truncation: Literal["auto", "disabled"] | None = Field(None, description="`auto` leaves out the oldest messages")
-    store: bool | None = Field(None, description="keep the response for `previous_response_id`, if the server does")
+    store: bool | None = Field(None, description="keep the response for later requests, if this server keeps responses")
     metadata: dict[str, str] | None = Field(None, description="returned unchanged")
     seed: Integer | None = Field(None, ge=-(2**63), lt=2**64, description="equal seeds give equal answers")
     user: str | None = Field(None, description="accepted and not used")
@@ -191,7 +195,7 @@ class ResponsesRequest(ApiModel):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether the text has log probabilities."""
+        """Whether the request asks for the log probabilities of the text."""
         return "message.output_text.logprobs" in (self.include or ())
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Turns the items of a Responses request into the turns that the model knows."""
+"""Converts the items of a Responses request to the model's turns of user and assistant."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from services.gateway.schemas import FunctionCall, FunctionTool
 
 
 def turns_of(items: Sequence[InputItem], instructions: str | None, tools: Sequence[FunctionTool]) -> list[Message]:
-    """Returns the turns that the items make, after the instructions and the description of the tools.
+    """Returns the turns of a prompt: first the instructions and the description of the tools, then the items.
 
     The texts before and after a Python call are one message, because the model called Python in the middle of that
     message.
 
-    Raises an :class:`ApiError` with status 400 for a function's result without its call.
+    Raises an :class:`ApiError` with status 400 if a function's result has no call before it.
     """
     turns = Turns([instructions] if instructions is not None else [], tools)
     in_call = False  # whether the last item was a Python call, so that text after it belongs to the same message

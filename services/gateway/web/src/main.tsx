@@ -48,7 +48,7 @@ function main(): void {
   });
   const key = computed(() => settings.value.apiKey);
   effect(() => {
-    // Another key may have other rights, and another server state may offer lessons.
+    // A new key may have other rights, and a server that has become ready may offer lessons.
     if (key.value !== null && app.health.state.value === "ready") void lessons.check();
   });
   const page = {
@@ -75,7 +75,7 @@ function takeKey(settings: Signal<Settings>): void {
   history.replaceState(null, "", routeOf(null));
 }
 
-/** Keeps the page's address and the open conversation in step in both directions. */
+/** Writes the open conversation into the page's address, and opens the conversation that a new address names. */
 function followAddress(app: ChatApp, settings: Signal<Settings>): void {
   const read = () => {
     takeKey(settings); // a link that is opened in this tab does not load the page again

@@ -4,7 +4,7 @@ import { ApiError, ConnectionError, ProtocolError } from "./errors";
 import type { ChatPart, ChatRequest, ModelInfo } from "./wire";
 
 export interface Readiness {
-  /** HTTP status; 200 means that the server takes requests. */
+  /** HTTP status; 200 means that the server accepts requests. */
   status: number;
   /** A sentence about what the server waits for before it can answer; null if it can answer now. */
   waitsFor: string | null;
@@ -46,7 +46,7 @@ export class Api {
     yield* chatParts(response.body);
   }
 
-  /** The newest lessons, or those that are older than the lesson `after`. */
+  /** The newest lessons, or the newest of the lessons that are older than the lesson `after`. */
   lessons(after?: number): Promise<LessonList> {
     const older = after === undefined ? "" : `&after=${after}`;
     return this.json(`v1/lessons?order=desc${older}`, { cache: "no-store" });

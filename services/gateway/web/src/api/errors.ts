@@ -1,4 +1,4 @@
-/** The three ways in which a request can fail. A stop by the person is no failure. */
+/** The three ways in which a request can fail. If the person stops an answer, this is not a failure. */
 
 export interface ErrorDetails {
   status?: number | undefined;
@@ -31,7 +31,7 @@ export class ApiError extends Error {
     try {
       error = (JSON.parse(text) as { error?: typeof error }).error ?? {};
     } catch {
-      // A proxy wrote this body and not the gateway; its status says enough.
+      // This body is not JSON, so it comes from a proxy and not from the gateway. Only its status is used.
     }
     return new ApiError(
       typeof error.message === "string" ? error.message : `The server answered with status ${response.status}.`,
@@ -60,7 +60,7 @@ export class ProtocolError extends Error {
   }
 }
 
-/** Seconds to wait after a Retry-After header, which holds seconds or a date. */
+/** Seconds to wait, from a Retry-After header with seconds or a date; undefined if the header has neither. */
 export function retryAfter(header: string | null, now: number = Date.now()): number | undefined {
   if (header === null) return undefined;
   const seconds = /^\d+(\.\d+)?$/.test(header.trim()) ? Number(header) : (Date.parse(header) - now) / 1000;

@@ -4,13 +4,13 @@ import { ConnectionError } from "./errors";
 
 export type ServerState = "unknown" | "ready" | "loading" | "unreachable";
 
-const CALM_MS = 30_000; // while all is well; a request would notice a problem first
-const WORRIED_MS = 2_000; // while there is a problem; short enough that recovery feels immediate
+const CALM_MS = 30_000; // pause between checks while the server answers; a chat request would notice a problem first
+const WORRIED_MS = 2_000; // pause between checks while there is a problem; short, so the page soon shows the recovery
 
 /** Watches whether the server can answer. */
 export class Health {
   readonly state = signal<ServerState>("unknown");
-  /** The server's own words about what it waits for while its state is "loading"; they may be missing. */
+  /** The server's text about what it waits for while its state is "loading"; null if it sends none. */
   readonly waitsFor = signal<string | null>(null);
   private timer: ReturnType<typeof setTimeout> | undefined;
   private stopped = false;

@@ -3,12 +3,12 @@ export type Report =
   | { kind: "report"; text: string; revision: string; served: string; picture: (name: string) => string | null }
   | { kind: "none"; why: string };
 
-// All files of a report are in one folder; other addresses are no pictures of the report.
+// All files of a report are in one folder, so an address with another form is no picture of the report.
 const PICTURE = /^[\w-]+\.png$/;
 
 /**
  * Loads the report from the gateway. `base` is the page's address; `model` may be empty if only one model is served.
- * If the model that the person chose for chats is gone, the report is on the model that serves now.
+ * If the server has no report on this model, loads the report on the model that serves now.
  */
 export async function loadReport(base: string, model: string, apiKey: string): Promise<Report> {
   const address = (file: string, name: string) => {

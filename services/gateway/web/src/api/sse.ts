@@ -31,10 +31,10 @@ export async function* serverSentEvents(body: ReadableStream<Uint8Array>): Async
   }
 }
 
-/** Whole lines without their end, which is CR, LF or CRLF. A CR at the end of a chunk waits for the next chunk. */
+/** Yields whole lines without their ends: CR, LF or CRLF. After a CR at a chunk's end, waits for the next chunk. */
 async function* lines(body: ReadableStream<Uint8Array>): AsyncGenerator<string> {
   const reader = body.getReader();
-  const decoder = new TextDecoder(); // drops a byte order mark, keeps split characters until they are whole
+  const decoder = new TextDecoder(); // drops a byte order mark, and keeps the bytes of an incomplete character
   let rest = "";
   try {
     for (;;) {

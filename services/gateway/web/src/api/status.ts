@@ -58,7 +58,7 @@ export interface Status {
   usage: KeyUsage[];
 }
 
-/** Reads all that the operator's page shows. Throws ApiError, also for a wrong key, or ConnectionError. */
+/** Reads all data of the operator's page. Throws ApiError (for a wrong key, too) or ConnectionError. */
 export async function loadStatus(base: string, key: string): Promise<Status> {
   const get = async (path: string): Promise<unknown> => {
     const headers = { authorization: `Bearer ${key}` };

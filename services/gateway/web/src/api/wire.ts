@@ -4,7 +4,7 @@ export interface ToolCall {
   type: "call";
   call_index: number;
   code: string;
-  /** Unicode code points of the answer's text that precede the call. */
+  /** Number of Unicode code points of the answer's text before the call. */
   offset: number;
 }
 

@@ -16,7 +16,7 @@ export type AnswerPart =
   | { kind: "memory"; start: string };
 
 export interface Asking {
-  /** Stores what has arrived. */
+  /** Stores the part of the answer that has arrived. */
   save: (answer: AssistantMessage) => void;
   /** Sends the request; called again after each wait. */
   ask: () => AsyncIterable<AnswerPart>;
@@ -58,7 +58,7 @@ export async function writeAnswer(
       const begun = firstPartAt > 0;
       const loading = error instanceof ApiError && error.code === "engine_unavailable";
       const again = error instanceof ApiError && error.isBusy && (loading || tries < MOST_TRIES) && !abort.aborted;
-      // While no model is ready the message waits as long as it takes: the page says so, and the person can stop it.
+      // While no model is ready, tries are not counted: the page says that it waits, and the person can stop the wait.
       if (!loading) tries += 1;
       if (again && (await waited(wait(delay(error, tries), error)))) continue;
       if (abort.aborted) {
@@ -74,7 +74,7 @@ export async function writeAnswer(
   return draft;
 }
 
-/** Counts the calls and characters of a part from the start of the whole answer, not from where the stream begins. */
+/** Counts the calls and characters of a part from the start of the whole answer, not from the start of the stream. */
 function continued(part: AnswerPart, { content, toolEvents }: AssistantMessage): AnswerPart {
   if (part.kind !== "tool" || (content === "" && toolEvents.length === 0)) return part;
   const call_index = part.event.call_index + toolEvents.filter((event) => event.type === "call").length;
@@ -97,7 +97,7 @@ function withPart(draft: AssistantMessage, part: AnswerPart): AssistantMessage {
   }
 }
 
-/** The wait that the server asked for; otherwise the wait doubles each time. */
+/** The wait in seconds that the server asked for. Without one, the wait doubles with each try. */
 function delay(error: ApiError, tries: number): number {
   return Math.min(error.retryAfterSeconds ?? 2 ** (tries - 2), LONGEST_WAIT_SECONDS);
 }

@@ -16,13 +16,13 @@ export interface Archive {
   settings: Record<string, unknown>;
 }
 
-/** Writes the file. The API key is left out, because people pass such files on. */
+/** Returns the content of a backup file. The API key is left out, because people may give the file to others. */
 export function toArchive(conversations: readonly StoredConversation[], { apiKey: _, ...settings }: Settings): string {
   const settledOnes = conversations.map(({ header, messages }) => ({ header, messages: messages.map(settled) }));
   return `${JSON.stringify({ format: FORMAT, version: 2, settings, conversations: settledOnes }, null, 1)}\n`;
 }
 
-/** Reads such a file, or the JSON export of a single conversation. Throws if the text is neither. */
+/** Reads a backup file, or the JSON export of a single conversation. Throws if the text is neither. */
 export function fromArchive(text: string): Archive {
   const value = JSON.parse(text) as Partial<Archive & SingleExport> & { format?: unknown };
   if (value.format !== FORMAT) return { conversations: [fromExport(value)], settings: {} };
@@ -33,7 +33,7 @@ export function fromArchive(text: string): Archive {
   return { conversations, settings: value.settings ?? {} };
 }
 
-/** What `toJson` writes: the messages as the API takes them. */
+/** The object that `toJson` writes: the messages in the format of the API. */
 interface SingleExport {
   title: string;
   created: string;

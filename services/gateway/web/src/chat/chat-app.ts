@@ -16,7 +16,7 @@ import { assistantMessage, userMessage, type AssistantMessage, type Message } fr
 import { finishedEvents } from "./segments";
 import { titleOf } from "./title";
 
-const IMPATIENT_MS = 2_000; // time without a first word after which the page asks how the server is
+const IMPATIENT_MS = 2_000; // if no part of an answer has arrived after this time, the page checks the server's health
 
 export interface Toast {
   text: string;
@@ -83,7 +83,7 @@ export class ChatApp {
     this.ask(conversation, assistantMessage(answer.peek().parent));
   }
 
-  /** Goes on with an answer that was cut off, as another version of it. */
+  /** Continues an answer that was cut off. The continued answer is another version of it. */
   continueAnswer(conversation: Conversation, answer: Signal<Message>): void {
     const { parent, content, toolEvents } = answer.peek() as AssistantMessage;
     this.ask(conversation, { ...assistantMessage(parent), content, toolEvents: finishedEvents(toolEvents) });
@@ -166,7 +166,7 @@ export class ChatApp {
 
   private async answer(conversation: Conversation, answer: Signal<Message>, abort: AbortSignal) {
     const path = conversation.snapshot();
-    // An answer that already has a beginning is sent too, so that the model continues it.
+    // If the answer already has a beginning, the beginning is sent too, so that the model continues it.
     const history = answer.peek().content === "" ? path.slice(0, -1) : path;
     const save = (message: Message) => this.library.saveMessages(conversation, message);
     const finished = await writeAnswer(answer, {
@@ -193,7 +193,7 @@ export class ChatApp {
     const sent = newestTurns(turns);
     const messages = requestMessages(sent, settings.systemPrompt);
     const request = { model: this.model.peek(), messages, truncation: "auto" as const, ...sampling(settings) };
-    // While no model is ready, the server lets the request wait. The check finds out what it waits for.
+    // While no model is ready, the server lets the request wait. The health check then shows what the server waits for.
     const impatient = setTimeout(() => void this.health.check(), IMPATIENT_MS);
     try {
       if (sent.length < turns.length) yield { kind: "memory", start: sent[0]!.id };
@@ -218,7 +218,7 @@ function spoken(answer: AssistantMessage): string {
   return answer.state === "stopped" ? "The answer was stopped." : ""; // a problem has its own alert
 }
 
-/** Ignores a failure, because the first question will show it. */
+/** Ignores a failed request, because the first question will show the problem. Throws all other errors. */
 function unlessExpected(error: unknown): void {
   if (!(error instanceof ApiError || error instanceof ConnectionError)) throw error;
 }

@@ -26,7 +26,7 @@ export class Conversation {
   readonly deleted: ReadonlySignal<boolean>;
   /** The shown messages, from the first one to the last one. */
   readonly messages: ReadonlySignal<readonly Signal<Message>[]>;
-  /** The first message that the model still saw when it wrote the last answer; undefined if it saw all. */
+  /** The id of the first message that the model saw when it wrote the last answer; undefined if it saw all. */
   readonly memoryStart: ReadonlySignal<string | undefined>;
   readonly running = signal<Running | null>(null);
   /** Whether this tab writes an answer, or another tab writes the answer that is shown last. */
@@ -45,7 +45,7 @@ export class Conversation {
     this.messages = computed(() => {
       const path = this.path();
       if (path.length !== shown.length || path.some((message, index) => message !== shown[index])) shown = path;
-      return shown; // the same list while the path stays, so that nothing is drawn anew
+      return shown; // the same array while the path is unchanged, so that nothing is drawn again
     });
     this.memoryStart = computed(() => {
       for (const message of this.messages.value.toReversed()) {
@@ -103,13 +103,13 @@ export class Conversation {
     return added;
   }
 
-  /** Shows this version instead of its siblings. */
+  /** Shows this version of a message instead of the other versions. */
   choose(message: Message): void {
     const place = placeOf(message);
     this.change(({ chosen }) => ({ chosen: { ...chosen, [place]: changed(chosen[place], message.id) } }));
   }
 
-  /** Merges what another copy of the conversation says. */
+  /** Merges the header of another copy of the conversation. */
   mergeHeader(header: Header): void {
     this.header.value = mergeHeaders(this.header.peek(), header);
   }
@@ -119,7 +119,7 @@ export class Conversation {
     this.header.value = { ...header, ...of(header) };
   }
 
-  /** The shown messages as values. */
+  /** The shown messages as plain values instead of signals. */
   snapshot(): Message[] {
     return this.messages.peek().map((message) => message.peek());
   }

@@ -3,11 +3,11 @@ import type { Message } from "./message";
 import { withoutPictures } from "./pictures";
 import { finishedEvents } from "./segments";
 
-// Far more than a model reads, and well below the size of a request that the server accepts.
+// Far more characters than a model's context, and well below the size of a request that the server accepts.
 export const MOST_CHARACTERS = 200_000;
 const MOST_TURNS = 1_000;
 
-/** A message of a request, and the id of the first message on the page that is in it. */
+/** A message of a request, and the id of the first message of the page that it contains. */
 export interface Turn {
   id: string;
   message: RequestMessage;
@@ -15,9 +15,9 @@ export interface Turn {
 
 /**
  * Returns the turns of a request. Answers carry their tool events, so that the server rebuilds exactly the tokens that
- * the model wrote; pictures are no part of them. Empty answers are left out, and the questions around them become one,
- * because a chat model knows only alternating turns. Questions that were too long for the model are left out too:
- * otherwise they would make every later question too long.
+ * the model wrote; pictures are not sent. Empty answers are left out, and the questions before and after them become
+ * one question, because a chat model knows only alternating turns. Questions that were too long for the model are left
+ * out too: otherwise they would make every later question too long.
  */
 export function turnsOf(messages: readonly Message[]): Turn[] {
   const result: Turn[] = [];

@@ -5,18 +5,18 @@ import { Conversation } from "./conversation";
 import { changed, compareProgress, type Header, type StoredConversation } from "./merge";
 import { settled, type Message } from "./message";
 
-const WATCH_MS = 3_000; // time between two questions whether an answer is still being written
+const WATCH_MS = 3_000; // pause between two checks whether another tab still writes an answer
 
-/** All conversations of this browser, in step with its storage and with the other tabs. */
+/** All conversations of this browser. Changes are stored, and changes of other tabs are merged. */
 export class Library {
-  /** Deleted ones too, because another tab may undo the deletion. */
+  /** All conversations, including deleted ones, because another tab may undo a deletion. */
   private readonly all = signal<readonly Conversation[]>([]);
   readonly conversations: ReadonlySignal<readonly Conversation[]> = computed(() =>
     this.all.value.filter((conversation) => !conversation.deleted.value),
   );
   private readonly tabs: Tabs;
   private readonly watched = new Set<string>();
-  /** What this tab has deleted, and may still undo, with the time of the deletion. */
+  /** The conversations that this tab has deleted and may still restore, each with the time of the deletion. */
   private readonly deletedHere = new Map<Conversation, number>();
 
   constructor(
@@ -49,7 +49,7 @@ export class Library {
     if (!conversation.deleted.peek()) this.store.saveMessages(conversation.id, messages);
   }
 
-  /** Deletes conversations. Other tabs stop the answers that they write into them. */
+  /** Deletes conversations. Other tabs then stop the answers that they write in these conversations. */
   remove(conversations: readonly Conversation[]): void {
     batch(() => {
       for (const conversation of conversations) {
@@ -61,7 +61,7 @@ export class Library {
     });
   }
 
-  /** Takes a deletion back. */
+  /** Undoes a deletion. */
   restore(conversations: readonly Conversation[]): void {
     batch(() => {
       for (const conversation of conversations) {
@@ -72,7 +72,7 @@ export class Library {
     });
   }
 
-  /** Merges conversations, of a file for example, into the own ones, and stores the result. */
+  /** Merges conversations, for example from a file, into the conversations of this browser, and stores the result. */
   merge(stored: readonly StoredConversation[]): void {
     for (const { header, messages } of stored) {
       const conversation = this.find(header.id) ?? this.create({ header, messages: [] });
@@ -88,7 +88,7 @@ export class Library {
     this.tabs.stop(answer);
   }
 
-  /** Takes over the header that another tab has stored. */
+  /** Merges a header that another tab has stored. */
   adoptHeader(header: Header): void {
     const conversation = this.find(header.id);
     if (!conversation) {
@@ -102,20 +102,21 @@ export class Library {
     if (wasDeleted && !deleted) this.saveMessages(conversation, ...conversation.toStored().messages);
   }
 
-  /** Takes over a message that another tab has stored, and stores what this tab knows if it knows better. */
+  /** Merges a message that another tab has stored. If this tab's copy has progressed further, stores this copy. */
   adoptMessage(id: string, message: Message): void {
     const conversation = this.find(id) ?? this.create({ header: headerFor(id, message), messages: [] });
-    if (conversation.running.peek()?.answer === message.id) return; // nobody knows better than the tab that writes it
+    if (conversation.running.peek()?.answer === message.id) return; // this tab writes it, so it has the newest copy
     const known = conversation.add([message])[0]!.peek();
-    // This tab may have stored a lesser copy over the one that it hears of only now, so what counts is what is stored.
+    // This tab may have overwritten the reported copy with an older one before the report arrived. Therefore the merged
+    // copy is compared with the copy in the storage and not with the reported one.
     const stored = this.store.message(id, message.id);
     if (!stored || compareProgress(known, stored) > 0) this.saveMessages(conversation, known);
     this.watchOver(conversation, known);
   }
 
   /**
-   * Before the page closes: stores the unfinished answers of this tab, and makes its deletions final. If another tab has
-   * deleted the conversation since, the deletion is that tab's, whose person may still undo it.
+   * Stores the unfinished answers of this tab, and makes its deletions final. Call this before the page closes. If
+   * another tab has deleted the same conversation later, the messages stay, because that tab can undo its deletion.
    */
   close(): void {
     const final = [...this.deletedHere].filter(([{ header }, at]) => {
@@ -143,7 +144,7 @@ export class Library {
     return this.all.peek().find((conversation) => conversation.running.peek()?.answer === answer);
   }
 
-  /** Calls an unfinished answer interrupted once no tab writes it any more. */
+  /** Marks an unfinished answer as interrupted once no tab writes it any more. */
   private watchOver(conversation: Conversation, { id }: Message): void {
     const message = conversation.message(id)!;
     if (!isWritten(message) || this.watched.has(id)) return;

@@ -1,22 +1,23 @@
 /**
- * How two copies of a conversation, of two tabs or of a tab and a file, become one.
+ * Merges two copies of a conversation, which come from two tabs or from a tab and a file.
  *
  * Each function below is the join of a semilattice: it is commutative, associative and idempotent. So all tabs reach
- * the same state, in whatever order and however often they hear of each other's changes (Shapiro et al., "Conflict-free
- * Replicated Data Types", 2011). Messages are only ever added, and an answer only goes forward: from "streaming" over
- * "interrupted" or "stopped" to "complete". Hence an answer that any tab has shown complete stays complete.
+ * the same state, in whatever order and however often they receive each other's changes (Shapiro et al., "Conflict-free
+ * Replicated Data Types", 2011). Messages are only ever added, and the state of an answer only moves forward: from
+ * "streaming" to "interrupted" or "stopped", and then to "complete". So an answer that any tab has shown as complete
+ * stays complete.
  */
 
 import type { AnswerState, Message } from "./message";
 
-/** A value of which the latest one counts. */
+/** A value with the time of its last change. A merge keeps the later of two values. */
 export interface Register<T> {
   value: T;
   /** Time of the change, in milliseconds since the epoch. */
   at: number;
 }
 
-/** What is stored of a conversation besides its messages. */
+/** The stored data of a conversation besides its messages. */
 export interface Header {
   version: 2;
   id: string;
@@ -24,7 +25,7 @@ export interface Header {
   updatedAt: number;
   title: Register<string>;
   deleted: Register<boolean>;
-  /** For the id of each message, the id of the version shown after it; "" is the place before the first message. */
+  /** Maps the id of a message to the id of the version that is shown after it; "" stands for the first place. */
   chosen: Record<string, Register<string>>;
 }
 
@@ -69,7 +70,7 @@ export function mergeHeaders(a: Header, b: Header): Header {
   return sameHeader(merged, a) ? a : merged;
 }
 
-/** Merges two copies of one message: the copy that has progressed further counts. */
+/** Merges two copies of one message: the result is the copy that has progressed further. */
 export function mergeMessages(a: Message, b: Message): Message {
   return compareProgress(a, b) >= 0 ? a : b;
 }
@@ -101,7 +102,7 @@ export function compareProgress(a: Message, b: Message): number {
   return one.length - other.length || compare(one, other);
 }
 
-/** The message as text, whatever the order in which its fields were set. */
+/** The message as text. The text does not depend on the order in which the fields were set. */
 function canonical(message: Message): string {
   return JSON.stringify(Object.entries(message).sort(([a], [b]) => compare(a, b)));
 }

@@ -4,7 +4,7 @@ import type { Problem } from "./problem";
 
 /**
  * The place of a message in its conversation, which is a tree: messages with the same parent are versions of each
- * other. A message is never moved or removed, so that no tab can destroy what another one shows.
+ * other. A message is never moved or removed, so that no tab can destroy what another tab shows.
  */
 interface Place {
   id: string;
@@ -31,7 +31,7 @@ export interface AssistantMessage extends Place {
   /** The id of the first message that the model saw, if the conversation was longer than its context. */
   memoryStart?: string;
   usage?: Usage;
-  /** Time from the first text to the end of the answer. */
+  /** Seconds from the first text to the end of the answer. */
   seconds?: number;
 }
 
@@ -53,7 +53,7 @@ export function assistantMessage(parent: string | null = null): AssistantMessage
   };
 }
 
-/** The message as it stays if the page is closed now: an unfinished answer is interrupted. */
+/** The message as it remains if the page is closed now: an unfinished answer becomes an interrupted one. */
 export function settled(message: Message): Message {
   if (message.role === "user" || message.state !== "streaming") return message;
   return {

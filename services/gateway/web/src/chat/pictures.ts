@@ -1,6 +1,6 @@
 import type { Picture, ToolEvent } from "../api/wire";
 
-/** The address of a picture that carries the picture itself. Scripts in an SVG never run in an `<img>`. */
+/** The `data:` URL of a picture, for an `<img>`. Scripts in an SVG never run there. */
 export function pictureUrl({ media_type, data }: Picture): string {
   return `data:${media_type};base64,${data}`;
 }

@@ -7,7 +7,7 @@ export interface Problem {
   detail: string;
 }
 
-/** `begun`: whether a part of the answer had arrived. */
+/** The problem that an error causes. `begun` says whether a part of the answer had arrived. */
 export function problemOf(error: unknown, begun: boolean): Problem {
   const detail = error instanceof Error ? error.message : String(error);
   if (error instanceof ApiError) {
@@ -21,12 +21,12 @@ export function problemOf(error: unknown, begun: boolean): Problem {
   return { kind: "interrupted", detail };
 }
 
-/** The server leaves out the oldest messages for this page, so the last message alone is too long. */
+/** Whether the last message alone is too long. The server already leaves out the oldest messages for this page. */
 function isTooLong({ code, status, message }: ApiError): boolean {
   return code === "context_length_exceeded" || status === 413 || (status === 400 && /context/i.test(message));
 }
 
-/** The sentence above the detail; it stands alone if the person needs no detail. */
+/** The first sentence of a shown problem. For some kinds, the page shows `detail` below it. */
 export function headline(problem: Problem): string {
   switch (problem.kind) {
     case "interrupted":

@@ -1,6 +1,6 @@
 import type { ToolCall, ToolEvent, ToolResult } from "../api/wire";
 
-/** A part of an answer: text, or a call of the Python tool with its result, if that has come. */
+/** A part of an answer: text, or a call of the Python tool with its result if the result has arrived. */
 export type Segment =
   | { kind: "text"; key: string; text: string }
   | { kind: "call"; key: string; call: ToolCall; result: ToolResult | undefined };

@@ -1,6 +1,6 @@
 const LONGEST_TITLE = 48; // about one line of the sidebar
 
-const LONGEST_SEARCH = 2_000; // only this number of characters is searched for the first line
+const LONGEST_SEARCH = 2_000; // only this many characters are searched for the end of the first line
 
 /** A short title from the first line of a message, without the marks that begin a Markdown line, cut between words. */
 export function titleOf(message: string): string {

@@ -48,7 +48,7 @@ function useShortcuts() {
   const { app, layout } = usePage();
   useEffect(() => {
     const write = () => document.querySelector<HTMLElement>("[data-testid=composer]")?.focus();
-    // An open dialog or menu handles Escape itself, and covers the rest.
+    // An open dialog or menu handles Escape itself, and covers the rest of the page.
     const isCovered = () => document.querySelector("dialog[open], :popover-open") !== null;
     const actions = {
       escape: () => {

@@ -12,7 +12,7 @@ import { Versions } from "./Versions";
 import { usePage } from "./context";
 import { RegenerateIcon } from "./icons";
 
-const SHORTEST_MEASURED = 0.2; // seconds; for a shorter answer the rate measures the network and not the model
+const SHORTEST_MEASURED = 0.2; // seconds; the rate of a shorter answer would measure the network and not the model
 
 interface Props {
   conversation: Conversation;
@@ -89,12 +89,12 @@ export function AssistantMessage({ conversation, message, last }: Props) {
   );
 }
 
-/** Whether the model could go on with the answer. */
+/** Whether the answer was cut off, so that the model could continue it. */
 function isCutOff({ content, state, finishReason }: Answer): boolean {
   return content !== "" && (state !== "complete" || finishReason === "length");
 }
 
-/** Why the answer ended, and its time and token counts. */
+/** Shows why the answer ended, and its duration and token counts. */
 function Footnotes({ answer }: { answer: Answer }) {
   const { usage, seconds, state, finishReason } = answer;
   const notes: string[] = [];

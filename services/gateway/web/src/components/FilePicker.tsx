@@ -29,7 +29,7 @@ export function FilePicker({ text, label, testId, accept, disabled = false, onFi
         accept={accept}
         onChange={({ currentTarget }) => {
           const file = currentTarget.files?.[0];
-          currentTarget.value = ""; // the same file can be chosen again
+          currentTarget.value = ""; // so that choosing the same file again causes an event
           if (file) onFile(file);
         }}
       />

@@ -18,8 +18,8 @@ export function Markdown({ text }: { text: string }) {
 }
 
 /**
- * A block is rendered again only when its own source changes, so a long answer costs no more than its last block. Its
- * nodes are kept where they can be, so that the person can select, scroll and copy while it is written.
+ * A block is rendered again only when its own source changes, so a new token of a long answer renders only the last
+ * block. Unchanged nodes of a block stay, so that the person can select, scroll and copy while the answer is written.
  */
 function Block({ source }: { source: Source }) {
   const root = useRef<HTMLDivElement>(null);
@@ -30,7 +30,7 @@ function Block({ source }: { source: Source }) {
   return <div class="block" dir="auto" ref={root} />;
 }
 
-/** Copies the code block whose button was clicked, if one was. */
+/** Copies a code block if the clicked element belongs to its copy button. */
 export async function copyCode(target: Element): Promise<void> {
   const button = target.closest("button[data-copy]");
   const code = button?.closest(".code-block")?.querySelector("code")?.textContent;

@@ -15,7 +15,7 @@ export function Thread() {
   const conversation = app.active.value;
   const messages = conversation?.messages.value ?? [];
   const memoryStart = conversation?.memoryStart.value;
-  // Shows the end in another conversation and after a question of this tab, but not after a change of another tab.
+  // Scrolls to the end when another conversation is opened and when this tab asks, but not when another tab changes it.
   useEffect(toEnd, [conversation, app.asked.value]);
   return (
     <div class="thread-frame">
@@ -50,7 +50,7 @@ export function Thread() {
   );
 }
 
-/** Where the model's memory begins in a conversation that is longer than its context. */
+/** Marks the first message that the model sees, in a conversation that is longer than its context. */
 function MemoryMark() {
   return (
     <p class="memory-mark" role="note" data-testid="memory-mark">

@@ -2,7 +2,7 @@ import { useSignal, type Signal } from "@preact/signals";
 import type { RefObject } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 
-const ROUNDING_PX = 1; // at the end, fractions of a pixel may remain
+const ROUNDING_PX = 1; // at the end of the content, a distance of less than a pixel may remain
 
 export interface Following {
   scroller: RefObject<HTMLDivElement | null>;
@@ -26,13 +26,13 @@ export function useFollow(): Following {
     let lastTop = view.scrollTop;
     const onScroll = () => {
       const distance = view.scrollHeight - view.scrollTop - view.clientHeight;
-      // Growing content also moves the end away; only an upward scroll comes from the person.
+      // Growing content also increases the distance to the end, but only the person scrolls upward.
       if (distance < ROUNDING_PX) atEnd.value = true;
       else if (view.scrollTop < lastTop) atEnd.value = false;
       lastTop = view.scrollTop;
     };
     const observer = new ResizeObserver(() => {
-      // A scroll of the person may have happened since the last event.
+      // The person may have scrolled since the last event.
       onScroll();
       if (!atEnd.peek()) return;
       view.scrollTop = view.scrollHeight;

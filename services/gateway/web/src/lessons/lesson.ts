@@ -24,7 +24,7 @@ export interface Lesson {
 }
 
 export interface LessonDetails extends Lesson {
-  /** Earlier answers that the lesson changes, and where the model had learned them. */
+  /** Earlier answers that the lesson changes. `from` says where the model had learned the earlier answer. */
   conflicts: { question: string; before: string; after: string; from: string }[];
   wrong: { question: string; answer: string; expected: string }[];
   lost: { question: string; before: string; after: string }[];
@@ -61,7 +61,7 @@ const GROUPS: readonly (readonly [group: string, words: string])[] = [
 
 export const isDone = ({ state }: Lesson): boolean => !["queued", "training", "examining"].includes(state);
 
-/** The right answers before and after a lesson, a row for each group of questions that was asked. */
+/** The numbers of right answers before and after a lesson: a row for each group of questions that was asked. */
 export function figuresOf({ before, after }: Lesson): { words: string; before: string; after: string }[] {
   const shown = (counts: Counts | undefined) => (counts ? `${counts.right} of ${counts.asked}` : "–");
   return GROUPS.filter(([group]) => before[group] ?? after[group]).map(([group, words]) => ({
@@ -71,7 +71,7 @@ export function figuresOf({ before, after }: Lesson): { words: string; before: s
   }));
 }
 
-/** The list with the lessons of `known` that are older than its own. They are done, so they do not change any more. */
+/** Appends to `list` the lessons of `known` that are older than all in `list`. They are done, so they do not change. */
 export function withOlder(list: LessonList, known: LessonList | null): LessonList {
   const oldest = list.data.at(-1)?.number;
   if (!known || known.model !== list.model || oldest === undefined || !list.has_more) return list;
@@ -81,7 +81,7 @@ export function withOlder(list: LessonList, known: LessonList | null): LessonLis
   return { ...list, data: [...list.data, ...older], has_more: known.has_more };
 }
 
-/** What a lesson consists of, such as `3 questions, 1 text`. */
+/** The content of a lesson in words, such as `3 questions, 1 text`. */
 export function contentOf({ items }: Lesson): string {
   const parts: [number, string][] = [
     [items.questions, "question"],
@@ -94,7 +94,7 @@ export function contentOf({ items }: Lesson): string {
     .join(", ");
 }
 
-/** What happens in a lesson now, or how it ended. */
+/** A text about the current step of a lesson, or about its end. */
 export function stateOf(lesson: Lesson): string {
   const last = lesson.training.history?.at(-1);
   if (lesson.canceling) return "Being canceled";

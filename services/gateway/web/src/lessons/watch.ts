@@ -6,7 +6,7 @@ import { isDone, withOlder, type Fact, type LessonDetails, type LessonList, type
 
 const CHECK_MS = 1_000;
 
-/** The lessons of the served model, and what the person does with them. Only callers who may teach see anything. */
+/** The lessons of the served model, and the person's actions on them. Only callers who may teach see any of this. */
 export class Lessons {
   readonly open = signal(false);
   /** The questions and answers that the person writes. */
@@ -24,7 +24,7 @@ export class Lessons {
     private readonly options: { hasKey: () => boolean; onServed: () => void },
   ) {}
 
-  /** Asks the server now, and repeatedly while it works on a lesson or the dialog is open. Without a key, nobody may teach. */
+  /** Asks the server now, and repeatedly while it works on a lesson or the dialog is open. Only a key may teach. */
   async check(): Promise<void> {
     clearTimeout(this.timer);
     const before = this.list.peek();
@@ -32,7 +32,7 @@ export class Lessons {
       const found = this.options.hasKey() ? await this.newest() : null;
       this.list.value = found && withOlder(found, this.list.peek());
     } catch (error) {
-      // The key may not teach, or the server takes no lessons. After another failure, the known list stays.
+      // 401, 403: the key may not teach. 404: the server accepts no lessons. After other failures, the old list stays.
       if (error instanceof ApiError && [401, 403, 404].includes(error.status ?? 0)) this.list.value = null;
     }
     const list = this.list.peek();
@@ -55,7 +55,7 @@ export class Lessons {
     this.show();
   }
 
-  /** The same lesson that is sent again after an error is the same request, because the server may have taken it. */
+  /** Sends a lesson. After an error, the same lesson keeps its key, because the server may have added it already. */
   async teach(lesson: NewLesson): Promise<boolean> {
     const content = JSON.stringify(lesson);
     if (content !== this.sent.content) this.sent = { content, key: newId() };
@@ -79,7 +79,7 @@ export class Lessons {
     return this.act(() => this.api.changeLesson(number, "roll_back"));
   }
 
-  /** Shows the next older lessons, too. */
+  /** Adds the next older lessons to the list. */
   async showOlder(): Promise<void> {
     const last = this.list.peek()?.data.at(-1);
     if (!last) return;
@@ -95,7 +95,7 @@ export class Lessons {
     }
   }
 
-  /** A lesson with its reasons; null if the server does not say. */
+  /** A lesson with the reasons of the decision; null if the request fails. */
   async details(number: number): Promise<LessonDetails | null> {
     try {
       return await this.api.lesson(number);

@@ -1,4 +1,4 @@
-/** Copies a text and returns whether that worked. Pages served over plain HTTP have no clipboard API and use the older way. */
+/** Copies a text, and returns whether that worked. Pages over plain HTTP have no clipboard API and copy a selection. */
 export async function copyText(text: string): Promise<boolean> {
   if (navigator.clipboard) {
     return navigator.clipboard.writeText(text).then(

@@ -2,9 +2,9 @@
 const OWN_CONTENT = ["data-copy", "data-tex"];
 
 /**
- * Makes the content of `target` equal to the content of `wanted` with as few changes as possible. What stays is the
- * same node as before, so a selection, a scroll position, the focus and a pressed button survive while a text grows.
- * `wanted` loses the nodes that `target` takes over.
+ * Makes the content of `target` equal to the content of `wanted` with as few changes as possible. Nodes of the same
+ * kind are kept and changed, so a selection, a scroll position, the focus and a pressed button survive while a text
+ * grows. New nodes are moved out of `wanted`.
  */
 export function morph(target: Node, wanted: Node): void {
   let old = target.firstChild;
@@ -27,7 +27,7 @@ export function morph(target: Node, wanted: Node): void {
   }
 }
 
-/** Changes a text only from the first differing character on; a selection before that stays. */
+/** Changes a text only from the first differing character on, so that a selection before this character stays. */
 export function setText(node: CharacterData, text: string): void {
   const old = node.data;
   let same = 0;

@@ -4,10 +4,10 @@ export function routeOf(conversationId: string | null): string {
   return conversationId === null ? "#/" : `#/c/${conversationId}`;
 }
 
-/** Whether a text is a whole API key. A person who types one has not given it yet. */
+/** Whether a text is a whole API key, and not the beginning of a key that a person is typing. */
 export const isKey = (text: string): boolean => /^nc-[0-9a-f]{12}-[0-9a-f]{48}$/.test(text);
 
-/** The API key that an address fragment hands to the page, as in the link that `make run` prints; null if there is none. */
+/** The API key in an address fragment, as in the link that `make run` prints; null if the fragment has none. */
 export function keyOf(fragment: string): string | null {
   return /^#key=([\w-]+)$/.exec(fragment)?.[1] ?? null;
 }

@@ -16,7 +16,7 @@ export interface ShortcutActions {
   help: () => void;
 }
 
-/** Runs the action of a key. Returns whether the key had one, so that the browser does nothing else with it. */
+/** Runs the action of a key. If it returns true, the caller must prevent the browser's own action for the key. */
 export function runShortcut(event: KeyboardEvent, actions: ShortcutActions): boolean {
   if (event.isComposing) return false;
   const control = event.ctrlKey || event.metaKey;
@@ -32,7 +32,7 @@ export function runShortcut(event: KeyboardEvent, actions: ShortcutActions): boo
   return true;
 }
 
-/** Whether characters belong to a field. */
+/** Whether the typed characters belong to an input field. */
 function isWriting(target: EventTarget | null): boolean {
   return target instanceof Element && target.closest("input, textarea, select, [contenteditable]") !== null;
 }

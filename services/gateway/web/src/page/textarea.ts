@@ -1,4 +1,4 @@
-const LONG = 5_000; // characters; more than the highest field shows, and slow to measure with each key
+const LONG = 5_000; // characters; longer text fills the highest field, and measuring it would slow each key
 
 /** Makes a text field as high as its text; the style sheet limits the height. */
 export function grow(area: HTMLTextAreaElement): void {
@@ -9,20 +9,20 @@ export function grow(area: HTMLTextAreaElement): void {
   if (!long) area.style.height = `${area.scrollHeight}px`;
 }
 
-/** Whether the keyboard is on the screen. It has no Shift+Enter, so its Enter begins a new line and the button sends. */
+/** Whether the keyboard is on the screen. It has no Shift+Enter, so Enter begins a new line, and the button sends. */
 export function hasTouchKeyboard(): boolean {
   return window.matchMedia("(hover: none) and (pointer: coarse)").matches;
 }
 
-/** Whether the key sends the text: Enter, but not Shift+Enter; where Enter is a line break, Ctrl+Enter or ⌘+Enter. */
+/** Whether the key sends the text: Ctrl+Enter, ⌘+Enter, or Enter without Shift if the keyboard is not on the screen. */
 export function isSendKey(event: KeyboardEvent): boolean {
   if (!isEnter(event)) return false;
   return event.ctrlKey || event.metaKey || (!event.shiftKey && !hasTouchKeyboard());
 }
 
 /**
- * Whether the key is an ordinary Enter and not one that ends a word of an input method. Browsers mark the latter as
- * composing. Safari ends the composition first; there only the key code 229 of the UI Events standard tells.
+ * Whether the key is an ordinary Enter, and not an Enter that ends a word of an input method. For the latter, browsers
+ * set `isComposing`. Only Safari does not, because it ends the composition first; it sets the key code 229 (UI Events).
  */
 export function isEnter(event: KeyboardEvent): boolean {
   return event.key === "Enter" && !event.isComposing && event.keyCode !== 229;

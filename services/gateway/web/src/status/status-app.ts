@@ -4,7 +4,7 @@ import { loadStatus, type Status } from "../api/status";
 
 const POLL_MS = 2_000;
 
-/** How many tokens per second this gateway sends and receives now. */
+/** Numbers of tokens per second that this gateway sends to engines and receives from them now. */
 export interface Rates {
   prompt: number;
   generation: number;
@@ -34,7 +34,7 @@ export class StatusApp {
     }
     try {
       const status = await this.load(this.base, key);
-      if (key !== this.key.peek()) return; // another key was entered meanwhile, and its reading goes on
+      if (key !== this.key.peek()) return; // another key was entered meanwhile, and a newer call reads with that key
       const now = performance.now();
       const before = this.status.peek();
       if (before) this.rates.value = ratesBetween(before, status, (now - this.readAt) / 1000);
@@ -57,7 +57,7 @@ export class StatusApp {
   }
 }
 
-/** The rates between two readings; null if the answers came from two gateways, or from one that restarted. */
+/** The rates between two readings; null if two gateways answered, or one gateway that restarted in between. */
 export function ratesBetween({ gateway: a }: Status, { gateway: b }: Status, seconds: number): Rates | null {
   const prompt = (b.prompt_tokens - a.prompt_tokens) / seconds;
   const generation = (b.generation_tokens - a.generation_tokens) / seconds;

@@ -1,4 +1,4 @@
-/** The browser's storage for all tabs, or null if its settings forbid it; even reading the property may throw. */
+/** The browser's storage for all tabs; null if the browser forbids it. Even reading the property may then throw. */
 export function browserStorage(): Storage | null {
   try {
     return window.localStorage;
@@ -7,7 +7,7 @@ export function browserStorage(): Storage | null {
   }
 }
 
-/** The storage of this tab, which lasts over a reload. */
+/** The storage of this tab, which survives a reload; null if the browser forbids it. */
 export function tabStorage(): Storage | null {
   try {
     return window.sessionStorage;

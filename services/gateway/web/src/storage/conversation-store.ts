@@ -10,23 +10,24 @@ const HEADER = "nanochat.conversation.";
 const MESSAGE = "nanochat.message.";
 // While a deletion can be undone, messages that another tab still writes into the conversation must stay.
 const FINAL_AFTER_MS = 3_600_000;
-const FORGET_AFTER_MS = 30 * 86_400_000; // by then, no open tab still writes into a deleted conversation
+const FORGET_AFTER_MS = 30 * 86_400_000; // after this time, probably no open tab writes into a deleted conversation
 
-/** What other tabs store. */
+/** Functions that are called with each header or message that another tab has stored. */
 export interface RemoteChanges {
   header: (header: Header) => void;
   message: (conversation: string, message: Message) => void;
 }
 
 /**
- * Stores conversations in the browser: an entry for each of their messages, and usually one entry for the header of each.
+ * Stores conversations in the browser: one entry for each message, and usually one entry for the header of each
+ * conversation.
  *
- * Browsers do not make reading and writing an entry one step, and a tab learns late of what the others store, so two
- * tabs that write the same entry can lose a change. That is why each message has its own entry: only the tab that writes
- * an answer writes the entry of the answer. Any tab may change a header, so each change gets an entry with a new key,
- * which holds all that the tab knows of the header. The tab then removes the entries that the new one covers. What is
- * stored is the merge of a header's entries. No removal can take anything from it, because an entry goes only after one
- * that covers it was stored. An unreadable entry stays until the person decides about it.
+ * A tab cannot read and write an entry in one atomic step, and it learns of other tabs' changes late, so two tabs that
+ * write the same entry can lose a change. Therefore each message has its own entry, and only the tab that writes an
+ * answer writes the answer's entry. Any tab may change a header, so each change is stored under a new key. The new
+ * entry contains the whole header as this tab knows it. The tab then removes the older entries whose changes the new
+ * entry contains. The stored header is the merge of all its entries. No removal loses a change, because an entry is
+ * removed only after another entry with its changes was stored. An unreadable entry stays until the person deletes it.
  */
 export class ConversationStore {
   /** Set while the browser refuses to store more, or stores nothing at all. */
@@ -34,8 +35,8 @@ export class ConversationStore {
   /** Keys of entries that cannot be read. */
   readonly damaged = signal<readonly string[]>([]);
   /**
-   * The keys of each header's entries; null until they are needed. A scan of all keys at each change would be slow. An
-   * entry of which this tab has not heard yet is missing here, and is merged by a later change or by `load`.
+   * The keys of each header's entries; null until they are needed. A scan of all keys at each change would be slow. The
+   * key of an entry that another tab has just stored may be missing here. A later change or `load` merges that entry.
    */
   private headerKeys: Map<string, Set<string>> | null = null;
   /** The deleted conversations that may still have stored messages; null if any conversation may be one of them. */
@@ -81,17 +82,17 @@ export class ConversationStore {
     return [...headers.values()].map((header) => ({ header, messages: messages.get(header.id) ?? [] }));
   }
 
-  /** Stores a header, merged with what is stored of it. Returns the merged header. */
+  /** Merges a header with its stored entries, stores the result and returns it. */
   saveHeader(header: Header): Header {
     const stored = this.headersOf(header.id);
-    // An entry of the first format holds the messages too; they get entries of their own before it is removed.
+    // An entry of the first format contains the messages too. They get their own entries before it is removed.
     if (!stored.every((entry) => this.saveMessages(header.id, entry.messages))) return header;
     const merged = stored.reduce((sum, entry) => mergeHeaders(sum, entry.header), header);
-    // Of equal entries all tabs keep the same one; otherwise each of two tabs could remove the one that the other keeps.
+    // Of equal entries, all tabs keep the one with the first key. Otherwise, two tabs could remove each other's entry.
     const same = stored.filter((entry) => sameHeader(entry.header, merged)).map((entry) => entry.key);
     let kept = same.sort()[0] ?? `${HEADER}${header.id}.${newId()}`;
     if (same.length === 0 && !this.put(kept, merged)) {
-      // Without room for a second entry, the change replaces the first one. Only here can two tabs lose a change.
+      // Without room for a further entry, the change replaces a stored entry. Only here can two tabs lose a change.
       kept = stored[0]?.key ?? kept;
       if (!this.put(kept, merged)) return merged;
     }
@@ -100,7 +101,7 @@ export class ConversationStore {
     return merged;
   }
 
-  /** Leaves out pictures for which the browser has no room. Returns whether it had room for the rest. */
+  /** Stores messages, without their pictures if the browser has no room for them. Returns whether all were stored. */
   saveMessages(conversation: string, messages: readonly Message[]): boolean {
     return messages.every((message) => {
       const key = messageKey(conversation, message.id);
@@ -108,7 +109,7 @@ export class ConversationStore {
     });
   }
 
-  /** The stored copy of a message; null if there is none that can be read. */
+  /** The stored copy of a message; null if it is missing or unreadable. */
   message(conversation: string, id: string): Message | null {
     const text = this.storage?.getItem(messageKey(conversation, id));
     try {
@@ -139,7 +140,7 @@ export class ConversationStore {
     this.damaged.value = [];
   }
 
-  /** Reports what other tabs store. A removed entry is not reported, because the header says what was deleted. */
+  /** Reports the entries that other tabs store. Removals are not reported, because headers say what was deleted. */
   watch(target: Window, changes: RemoteChanges): void {
     target.addEventListener("storage", ({ storageArea, key, newValue }) => {
       if (storageArea !== this.storage) return;
@@ -268,7 +269,7 @@ function messageKey(conversation: string, id: string): string {
   return `${MESSAGE}${conversation}.${id}`;
 }
 
-/** The conversation's id in a key of its header or of one of its messages. Earlier versions' keys of headers end with it. */
+/** The conversation's id in the key of a header or message. In earlier versions, a header's key ended with this id. */
 function conversationOf(key: string): string {
   return key.split(".")[2]!;
 }

@@ -1,6 +1,6 @@
 const KEY = "nanochat.draft.";
 
-/** What the person has written and not yet sent: one draft for each conversation, which survives a reload of the tab. */
+/** The texts that the person has not sent yet: one draft for each conversation. Drafts survive a reload of the tab. */
 export class Drafts {
   private readonly unstored = new Map<string, string>();
 

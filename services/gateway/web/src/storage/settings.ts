@@ -52,7 +52,7 @@ export function storedSettings(storage: Storage | null): Signal<Settings> {
   return settings;
 }
 
-/** The sampling part of a request. */
+/** The sampling parameters of a request. */
 export function sampling(settings: Settings): Partial<ChatRequest> {
   const { temperature, topK, topP, maxTokens, seed } = settings;
   return {
@@ -73,7 +73,7 @@ function read(storage: Storage | null): Record<string, unknown> {
   }
 }
 
-/** The values that are settings of this page, and in their ranges. */
+/** The stored values that belong to settings of this page and lie in their ranges. */
 export function usableSettings(stored: Record<string, unknown>): Partial<Settings> {
   const result: Record<string, unknown> = {};
   for (const [name, fallback] of Object.entries(DEFAULTS)) {

@@ -2,7 +2,7 @@ import { newId } from "../chat/id";
 
 const REPLY_MS = 1_500; // a tab in the background may take a moment to reply
 
-/** The part of a BroadcastChannel that is needed here. */
+/** The part of a BroadcastChannel that this file needs. */
 export interface Channel {
   postMessage: (message: unknown) => void;
   onmessage: ((event: MessageEvent) => unknown) | null;
@@ -20,11 +20,11 @@ export interface Own {
   stop: (answer: string) => void;
 }
 
-/** What the tabs of this page tell each other directly: which of them writes an answer, and the wish to stop it. */
+/** Messages between the tabs of this page: the question which tab writes an answer, and the request to stop it. */
 export class Tabs {
   private readonly replies = new Map<string, () => void>();
 
-  /** `channel` is null in a browser without one; then this tab acts as if it were the only one. */
+  /** `channel` is null if the browser has none. This tab then acts as if it were the only tab. */
   constructor(
     private readonly channel: Channel | null,
     private readonly own: Own,

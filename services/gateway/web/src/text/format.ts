@@ -6,7 +6,7 @@ export function duration(seconds: number): string {
   return `${Math.floor(whole / 60)} min ${whole % 60} s`;
 }
 
-/** A number from 10 on without decimals, a smaller one with one decimal. */
+/** A rate as text: without decimals from 10 on, and with one decimal below 10. */
 export function rate(perSecond: number): string {
   return perSecond >= 10 ? Math.round(perSecond).toLocaleString("en") : perSecond.toFixed(1);
 }

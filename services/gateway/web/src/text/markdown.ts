@@ -6,7 +6,7 @@ import { MATH } from "./math";
 /** Returns the address of a picture in a text, or null if the page may not load it. */
 export type Pictures = (href: string) => string | null;
 
-// Between digits, a star means a product or a power and no emphasis.
+// Between digits, a star means a product or a power, not emphasis.
 const TIMES = /(?<=\d)\*+(?=\d)/g;
 
 /**
@@ -69,7 +69,7 @@ const ALLOWED = {
 };
 
 export interface Block {
-  /** Equal for blocks that look the same. */
+  /** Blocks that look the same have the same key. */
   key: string;
   token: Token;
 }

@@ -10,7 +10,7 @@ const INLINE_DISPLAY = new RegExp(`^${DISPLAY}`);
 const INLINE = new RegExp(String.raw`^\\\(${CONTENT}\\\)`);
 const BLOCK = new RegExp(String.raw`^ {0,3}${DISPLAY}[ \t]*(?:\n+|$)`);
 
-/** Formulas between `\(` and `\)`, and displayed ones between `\[` and `\]` or `$$` and `$$`. */
+/** Formulas between `\(` and `\)`, and displayed formulas between `\[` and `\]` or `$$` and `$$`. */
 export const MATH: TokenizerAndRendererExtension[] = [
   {
     name: "displayed-math",
@@ -37,12 +37,12 @@ function place(tag: string, { raw, tex }: Tokens.Generic, attributes: string): s
   return `<${tag} class="math" data-tex="${escapeHtml(tex as string)}"${attributes}>${escapeHtml(raw.trim())}</${tag}>`;
 }
 
-/** Typesets the formulas in an element. The typesetter is loaded with the first one. */
+/** Typesets the formulas in an element. The typesetter is loaded with the first formula. */
 export async function typeset(root: Element): Promise<void> {
   const waiting = () => root.querySelectorAll<HTMLElement>("[data-tex]:not([data-typeset])");
   if (waiting().length === 0) return;
   const loaded = await import("./katex").catch(() => null);
-  if (loaded === null) return; // the server is away; the sources stay, and the next formula tries again
+  if (loaded === null) return; // the server does not answer: the sources stay, and the next formula tries again
   const { katex } = loaded;
   for (const element of waiting()) {
     const { tex, display } = element.dataset;

@@ -3,7 +3,7 @@ import { curvesOf, titleOf, type Progress } from "./progress";
 const WIDTH = 640;
 const HEIGHT = 120;
 
-/** The loss curves of all training stages side by side. They have the same scale of the loss. */
+/** The loss curves of all training stages side by side, with the same scale for the loss. */
 export function LossCurve({ progress }: { progress: Progress }) {
   const curves = curvesOf(progress);
   const losses = curves.flatMap(({ curve }) => curve.map(([, loss]) => loss));

@@ -1,4 +1,4 @@
-/** The progress of the model's training, as the gateway reports it at `/progress`, and what the page says about it. */
+/** The progress of the model's training, as the gateway reports it at `/progress`, and the page's texts about it. */
 
 export interface Point {
   step: number;
@@ -42,7 +42,7 @@ export interface Progress {
   stages: Record<string, StageProgress>;
 }
 
-/** If `age_seconds` is larger, the run is probably dead. The value allows for long steps of large models. */
+/** If `age_seconds` is larger than this, the run is probably dead. Steps of large models may take minutes. */
 const SILENT_SECONDS = 180;
 
 const TITLES: Record<string, string> = {
@@ -54,7 +54,7 @@ const TITLES: Record<string, string> = {
   report: "Examination",
 };
 
-/** The stages that train, in their order. */
+/** The names of the stages that train, in their order. */
 const TRAINING = ["base", "sft", "rl"];
 
 export const titleOf = (stage: string): string => TITLES[stage] ?? stage;

@@ -1,7 +1,7 @@
 import { signal } from "@preact/signals";
 import { isRunning, type Progress } from "./progress";
 
-const SOON_MS = 2_000; // while a training runs or its model is being loaded, or while there is no model yet
+const SOON_MS = 2_000; // pause between checks while a training runs, its model is loaded, or no model exists
 const LATER_MS = 30_000;
 
 interface Options {
