@@ -48,7 +48,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Att
     Args:
         name: ``sdpa`` (torch's own, on any device), ``flex`` (FlexAttention, on GPUs), ``flash`` (the flash-attn
             package, on GPUs) or ``auto``. On a GPU, ``auto`` means flash if it is available and flex otherwise. On a
-            CPU, it means the fastest implementation.
+            CPU, ``auto`` means :func:`cpu_attention`.
         dtype: dtype of queries, keys and values.
     """
     if name == "sdpa":

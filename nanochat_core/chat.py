@@ -41,7 +41,7 @@ class Message:
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Checks plain dictionaries, as read from JSON, and turns them into messages.
 
-    Raises UserError that names an invalid message and its problem.
+    Raises a UserError that names the first invalid message and its problem.
     """
     parsed: list[Message] = []
     if not messages:
@@ -75,7 +75,7 @@ def _parse_content(content: Any, role: str, i: int) -> tuple[Part, ...]:
         if kind not in ("text", "python", "python_output") or not isinstance(text, str):
             raise UserError(f"messages[{i}].content has a part that is not text, python or python_output with a text")
         if role != "assistant" and kind != "text":
-            raise UserError(f"messages[{i}].content has a {kind} part; only assistant messages may")
+            raise UserError(f"messages[{i}].content has a {kind} part; only assistant messages may have one")
         parts.append(Part(kind, text))
     return tuple(parts)
 
@@ -143,7 +143,8 @@ def _join_system(messages: Sequence[Message]) -> list[Message]:
 class AssistantStream:
     """Turns an assistant's tokens into parts, one token at a time, without splitting a character.
 
-    The bytes of an incomplete UTF-8 character are held back until it is complete. Invalid bytes become U+FFFD.
+    The bytes of an incomplete UTF-8 character are held back until the character is complete. Invalid bytes become
+    U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -171,7 +172,7 @@ class AssistantStream:
         return rest
 
     def finish(self) -> list[Part]:
-        """Returns the part whose bytes are still held back after the last token, if there are any."""
+        """Returns the part whose bytes were held back until now, if there are any; call this after the last token."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return [Part(self._type, text)] if text else []
@@ -180,7 +181,8 @@ class AssistantStream:
 def tool_output_text(result: str | None, stdout: str, error: str) -> str:
     """The output of a Python call that the model reads.
 
-    The output is the call's value. Without a value, the output is the printed text. Without either, it is the error.
+    The output is the call's value. If there is no value, the output is the printed text. If nothing was printed, the
+    output is the error.
     """
     if result is not None:
         return result

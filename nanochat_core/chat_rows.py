@@ -15,7 +15,7 @@ _SPEAKERS = {
     "assistant": "assistant",
     "model": "assistant",
 }
-# Three fields: the question, further input to the question, and the answer. A row may leave the input out.
+# Names of three fields: the question, further input to the question, and the answer. A row may leave the input out.
 _ALPACA_FIELDS = (
     ("instruction", "input", "output"),  # Alpaca
     ("instruction", "context", "response"),  # Dolly

@@ -1,12 +1,12 @@
 """Cross-entropy of hidden states, computed in chunks of tokens so that the logits of all tokens are never stored.
 
-Problem: for 32 rows of 2,048 tokens and 32,768 ids, the fp32 logits take 8.6 GB, and their gradient takes another 8.6
-GB.
+Problem: for 32 rows of 2,048 tokens and a vocabulary of 32,768 ids, the fp32 logits take 8.6 GB, and their gradient
+takes another 8.6 GB.
 
 Idea: the loss is the last operation of the forward pass, so the backward pass can only multiply the gradient of the
 logits by a constant factor. The forward pass therefore computes the gradients too. For each chunk of tokens, it
 computes the logits, their loss and their gradient. From the logits' gradients it computes the gradient of the chunk's
-hidden states and the chunk's share of the weight's gradient. Then it drops the logits. The backward pass multiplies the
+hidden states and the chunk's share of the weight's gradient. Then it frees the logits. The backward pass multiplies the
 two results by the factor.
 """
 
@@ -26,7 +26,8 @@ IGNORE_INDEX = -1
 # at full speed.
 CPU_CHUNK = 2**22
 GPU_CHUNK = 2**27
-# The number of computed rows is rounded up to a multiple of this, because each new number has a setup cost.
+# The number of computed rows is rounded up to a multiple of this, because the libraries need extra time for each number
+# of rows that they have not seen before.
 ROWS_MULTIPLE = 128
 
 LossAndGradient = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -50,7 +51,7 @@ def softcapped_cross_entropy(
 
     Args:
         hidden: (tokens, dim) in the compute dtype. The matrix products have the same dtype.
-        weight: (rows, dim) fp32 with ``rows >= vocab_size``; the rows after ``vocab_size`` are padding.
+        weight: (rows, dim) fp32 with ``rows >= vocab_size``; the rows from index ``vocab_size`` on are padding.
         targets: (tokens,) int64; a target of ``-1`` is not counted.
         reduction: ``mean`` over counted targets (NaN if there is none), ``sum``, or ``none``.
         compile: whether to compile the operations on the logits; None compiles them if the caller is compiled.
@@ -66,7 +67,7 @@ def softcapped_cross_entropy(
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str) -> Tensor:
-    """The loss without its gradients. For ``none``, autograd can differentiate it, but keeps all logits."""
+    """The loss without its gradients. For ``none``, autograd can differentiate the loss, but then stores all logits."""
     head = weight[:vocab_size].to(hidden.dtype)
     size = chunk_tokens(hidden, weight)
     losses = torch.cat(
@@ -96,9 +97,9 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed cross-entropy and its gradients with respect to ``hidden`` and ``weight``.
 
-    The arguments are as in :func:`softcapped_cross_entropy`. ``compile`` compiles the operations on the logits between
-    the matrix products. The loss is an fp32 scalar. The gradient of ``hidden`` is (tokens, dim) in the dtype of
-    ``hidden``. The gradient of ``weight`` is (rows, dim) fp32.
+    The arguments are as in :func:`softcapped_cross_entropy`. If ``compile`` is set, the operations on the logits
+    between the matrix products are compiled. The loss is an fp32 scalar. The gradient of ``hidden`` is (tokens, dim) in
+    the dtype of ``hidden``. The gradient of ``weight`` is (rows, dim) fp32.
     """
     per_chunk = _compiled if compile else loss_and_logit_gradient
     with torch.no_grad():
@@ -120,7 +121,7 @@ def loss_and_gradients(
 
 
 def _learned_rows(targets: Tensor, size: int) -> Iterator[Tensor | slice]:
-    """Indices of rows in chunks of at most ``size``. Together, the chunks contain every counted target."""
+    """Yield indices of rows in chunks of at most ``size``. Together, the chunks contain every counted target."""
     count = targets.numel()
     rows = None
     # In fine-tuning, half of the targets are not counted, and a CPU skips their rows. A GPU computes all rows: to learn

@@ -1,4 +1,4 @@
-"""The model's shape, set by one dial: depth."""
+"""The model's shape. :meth:`ModelConfig.from_depth` derives the width and the number of heads from the depth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import math
 from nanochat_core.errors import UserError
 from nanochat_core.formats import with_format, without_format
 
-# The rows of the embedding tables and of the head are padded to a multiple of this, for the sake of tensor cores.
+# The rows of the embedding tables and of the head are padded to a multiple of this, because tensor cores multiply
+# matrices in tiles.
 VOCAB_MULTIPLE = 64
 # Window lengths are rounded up to a multiple of this, the tile size of attention kernels.
 WINDOW_MULTIPLE = 128

@@ -1,7 +1,7 @@
-"""Choices between ways to compute the same on a CPU, made by measuring and not by the processor's name.
+"""Chooses the fastest of several ways to compute the same result on a CPU, by measuring them.
 
 Problem: which library multiplies matrices faster depends on the processor, the version of torch, the shape and the
-number of threads. A rule that was found on one machine does not hold on the next.
+number of threads. A rule that was found on one machine may be wrong on another machine.
 
 Idea: the first process that has to choose measures all candidates, which takes a fraction of a second. The answer is
 kept in a file beside the compiled kernels, one file for each processor and version of torch. All later processes of
@@ -25,9 +25,11 @@ from nanochat_core.paths import cache_folder
 
 log = logging.getLogger(__name__)
 
-# Another candidate than the default must save at least this share of the time. Smaller differences are mostly noise.
+# A candidate that is not the default must save at least this share of the default's time. Smaller differences are
+# mostly noise.
 LEAST_GAIN = 0.05
-# Each candidate is measured this often, and at least as often as fits into this time. The fastest time counts.
+# Each candidate runs at least this many times, and more often if this many seconds have not passed. Its fastest run
+# counts.
 _LEAST_RUNS, _SECONDS = 4, 0.1
 
 
@@ -42,15 +44,15 @@ class Answer:
 def fastest(
     question: str, candidates: Mapping[str, Callable[[], object]], equal: Callable[[], bool] | None = None
 ) -> str:
-    """The name of the fastest candidate. If the kept answers do not have the question, measure the candidates.
+    """The name of the fastest candidate, from the kept answers. A new question is answered by measuring the candidates.
 
     Args:
         question: says what is computed, including the shape and the number of threads. Equal questions have equal
             candidates.
-        candidates: the ways to compute it. The first one is the default: another one is chosen only if it takes at
-            least :data:`LEAST_GAIN` less time.
-        equal: whether all candidates compute the same bits. If they do not, the first candidate is chosen, so that
-            machines that measure separately compute the same bits, too.
+        candidates: the ways to compute it. The first candidate is the default. Another candidate is chosen only if it
+            takes at least :data:`LEAST_GAIN` less time.
+        equal: returns whether all candidates compute the same bits. If they do not, the first candidate is chosen, so
+            that machines that measure separately also compute the same bits.
     """
 
     def answer() -> Answer:
@@ -101,7 +103,7 @@ def answers_path() -> Path:
 
 @contextlib.contextmanager
 def _kept_answers() -> Iterator[dict[str, Answer]]:
-    """Yield the kept answers, and keep those that are added. Only one process at a time is inside."""
+    """Yield the kept answers, and then store the added answers. Only one process at a time runs the ``with`` block."""
     path = answers_path()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with path.with_suffix(".lock").open("a") as lock:
@@ -117,7 +119,7 @@ def _kept_answers() -> Iterator[dict[str, Answer]]:
 
 
 def _read(path: Path) -> dict[str, Answer]:
-    """The answers in a file; none if there is no such file, or if it is damaged, because they can be measured again."""
+    """The answers in a file; empty if the file is missing or damaged, because answers can be measured again."""
     try:
         return {question: Answer(**fields) for question, fields in json.loads(path.read_text(encoding="utf-8")).items()}
     except (FileNotFoundError, ValueError, TypeError, AttributeError):
@@ -126,7 +128,7 @@ def _read(path: Path) -> dict[str, Answer]:
 
 @functools.cache
 def _identity() -> str:
-    """A digest of the processor and the version of torch. Names such as "AMD EPYC" stand for many processors."""
+    """A digest of the processor and the version of torch. Many processors share a name such as "AMD EPYC"."""
     try:
         first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:

@@ -17,10 +17,10 @@ Library = Literal["torch", "onednn"]
 # The library for all products of this process, or ``auto`` to choose by measuring.
 LibraryChoice = Literal["auto", "torch", "onednn"]
 
-# Smallest side of a matrix that oneDNN multiplies. For a smaller one, the operator's overhead outweighs the gain.
+# Smallest side of a matrix that oneDNN multiplies. For a smaller side, the operator's overhead outweighs the gain.
 LEAST_SIDE = 64
-# Number of rows of the measured products. Training multiplies thousands of rows, and from here on the ratio of the two
-# libraries hardly changes.
+# Number of rows of the measured products. Training multiplies thousands of rows, and from this number on, the ratio of
+# the two libraries' times hardly changes.
 _ROWS = 1024
 
 _chosen: LibraryChoice = "auto"
@@ -45,7 +45,7 @@ def _measured(out_features: int, in_features: int, threads: int) -> Library:
     made: list[Tensor] = []
 
     def factors() -> list[Tensor]:
-        """The factors are made only if something is measured."""
+        """Create the factors at the first call, because most processes measure nothing."""
         if not made:
             made.extend(torch.rand(rows, in_features, generator=draw) for rows in (_ROWS, out_features))
         return made
@@ -91,7 +91,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     x, weight = ctx.saved_tensors
     rows, columns = gradient.reshape(-1, gradient.size(-1)), x.reshape(-1, x.size(-1))
     # torch's default library computes the gradient of the weight, because oneDNN would copy both factors first. The
-    # product is a tenth faster if the longer side comes first.
+    # product is a tenth faster if its longer side comes first.
     of_weight = rows.T @ columns if rows.size(-1) >= columns.size(-1) else (columns.T @ rows).T
     return linear(gradient.contiguous(), weight.T.contiguous()), of_weight
 

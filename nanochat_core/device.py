@@ -84,7 +84,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """Torch's description of the CPU (``cpu_name``, instruction sets); empty if torch gives none (version 2.9)."""
+    """Torch's description of the CPU (``cpu_name``, instruction sets); empty if torch has none, as in version 2.9."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return capabilities
 
@@ -112,7 +112,7 @@ def prepare_cpu(threads: int) -> None:
     # A thread inherits this setting when it starts, so set it before the first parallel operation.
     torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    if mallopt is not None:  # only glibc has it
+    if mallopt is not None:  # only glibc has mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_TOP_PAD, 2**26)

@@ -1,4 +1,4 @@
-"""Format versions of the files in the artifact store: what readers do with files of older and newer versions.
+"""Format versions of the files in the artifact store, and how readers treat files of older and newer versions.
 
 Every JSON file that a program writes for another program has a number ``format``. A file without this number
 has format 1, because the files from before version 0.1.0 have no number. A reader reads every format up to its own, and

@@ -25,7 +25,7 @@ from nanochat_core.config import ModelConfig
 ROTARY_BASE = 100_000.0
 # Queries and keys are multiplied by this after RMSNorm. Longer vectors allow a sharper softmax.
 QK_SCALE = 1.2
-# Each of the two small gates reads only this number of leading channels.
+# The smear gate and the value gates read only these numbers of leading channels.
 SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
 VALUE_GATE_SCALE = 3.0
@@ -249,7 +249,7 @@ def rotary_table(length: int, head_dim: int, dtype: torch.dtype, device: torch.d
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each pair (x[..., i], x[..., i + head_dim/2]) by its position's angle.
 
-    ``x`` is (..., heads, head_dim).
+    ``x`` is (..., time, heads, head_dim); ``cos`` and ``sin`` are (time, 1, head_dim / 2).
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)

@@ -1,10 +1,11 @@
 """How the threads of a parallel loop wait for each other.
 
 Problem: torch and the engine's kernels divide each operation among threads by OpenMP. At the end of an operation, the
-threads wait for the slowest one, and for their next work. By default, they wait by spinning: they ask again and again
-for about a millisecond and keep their cores busy. If another process needs a core, the system then interrupts a thread
-in the middle of an operation, because the thread has used up its share of the core by spinning. All other threads wait
-until it continues, some milliseconds later, and this happens in every step of the engine.
+threads wait for the slowest one, and for their next work. By default, they wait by spinning: they check for new work
+again and again for about a millisecond, which keeps their cores busy. If another process needs a core, the system then
+interrupts a thread in the middle of an operation, because the thread has used up its share of the core by spinning. All
+other threads wait until the interrupted thread continues, some milliseconds later, and this happens in every step of
+the engine.
 
 Idea: spin only as long as the operations of a step follow each other, and then sleep. A sleeping thread keeps its share
 of the core, so the system lets it run as soon as there is work.
@@ -17,7 +18,7 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-# Number of times that a waiting thread of GNU's library asks before it sleeps; GNU's default is 300,000.
+# Number of times that a waiting thread of GNU's library checks for work before it sleeps; GNU's default is 300,000.
 SPINS = 1000
 # Milliseconds that a waiting thread of Intel's or LLVM's library spins; their default is 200.
 BLOCK_MILLISECONDS = 0

@@ -103,7 +103,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens.
 
-        Decoding returns ``text``. Lone surrogates are an exception: UTF-8 cannot express them, and they become U+FFFD.
+        Decoding the ids returns ``text``. Lone surrogates are an exception: UTF-8 cannot express them, and they become
+        U+FFFD.
         """
         if not _may_have_long_run(text):
             return self._encoding.encode_ordinary(text)

@@ -17,7 +17,7 @@ _LARGE = 100
 
 
 def advice(constraint: Constraint) -> str:
-    """Return a clause for an error message: what makes this constraint expensive, and what to change."""
+    """Return a clause for an error message: the reason why this constraint is expensive, and a possible change."""
     if constraint.kind is ConstraintKind.REGEX:
         repetitions, largest = _repetitions(constraint.source)
         return f"it has {_described(repetitions, largest)}; use fewer of them, lower counts, or a shorter expression"

@@ -21,8 +21,8 @@ MAX_SOURCE_CHARACTERS = 65_536
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # The first character decides: text that begins with a brace must match the schema, and all other text is allowed.
 _TEXT_OR_JSON = "start: (TEXT | json)?\nTEXT: /[^{](.|\\n)*/\njson: %json "
-# These limits are lower than the defaults of llguidance. The defaults allow each sequence 250,000 states of about 2 kB
-# each, and 14 ms per step.
+# These limits are lower than the defaults of llguidance. The defaults allow each sequence 250,000 lexer states of about
+# 2 kB each, and 14 ms per step.
 _LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 50_000,
     "step_lexer_fuel": 50_000,
@@ -30,14 +30,14 @@ _LIMITS: Mapping[str, Any] = {
     "max_grammar_size": 20_000,
     "max_items_in_row": 20_000,  # an object needs four items for each optional property
     "precompute_large_lexemes": False,  # True slows compilation down and does not speed steps up
-    "verbose_errors": False,  # verbose errors quote the schema and the answer
+    "verbose_errors": False,  # verbose errors quote the schema and the answer, which logs must not contain
 }
 
 
 class Compiler:
-    """Compiles constraints for one tokenizer. It is thread-safe, and other threads run during a compilation.
+    """Compiles constraints for one tokenizer. Any thread may use it, and other threads run during a compilation.
 
-    llguidance does not bound the cost of a compilation; :class:`~nanochat_core.constraints.trial.Trial` does.
+    llguidance does not limit the cost of a compilation; :class:`~nanochat_core.constraints.trial.Trial` does.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -1,8 +1,8 @@
 """Tries compilations in a process that can be ended, because llguidance bounds neither their time nor their memory.
 
-A pattern of a few characters can keep llguidance busy for minutes: the cost is known only afterwards. Each constraint
-is therefore first compiled in a separate process with limits on CPU time and memory. If this succeeds, the cost is
-known to be small, and the caller compiles the constraint again in its own process.
+A pattern of a few characters can keep llguidance busy for minutes, and its cost is known only after the compilation.
+Each constraint is therefore first compiled in a separate process with limits on CPU time and memory. If this succeeds,
+the cost is known to be small, and the caller compiles the constraint again in its own process.
 """
 
 import contextlib
@@ -21,19 +21,21 @@ from nanochat_core.constraints.compiler import check_length
 from nanochat_core.constraints.constraint import Constraint, ConstraintError
 from nanochat_core.tokenizer import Tokenizer
 
-# The cost of ordinary constraints is far lower: a schema with 1,000 texts takes 0.1 s and 13 MB.
+# Limits of a compilation: CPU time in seconds, and memory in bytes. Ordinary constraints cost far less: a schema with
+# 1,000 texts takes 0.1 s and 13 MB.
 CPU_SECONDS = 1.0
 MOST_BYTES = 64 << 20
-# All sequences of a batch wait for a step. The slowest step of a schema with 1,000 properties takes 15 ms.
+# Limit of the CPU time for one token, in seconds. All sequences of a batch wait for this work. The slowest token with a
+# schema of 1,000 properties takes 15 ms.
 MOST_STEP_SECONDS = 0.05
-# Time in which the process must answer, even if other processes take most of the CPU time.
+# Seconds within which the process must answer. The limit is high, because other processes may use most of the CPU time.
 _PATIENCE_SECONDS = 60.0
-# The process gets only these environment variables, because other variables may hold secrets.
+# The process gets only these environment variables, because other variables may contain secrets.
 _VARIABLES = ("PATH", "LD_LIBRARY_PATH")
 
 
 def slow_step(constraint: Constraint) -> str:
-    """Return the reason to refuse a constraint with which one step of a completion costs too much."""
+    """Return the reason for refusing a constraint, because a token of its completions takes too much CPU time."""
     return f"a token of its answers takes more than {MOST_STEP_SECONDS:g} s of CPU time: {advice(constraint)}"
 
 
@@ -50,7 +52,7 @@ class Trial:
         self._turn = threading.Lock()
         self._lock = threading.Lock()  # protects the next three fields
         self._process: subprocess.Popen[bytes] | None = None
-        self._asking = False  # whether a thread reads from the process; this thread then closes the pipes
+        self._asking = False  # whether a thread waits for an answer; if so, that thread closes the pipes
         # Ends the process when this object is freed or Python exits.
         self._finalizer: weakref.finalize[..., Trial] | None = None
 
@@ -60,7 +62,7 @@ class Trial:
         return self._process is not None
 
     def run(self, constraint: Constraint) -> int:
-        """Compile a constraint, and return the bytes of memory that this took. Other calls wait until this call ends.
+        """Compile a constraint; returns the bytes of memory that this took. Other calls wait until this call ends.
 
         Raises:
             ConstraintError: the constraint is wrong or costs too much.
@@ -153,7 +155,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 def _close(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with contextlib.suppress(OSError):  # the pipe holds data that the process has not read
+            with contextlib.suppress(OSError):  # the pipe contains data that the process has not read
                 pipe.close()
 
 

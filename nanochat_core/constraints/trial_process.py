@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 
 # Words in llguidance's errors for a grammar that is too large.
 _LIMIT = re.compile("too (big|large|many|complex)|grammar size")
-# CPU time for all random completions of a constraint, and the maximum number of tokens in one completion.
+# CPU time in seconds for all random completions of a constraint, and the maximum number of tokens in one completion.
 _REHEARSAL_SECONDS = 0.1
 _REHEARSAL_TOKENS = 128
-# Compilations get less CPU time than a step of the engine if both want the same core.
+# Compilations get less CPU time than a step of the engine if both need the same core.
 _NICENESS = 5
 
 
 def main() -> None:
-    """Answers lines until the standard input ends, or until nobody reads the answers."""
+    """Answers each input line, until the standard input ends or nobody reads the answers."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     setup = json.loads(sys.stdin.buffer.readline())
     compiler = Compiler(Tokenizer.from_json(setup["tokenizer"]), setup["vocab_size"])
@@ -63,7 +63,7 @@ def _answer(value: dict[str, Any]) -> None:
 
 
 def _outcome(compiler: Compiler, constraint: Constraint) -> dict[str, Any]:
-    """Compiles the constraint in a child of this process."""
+    """Compiles the constraint in a child of this process, and returns the outcome."""
     reader, writer = os.pipe()
     child = os.fork()  # safe, because this process has one thread
     if not child:
@@ -71,7 +71,7 @@ def _outcome(compiler: Compiler, constraint: Constraint) -> dict[str, Any]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # llguidance's panics quote the constraint
             _limit_resources()
             os.write(writer, json.dumps(_compiled(compiler, constraint)).encode())
-        except BaseException:  # a panic in a Rust library is not an Exception
+        except BaseException:  # a panic in a Rust library is a BaseException, not an Exception
             os._exit(1)
         os._exit(0)
     os.close(writer)
@@ -109,7 +109,7 @@ def _compiled(compiler: Compiler, constraint: Constraint) -> dict[str, Any]:
 
 
 def _parts(constraint: Constraint) -> Iterator[Constraint]:
-    """Parts of a schema that a random completion is unlikely to reach."""
+    """Constraints for the parts of a schema that a random completion is unlikely to reach."""
     if constraint.kind is ConstraintKind.REGEX:
         return
     if constraint.kind is ConstraintKind.TEXT_OR_JSON_SCHEMA:

@@ -39,7 +39,7 @@ class Admission:
         return None if constraint is None else self._grammars.compile(constraint)
 
     def check_without_constraint(self, request: Request) -> None:
-        """Check everything except the constraint, because compiling it may take long. Any thread may call this.
+        """Check a request except its constraint, whose compilation may take long. Any thread may call this.
 
         An invalid request raises a :class:`UserError` that says why.
         """
@@ -62,7 +62,7 @@ class Admission:
         if not 1 <= request.n <= self._config.max_running:
             raise UserError(f"n is {request.n}; it must be between 1 and {self._config.max_running}")
         length = self._max_length(request)
-        if not self._blocks.holds(length - 1):  # the cache never contains the last token
+        if not self._blocks.holds(length - 1):  # the last token is never computed, because nothing follows it
             needed, available = self._blocks.blocks_for(length - 1), self._blocks.groups[0].num_blocks
             raise UserError(
                 f"prompt and completion may reach {length} tokens, which need {needed} cache blocks, but the engine "
@@ -79,8 +79,8 @@ class Admission:
         """Number of further sequences that the engine accepts now.
 
         The limit is the number of sequences that may run plus the number that may wait. After the device has run out of
-        memory, fewer sequences may run. An idle engine always uses the configured limit, so that it can serve a request
-        with many choices.
+        memory, fewer sequences than configured may run. An idle engine always uses the configured number, so that it
+        can serve a request with many choices.
         """
         present = sum(map(len, self._scheduler.by_state.values()))
         may_run = self._scheduler.max_running if present else self._config.max_running
@@ -112,7 +112,7 @@ class Admission:
                 raise UserError(f"{name} has token {token}, which is outside the vocabulary of {vocab_size}")
 
     def _check_continued(self, request: Request) -> None:
-        """Check the limits of ``continued``. :func:`~nanochat_core.engine.continuation.replay` checks its contents."""
+        """Check limits of ``continued``. :func:`~nanochat_core.engine.continuation.replay` checks tokens and events."""
         most = self._max_length(request) - len(request.prompt)
         seen = set[int]()
         for said in request.continued:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # Name of the threads that run engines.
 DEVICE_LOOP = "engine"
-# If the current step takes longer than this many seconds, ``AsyncEngine.stop`` abandons the thread.
+# ``AsyncEngine.stop`` waits this many seconds for the current step to end, and then abandons the thread.
 STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.01
 
@@ -34,9 +34,9 @@ class EngineDead(Exception):
 class Stream:
     """Iterates over the outputs of one request until every choice has finished.
 
-    Outputs that wait to be read are merged, so a slow reader takes little memory. The iteration raises
-    :class:`EngineDead` if the engine's thread ends before the request has finished. The iteration
-    raises :class:`~nanochat_core.engine.shedding.Shed` if the request was dropped for lack of memory.
+    Unread outputs of a choice are merged, so the outputs need little memory even if the reader is slow. The iteration
+    raises :class:`EngineDead` if the engine's thread ends before the request has finished. The iteration raises
+    :class:`~nanochat_core.engine.shedding.Shed` if the request was dropped because the device ran out of memory.
     """
 
     def __init__(self, choices: int) -> None:
@@ -76,20 +76,20 @@ class Stream:
         self._news.set()
 
     def fail(self, error: Exception) -> None:
-        """End the stream with an error. A :meth:`AsyncEngine.submit` that is still waiting raises the error."""
+        """End the stream with an error. :meth:`AsyncEngine.submit` raises this error if it is still waiting."""
         self._error = error
         self._news.set()
         if not self.accepted.done():
             self.accepted.set_exception(error)
 
     def abandon(self) -> None:
-        """Stop waiting for the request's acceptance."""
+        """Stop waiting for acceptance. An error is marked as read, because asyncio logs errors that nobody has read."""
         if not self.accepted.cancel() and not self.accepted.cancelled():
             self.accepted.exception()
 
 
 class AsyncEngine:
-    """Runs an :class:`Engine` in the device loop: a loop on a thread of its own.
+    """Runs an :class:`Engine` in the *device loop*, a loop on a separate thread.
 
     All methods must be called on the event loop that called :meth:`start`.
     """
@@ -123,7 +123,7 @@ class AsyncEngine:
         Raises:
             UserError: the request can never be served.
             QueueFull: the queue is full; the caller may try again later.
-            CallerLimit: the caller has too many requests that wait for their constraints.
+            CallerLimit: too many requests of the caller wait until their constraints are compiled.
             EngineDead: the device loop has ended.
         """
         engine = self._engine
@@ -157,7 +157,7 @@ class AsyncEngine:
         return stream
 
     def close_stream(self, request_id: str) -> None:
-        """Close a stream. A request that still runs is canceled, and its blocks are free before the next step."""
+        """Close a stream. A request that still runs is canceled, and its blocks are freed before the next step."""
         stream, engine = self._streams.pop(request_id, None), self._engine
         if stream and not stream.finished and engine is not None:
             self._inbox.put(lambda: engine.cancel(request_id))
@@ -165,7 +165,7 @@ class AsyncEngine:
             self._idle.set()
 
     def announce_draining(self) -> None:
-        """Add an output to every open stream that says that the engine is shutting down."""
+        """Tell the readers of all open streams, by an output with ``draining``, that the engine is shutting down."""
         for request_id, stream in self._streams.items():
             if not stream.finished:
                 stream.push(Output(request_id=request_id, index=0, draining=True))
@@ -186,7 +186,7 @@ class AsyncEngine:
     async def stop(self, seconds: float | None = None) -> bool:
         """End the device loop after the current step; returns whether it has ended. Streams that are still open fail.
 
-        If the step takes longer than ``seconds`` (default :data:`STOP_SECONDS`), its thread is abandoned.
+        If the step does not end within ``seconds`` (default :data:`STOP_SECONDS`), the thread is abandoned.
         """
         self._compilations.close()
         self._inbox.put(self._stop)
@@ -200,7 +200,7 @@ class AsyncEngine:
         if engine is not None:
             engine.close()
             engine.tools.on_completed = lambda: None  # removes the reference to this object
-        # The remaining commands refer to the engine and would keep the model in memory.
+        # Commands that were not run refer to the engine, and would keep the model in memory.
         self._inbox = queue.SimpleQueue()
         return True
 
@@ -236,7 +236,7 @@ class AsyncEngine:
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
             error = EngineDead("the engine has been stopped")
-        except BaseException as cause:  # a panic in a Rust library is not an Exception
+        except BaseException as cause:  # a panic in a Rust library is a BaseException, not an Exception
             self._step_began = None
             log.exception("engine_died")
             error = EngineDead(f"the engine's device loop died: {cause!r}")
@@ -261,8 +261,9 @@ class AsyncEngine:
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)
-            # Outputs of a canceled request may arrive after a new request has taken the same id. At that time the new
-            # request is not accepted yet, so such outputs are ignored.
+            # A new request may use the id of a canceled request, and the last outputs of the canceled request may
+            # arrive after that. The engine accepts the new request only later, so outputs before its acceptance are
+            # ignored.
             if stream and stream.accepted.done():
                 if output.error:
                     stream.fail(output.error)

@@ -1,4 +1,4 @@
-"""Gives the blocks of the paged KV cache to sequences, and counts the sequences that use each block."""
+"""Allocates the blocks of the paged KV cache to sequences, and counts the sequences that use each block."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -10,13 +10,15 @@ from nanochat_core.engine.sequence import Sequence
 
 
 class BlockManager:
-    """Gives sequences blocks of ``block_size`` tokens, and lets them share blocks that were already computed.
+    """Allocates blocks of ``block_size`` tokens to sequences, and lets sequences share computed blocks.
 
-    Every cache group has blocks of its own. In a group with a window, a sequence returns a block as soon as no later
-    token can see it. Even a long sequence therefore needs only the blocks of its window and of the tokens of one step.
+    Every cache group has its own blocks. In a group with a window, a block of a sequence is freed as soon as no later
+    token of the sequence can see the block. Even a long sequence therefore needs blocks only for its window and for the
+    tokens of one step.
 
     A block that no sequence uses keeps its contents until the block is needed for other tokens. Until then, new
-    sequences can find it (:mod:`~nanochat_core.engine.prefix_cache`). The least recently used block is reused first.
+    sequences can find and share the block (:mod:`~nanochat_core.engine.prefix_cache`). The least recently used block is
+    overwritten first.
     """
 
     def __init__(self, groups: Items[CacheGroup], block_size: int, prefix_caching: bool = True) -> None:
@@ -48,8 +50,9 @@ class BlockManager:
     def find_prefix(self, seq: Sequence) -> int | None:
         """Number of tokens at the start of ``seq`` that are already in the cache.
 
-        If the number is not a multiple of the block size, the last block must be copied. The result is None if another
-        sequence is computing the next block, because waiting for that block saves work.
+        If the number is not a multiple of the block size, the block with the last of these tokens must be copied, see
+        :meth:`admit`. The result is None if another sequence is computing the next block. The caller should then wait,
+        because ``seq`` can share that block.
         """
         return self.prefixes.find(seq) if self.prefix_caching else 0
 
@@ -65,13 +68,15 @@ class BlockManager:
         return True
 
     def admit(self, seq: Sequence, prefix: int) -> list[int]:
-        """Give ``seq``, which has no blocks yet, the blocks of its first ``prefix`` tokens; see :meth:`find_prefix`.
+        """Let ``seq``, which has no blocks yet, share the cached blocks of its first ``prefix`` tokens.
 
-        If the prefix ends inside a block, that block must be copied. Its tokens count as computed only after the copy.
-        The next step must make all copies before it writes anything, in the order of admission. The source of a copy is
-        not reserved: it may already belong to another sequence, or be the target itself.
+        ``prefix`` is the result of :meth:`find_prefix`. If the prefix ends inside a block, ``seq`` cannot share that
+        block, because ``seq`` continues it with other tokens. The next step must copy the block instead. The copied
+        tokens count as computed only after that step. The step must make all copies before it writes any key or value,
+        in the order in which the sequences were admitted. The source of a copy is not reserved: meanwhile it may be
+        allocated to another sequence, or to ``seq`` as the target of the copy.
 
-        The result is, for each group, the id of the block to copy; it is empty if no block must be copied.
+        The result lists, for each group, the id of the block to copy. The list is empty if no block must be copied.
         """
         shared = prefix // self.block_size
         hashes = self.prefixes.hashes_of(seq) if self.prefix_caching else []
@@ -91,7 +96,7 @@ class BlockManager:
         return [pool.source_of_copy(parent_hash(hashes, shared)) for pool in self._pools]
 
     def grow(self, seq: Sequence, tokens: int, spare: int = 0) -> bool:
-        """Give ``seq`` enough blocks for ``tokens`` tokens; returns whether it has enough blocks now.
+        """Allocate enough blocks to ``seq`` for ``tokens`` tokens; returns whether ``seq`` has enough blocks now.
 
         If fewer than ``spare`` blocks would stay free, nothing changes and the result is False.
         """
@@ -105,9 +110,10 @@ class BlockManager:
         return True
 
     def seal(self, seq: Sequence) -> None:
-        """Let other sequences find the computed blocks of ``seq``, and free its blocks that are before the windows.
+        """Let other sequences find the computed blocks of ``seq``, and free the blocks that no later token can see.
 
-        The method does nothing if no block was filled and no block left a window since the last call.
+        The method does nothing until ``seq.computed`` reaches ``seq.seal_at``, the number of computed tokens at which
+        the next block is full or can be freed.
         """
         if seq.computed < seq.seal_at:
             return
@@ -122,13 +128,14 @@ class BlockManager:
                 seq.seal_at = min(seq.seal_at, (seq.first_blocks[g] + 1) * self.block_size + group.window)
 
     def release(self, seq: Sequence) -> None:
-        """Free all blocks of ``seq``, and forget its computed tokens. Other sequences can still find the blocks."""
+        """Free all blocks of ``seq``, and reset its number of computed tokens. Other sequences can find the blocks."""
         if seq.block_tables:
             self._publish(seq)
         self.prefixes.revoke(seq)
         # A sequence without blocks has no tables, so there may be fewer tables than pools.
         for table, first, pool in zip(seq.block_tables, seq.first_blocks, self._pools, strict=False):
-            # Free the last block first, so that the end of a prefix is reused before its beginning.
+            # Free the last block first, so that the end of a cached prefix is overwritten before its beginning. Without
+            # its beginning, the rest of a prefix could not be found.
             for block in reversed(table[first:]):
                 pool.give_back(block)
         seq.block_tables = []
@@ -141,7 +148,7 @@ class BlockManager:
         self.prefixes.clear()
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Assert that counts, free blocks and indexes match the blocks of ``sequences``. Pass all sequences."""
+        """Assert that counts, free blocks and indexes agree with ``sequences``: all sequences that have blocks."""
         sequences = list(sequences)
         for g, pool in enumerate(self._pools):
             pool.check_integrity(
@@ -163,7 +170,7 @@ class _BlockPool:
         self.index = index
         self.num_blocks = len(index.hashes)
         self.references = [0] * self.num_blocks  # number of sequences that use each block
-        # Blocks that no sequence uses, in the order in which they are reused.
+        # Blocks that no sequence uses, in the order in which they are overwritten.
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))
 
     @property
@@ -171,14 +178,14 @@ class _BlockPool:
         return self.num_blocks - len(self.free)
 
     def take(self) -> int:
-        """Take a free block for new tokens."""
+        """Allocate a free block for new tokens; returns its id."""
         block, _nothing = self.free.popitem(last=False)
         self.index.remove(block)
         self.references[block] = 1
         return block
 
     def share(self, digest: bytes) -> int:
-        """Record that one more sequence uses the block with this hash."""
+        """Record that one more sequence uses the block with this hash; returns the block's id."""
         block = self.index.by_hash[digest]
         if not self.references[block]:
             del self.free[block]
@@ -186,21 +193,21 @@ class _BlockPool:
         return block
 
     def source_of_copy(self, parent: bytes) -> int:
-        """The block that is offered for copying after the block with the hash ``parent``. Marks it as recently used."""
+        """Return the block that is offered for copying after the parent with this hash. Mark it as recently used."""
         block, _tokens = self.index.offers[parent]
         if not self.references[block]:
             self.free.move_to_end(block)
         return block
 
     def give_back(self, block: int) -> None:
-        """Record that one sequence no longer uses the block. A free block that no sequence can find is reused first."""
+        """Record that one sequence no longer uses the block. Blocks that no sequence can find are overwritten first."""
         self.references[block] -= 1
         if not self.references[block]:
             self.free[block] = None
             self.free.move_to_end(block, last=self.index.finds(block))
 
     def reuse_soon(self, block: int) -> None:
-        """Move a block to the front of the free blocks if no sequence uses the block and the block has no hash."""
+        """Let the block be overwritten first if it is free and has no hash, because no sequence can find it."""
         if not self.references[block] and self.index.hashes[block] is None:
             self.free.move_to_end(block, last=False)
 

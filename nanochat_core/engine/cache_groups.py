@@ -1,4 +1,4 @@
-"""Divides the memory of the KV cache among groups of layers with the same attention window."""
+"""Divides the memory of the KV cache among cache groups: groups of layers that have the same attention window."""
 
 import dataclasses
 import sys
@@ -15,11 +15,11 @@ class CacheGroup:
 
     layers: tuple[int, ...]  # indices of the layers
     window: int | None  # number of earlier tokens that a token sees; None means all earlier tokens
-    num_blocks: int  # one block stores ``block_size`` tokens for every layer in the group
-    most_held: int = sys.maxsize  # maximum number of blocks that one sequence has in this group
+    num_blocks: int  # a block stores keys and values of ``block_size`` tokens for every layer of the group
+    most_held: int = sys.maxsize  # maximum number of blocks that one sequence uses in this group
 
     def first_visible_block(self, computed: int, block_size: int) -> int:
-        """Index of the first block that the token at position ``computed`` sees."""
+        """Index, in a block table, of the first block that the token at position ``computed`` sees."""
         return 0 if self.window is None else max(computed - self.window, 0) // block_size
 
 
@@ -34,9 +34,10 @@ def plan_groups(
     """Divide the cache's memory among the cache groups. The group without a window comes first.
 
     The plan first computes, for each group, the maximum number of blocks that one sequence of full length needs. The
-    groups get blocks in proportion to these numbers. A group with a window gets at least its own number, so that any
-    sequence can be computed if no other sequence runs. Raises UserError if the memory is too small for one block of the
-    first group and the needed blocks of the other groups.
+    groups get blocks in proportion to these numbers. A group with a window gets at least the number that one sequence
+    needs, so that a sequence of any length fits into this group if no other sequence runs. The group without a window
+    may get fewer; the engine then refuses longer sequences. Raises UserError if the memory is too small for one block
+    of the group without a window and the needed blocks of the other groups.
 
     Args:
         memory: bytes to divide.

@@ -18,13 +18,16 @@ from nanochat_core.engine.constraints import Grammar, Grammars
 
 log = logging.getLogger(__name__)
 
-# Number of constraints that are compiled at the same time. Each caller has at most one of them, so one caller with
-# expensive constraints leaves the others at least one process.
+# Number of constraints that are compiled at the same time. At most one of them belongs to the same caller, so a caller
+# with expensive constraints leaves at least one process to other callers.
 PROCESSES = 2
 
 
 class CallerLimit(Exception):
-    """Too many requests of one caller wait until their constraints are compiled. Others are still accepted."""
+    """Too many requests of one caller wait until their constraints are compiled.
+
+    Requests of other callers are still accepted.
+    """
 
 
 class _Job:
@@ -34,14 +37,13 @@ class _Job:
         self.constraint = constraint
         self.result: asyncio.Future[Grammar] = asyncio.get_running_loop().create_future()
         self.callers: collections.Counter[str] = collections.Counter()  # number of waiting requests by caller
-        self.trial: Trial | None = None  # the trial that runs the job; None while the job waits
+        self.trial: Trial | None = None  # the process that runs the job; None while the job waits
 
 
 class Compilations:
     """Compiles new constraints. Callers with new constraints take turns.
 
-    If no request waits for a compilation any more, the compilation is ended. All methods must be called on one event
-    loop.
+    A compilation is ended when no request waits for it any more. All methods must be called on one event loop.
     """
 
     def __init__(self, grammars: Grammars) -> None:
@@ -75,7 +77,7 @@ class Compilations:
             self._leave(job, caller)
 
     def close(self) -> None:
-        """End the processes. Requests that wait raise :class:`QueueFull`."""
+        """End the compilation processes. Calls of :meth:`compile` that still wait raise :class:`QueueFull`."""
         for job in self._jobs.values():
             job.result.set_exception(TrialEnded("the engine has been stopped"))
         self._jobs.clear()
@@ -120,7 +122,7 @@ class Compilations:
         error: Exception | None = None
         try:
             grammar = await run_in_daemon_thread(self._grammars.compile, job.constraint, trial)
-        except BaseException as failure:  # a panic in a Rust library is not an Exception
+        except BaseException as failure:  # a panic in a Rust library is a BaseException, not an Exception
             error = failure if isinstance(failure, Exception) else TrialEnded(repr(failure))
         if not job.result.done():  # a request still waits
             del self._jobs[job.constraint]

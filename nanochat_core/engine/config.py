@@ -11,12 +11,15 @@ from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.settings import setting
 
-# If no size is given, the cache takes at most this share of a GPU's free memory, or on a CPU this many bytes of memory.
+# If the configuration has no cache size, the cache uses at most this share of a GPU's free memory, or this many bytes
+# on a CPU.
 CUDA_MEMORY_SHARE = 0.8
 CPU_CACHE_BYTES = 1 << 30
-# PyTorch's attention on a CPU reads keys in tiles of this size.
+# Number of keys that PyTorch's attention on a CPU processes as one tile. Tiles begin at block boundaries, so this is
+# also the largest block size.
 KEY_TILE = 512
-# PyTorch's attention batches chunks of at most this many tokens. A token and its draft must fit into such a chunk.
+# PyTorch's operators compute the attention of several chunks together if each has at most this many tokens. A token and
+# its draft form one chunk, so they must not be longer.
 MOST_ROWS = 8
 
 
@@ -25,7 +28,7 @@ class EngineOptions:
     """The settings of an engine that are also flags of the engine service."""
 
     quantization: Literal["none", "int8"] = setting(
-        "none", "int8 rounds the weight matrices to eight bits, on CPUs only; faster for a few answers at a time"
+        "none", "int8 rounds the weight matrices to eight bits (only on CPUs); faster while few answers are generated"
     )
     kernels: bool = setting(True, "compute with the engine's own kernels if they are available")
     block_size: int = setting(16, "tokens per block of the KV cache", minimum=1)
@@ -33,10 +36,12 @@ class EngineOptions:
     max_running: int = setting(64, "largest number of running sequences", minimum=1)
     max_waiting: int = setting(256, "largest number of queued sequences; further requests are refused", minimum=0)
     speculative_tokens: int = setting(
-        3, "length of the drafts that are looked up in the sequence itself, in tokens; 0 turns drafts off", minimum=0
+        3, "largest length in tokens of a draft, a guess copied from earlier text; 0 turns drafts off", minimum=0
     )
     speculative_batch: int = setting(
-        16, "largest number of tokens of all running sequences and their drafts together; limits the drafts", minimum=0
+        16,
+        "drafts are shortened until the next tokens and the drafts of all running sequences are at most this many",
+        minimum=0,
     )
     tool_timeout_seconds: float = setting(10.0, "seconds after which a Python call is abandoned", minimum=0.01)
     tool_max_calls: int = setting(16, "largest number of Python calls per answer", minimum=1)
@@ -49,18 +54,19 @@ class EngineOptions:
 class EngineConfig(EngineOptions):
     """Limits of one engine. Invalid values raise a :class:`UserError`.
 
-    ``block_size`` is a power of two up to 512. Sequences that wait for a tool count as running. A request can set other
-    limits for its tool calls.
+    ``block_size`` is a power of two up to 512. Sequences that wait for a tool count as running. The
+    :class:`~nanochat_core.engine.request.ToolPolicy` of a request can override the limits on the number of its tool
+    calls and on their output.
     """
 
-    # If None, the cache takes the memory that ``max_running`` sequences of full context need, but at most 1 GiB on a
-    # CPU and 80 % of the free memory on a GPU.
+    # If None, the cache uses the memory that ``max_running`` sequences of full length need, but at most 1 GiB on a CPU
+    # and 80 % of the free memory on a GPU.
     kv_cache_bytes: int | None = None
-    prefix_caching: bool = True  # reuse blocks that other requests have computed
-    # Give the device its next batch before the tokens of the previous batch are read, so that host and device work at
-    # the same time; None does this on a GPU only.
+    prefix_caching: bool = True  # whether to reuse blocks that other requests have computed
+    # Whether the host sends the next batch to the device before it reads the tokens of the previous batch, so that host
+    # and device work at the same time. None means yes on a GPU and no on a CPU.
     overlap: bool | None = None
-    # Record small steps on a GPU as CUDA graphs. Without graphs the host starts every kernel of a step.
+    # Whether to record small steps on a GPU as CUDA graphs, so that one call starts all kernels of a step.
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:

@@ -2,7 +2,8 @@
 
 The library llguidance compiles the constraint to a grammar over the model's tokens. Each completion has a matcher,
 which follows the completion's tokens through the grammar and says which tokens may come next. The result depends only
-on the constraint and the completion's tokens, so preemption, recomputation and the rest of the batch do not change it.
+on the constraint and the completion's tokens, so preemption, recomputation and the rest of the batch do not change the
+result.
 
 The first constrained request loads llguidance.
 """
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 
 # Maximum total size in bytes of the grammars and refusals that are kept for later requests.
 CACHE_BYTES = 64 << 20
-# Every entry counts as this many bytes at least: the kernel counts a process's memory in steps of 256 KiB.
+# Every entry counts as at least this many bytes. The size of smaller entries cannot be measured, because the operating
+# system counts a process's memory in steps of 256 KiB.
 LEAST_BYTES = 512 << 10
 
 
@@ -45,7 +47,7 @@ class Grammar:
     Attributes:
         constraint: the constraint itself.
         matcher: a matcher that stays at the beginning of the grammar; each completion advances a copy.
-        bytes: memory that the grammar takes.
+        bytes: size of the grammar in memory.
     """
 
     constraint: Constraint
@@ -62,7 +64,7 @@ class Matcher:
         """``matcher`` is at the beginning of its grammar, and no other object uses ``matcher``.
 
         ``end`` is the token that ends a text in the matcher's tokenizer. Each of the tokens ``stops`` ends the
-        completion. ``on_slow`` is called after each step that took more CPU time than a step should take.
+        completion. ``on_slow`` is called after each step that needed more CPU time than :data:`MOST_STEP_SECONDS`.
         """
         self._on_slow = on_slow
         self._matcher = matcher
@@ -78,7 +80,7 @@ class Matcher:
 
     @property
     def failed(self) -> bool:
-        """Whether a token did not continue a match, or the matcher reached a limit."""
+        """Whether a token broke the constraint, or the matcher reached a limit of llguidance."""
         return self._matcher.is_error()
 
     def advance(self, token: int) -> bool:
@@ -110,21 +112,22 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles constraints for one tokenizer and caches the outcomes: grammars and refusals. It is thread-safe."""
+    """Compiles constraints for one tokenizer and caches the outcomes: grammars and refusals. Any thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """``vocab_size`` is the number of the model's logits. The tokenizer's vocabulary may be smaller."""
         self._compiler = Compiler(tokenizer, vocab_size)
         self.new_trial = functools.partial(Trial, tokenizer, vocab_size)
         self._lock = threading.Lock()
-        # Grammars, or the reasons of refusals, by the digest of the constraint. The most recently used comes last.
+        # Grammars, or the reasons of refusals, by the digest of the constraint. The most recently used entry comes
+        # last.
         self._outcomes: collections.OrderedDict[bytes, Grammar | str] = collections.OrderedDict()
         self._bytes = 0
 
     def known(self, constraint: Constraint) -> Grammar | None:
-        """Return the grammar of a constraint that was compiled before; None if there is none.
+        """Return the cached grammar of a constraint; None if the cache has no outcome for the constraint.
 
-        A constraint that was refused before raises the same :class:`ConstraintError` again.
+        If the cached outcome is a refusal, the same :class:`ConstraintError` is raised again.
         """
         digest = _digest(constraint)
         with self._lock:
@@ -159,8 +162,8 @@ class Grammars:
     def matcher(self, grammar: Grammar, stops: Iterable[int]) -> Matcher:
         """A matcher for a new completion that ends with one of ``stops``.
 
-        If a step costs too much although the trial has found no such step, the completion continues, and later requests
-        with the constraint are refused.
+        If a step needs too much CPU time although the trial found no slow step, the completion continues, and later
+        requests with the constraint are refused.
         """
 
         def on_slow() -> None:

@@ -1,9 +1,9 @@
 """Restores the state of a choice that another engine began.
 
 The *said* tokens and events are those that the other engine has already reported to the client. The state of a sequence
-(open code, tool calls and the matcher of a constraint) follows from its tokens. The said tokens are therefore appended
-one by one, as if they had just been sampled. The model does not run here. The said tokens are computed later, like the
-tokens of a prompt.
+(unfinished code, tool calls and the matcher of a constraint) follows from its tokens. The said tokens are therefore
+appended one by one, as if they had just been sampled. The model does not run during this replay. Keys and values of the
+said tokens are computed later, like those of a prompt.
 """
 
 import collections
@@ -18,9 +18,9 @@ from nanochat_core.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class End:
-    """What to report or do after the said tokens, before the next token is sampled."""
+    """The work that remains after the said tokens and before the next token is sampled."""
 
-    unsaid: tuple[Token, ...] = ()  # the rest of a tool's output; the sequence already has these tokens
+    unsaid: tuple[Token, ...] = ()  # tokens of a tool's output that are not reported yet, but are in the sequence
     finish_reason: FinishReason | None = None
     call: ToolCall | None = None  # a call whose result is not among the said events
     call_reported: bool = False  # whether the said events include this call
@@ -32,7 +32,7 @@ def replay(seq: Sequence, said: Continuation, tools: ToolLoop) -> End:
     Raises a :class:`UserError` if the model, the tools and the constraint cannot have produced these tokens and events.
     """
     if said.tokens:
-        seq.scored = seq.prompt_length  # the client has the prompt's log probabilities since the first token
+        seq.scored = seq.prompt_length  # the client got the prompt's log probabilities with the first token
     return _Replay(seq, said, tools).run()
 
 
@@ -57,7 +57,7 @@ class _Replay:
         return end or End()
 
     def _append(self, token: Token) -> tuple[End | None, ToolCall | None]:
-        """Append a sampled token. Returns the end of the choice, or the call that the token completes."""
+        """Append a sampled token. Returns the end if the token ends the choice, and the call if it completes a call."""
         seq, matcher = self._seq, self._seq.matcher
         if token.forced:
             raise self._error("has a forced token that does not follow a call")
@@ -72,7 +72,7 @@ class _Replay:
         return None, self._tools.observe(seq)
 
     def _read_output(self, call: ToolCall) -> End | None:
-        """Append the output of a call. Returns None if the client has the whole output."""
+        """Append the output of a call. Returns None if the said tokens include the whole output."""
         seq = self._seq
         if not self._events:
             return End(call=call)
@@ -88,7 +88,7 @@ class _Replay:
         while unsaid and self._tokens:
             said = self._tokens.popleft()
             if not said.forced or said.id != unsaid.popleft().id:
-                raise self._error("has a token that is not of the tool's output")
+                raise self._error("has a token that is not part of the tool's output")
         if len(output) == 0 or len(seq.tokens) >= seq.max_length:
             return End(tuple(unsaid), FinishReason.LENGTH)
         return End(tuple(unsaid)) if unsaid else None

@@ -46,7 +46,7 @@ from nanochat_core.tokenizer import Tokenizer
 class Engine:
     """Schedules, computes and samples tokens, one :meth:`step` at a time.
 
-    The engine is not thread-safe: one thread must call all methods, except the methods that allow any thread.
+    The engine is not thread-safe: one thread must call all methods, except those whose docstring allows any thread.
     """
 
     def __init__(
@@ -59,11 +59,12 @@ class Engine:
         tool_loop: asyncio.AbstractEventLoop | None = None,
         observer: Observer | None = None,
     ) -> None:
-        """Build the engine of ``model`` on its device; the model is not changed.
+        """Build the engine of ``model`` on the model's device; the model is not changed.
 
-        ``tool_runner`` runs the model's Python calls on ``tool_loop``. Without a runner, every such call gets an
-        error. Without a loop, a thread with an event loop is started. A KV cache that is too small for one block raises
-        a :class:`UserError`.
+        ``tool_runner`` runs the model's Python calls on ``tool_loop``. Without a runner, the model reads an error
+        instead of each call's output. Without a loop, the engine starts a thread with an event loop. A
+        :class:`UserError` is raised if the KV cache is too small for one block, or if there are no kernels for the
+        quantization.
         """
         self.config = config = config or EngineConfig()
         self.model_config, self._dtype = model.config, model.compute_dtype
@@ -77,7 +78,7 @@ class Engine:
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.admission = Admission(model.config, config, self.scheduler, self.grammars)
         self.tools = ToolLoop(tokenizer, tool_runner, config, tool_loop)
-        self.progressed = False  # whether the last step computed anything; if not, every sequence waits for a tool
+        self.progressed = False  # whether the last step computed anything; if not, all sequences wait for tools
         self._outputs = StepOutputs()
         self._observer = observer or Observer()
         self._overlap = device.type == "cuda" if config.overlap is None else config.overlap
@@ -88,8 +89,9 @@ class Engine:
     def add(self, request: Request, grammar: Grammar | None = None) -> None:
         """Queue a request. Its outputs are returned by :meth:`step`.
 
-        ``grammar`` is the compiled constraint of the request. Without it, this method compiles the constraint, at a
-        cost without a bound; a service therefore compiles the constraints of its clients beforehand.
+        ``grammar`` is the compiled constraint of the request. Without it, this method compiles the constraint, and
+        nothing limits the time and the memory of the compilation. A service therefore compiles the constraints of its
+        clients beforehand.
 
         Raises:
             UserError: the request can never be served.
@@ -123,11 +125,12 @@ class Engine:
     def step(self) -> list[Output]:
         """Let the device compute one batch, and return the new outputs.
 
-        Without overlap, the outputs contain the tokens of this batch. With overlap, they contain the tokens of the
-        previous batch: the host reads these only after the device has received this batch. Each sequence then continues
-        with a token that only the device knows. If that token ends the sequence or calls a tool, the token computed
-        after it is dropped. There is no overlap if a sequence has penalties, a constraint or a draft, because then the
-        host needs the previous token first.
+        Without overlap, the outputs contain the tokens of this batch. With overlap (:attr:`EngineConfig.overlap`), the
+        outputs contain the tokens of the previous batch: the host reads these tokens only after it has sent this batch
+        to the device. Each sequence then continues with a token that only the device knows. If that token ends the
+        sequence or calls a tool, the token computed after it is dropped. There is no overlap if a sequence has
+        penalties, a constraint or a draft, because the host then needs the previous token before it can prepare the
+        next batch.
         """
         started, preemptions, generated = time.perf_counter(), self.scheduler.preemptions, 0
         for seq, result in self.tools.collect():
@@ -164,14 +167,14 @@ class Engine:
         return self._outputs.take()
 
     def stream(self, requests: Iterable[Request]) -> Generator[Output]:
-        """Answer requests in one continuous batch, and yield their outputs as they come, until all choices have ended.
+        """Answer requests with continuous batching, and yield their outputs as they come, until all choices have ended.
 
         The engine must not have other requests. While the queue is full, requests wait in this method. If the caller
         stops iterating, requests that are still in flight are canceled.
 
         Raises:
-            UserError: a request can never be served. The error is raised before any request starts, except for an
-                invalid continuation.
+            UserError: a request can never be served. For an invalid continuation, the error is raised when its request
+                starts; otherwise, it is raised before any request starts.
             Shed: the device has too little memory for a request.
         """
         waiting = collections.deque(requests)
@@ -197,7 +200,7 @@ class Engine:
                 self.cancel(request_id)
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[str, list[Completion]]]:
-        """Like :meth:`stream`, but yield a request's id and all its choices when the last choice ends.
+        """Like :meth:`stream`, but yield a request's id and all its choices when the last of these choices ends.
 
         Nothing is yielded for a request that has no unfinished choice.
         """
@@ -222,7 +225,7 @@ class Engine:
     ) -> list[list[Completion]]:
         """Continue every prompt ``n`` times with :meth:`complete`; returns the completions in the order of the prompts.
 
-        ``sampling`` is one object for all prompts, or one for each prompt.
+        ``sampling`` is one object for all prompts, or a list with one object for each prompt.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         requests = [
@@ -242,9 +245,9 @@ class Engine:
     def update_weights(self, model: GPT) -> None:
         """Replace the weights by the weights of ``model``, and forget prefixes computed with the old weights.
 
-        On a CPU, the old weights are freed before the new weights take memory. On a GPU, old and new weights are both
-        in memory for a moment, because the new weights are copied to the addresses that CUDA graphs read. ``model``
-        must be on the engine's device.
+        On a CPU, the old weights are freed before memory for the new weights is allocated. On a GPU, old and new
+        weights are both in memory for a moment, because the new weights are copied to the addresses that CUDA graphs
+        read. ``model`` must be on the engine's device.
 
         Raises:
             RuntimeError: requests are in flight; their keys and values were computed with the old weights.
@@ -253,7 +256,7 @@ class Engine:
         if self._requests:
             raise RuntimeError(f"{len(self._requests)} requests are in flight; weights change between requests")
         if (model.config, model.compute_dtype) != (self.model_config, self._dtype):
-            raise ValueError("the new weights are of a model with another configuration or dtype")
+            raise ValueError("the new weights belong to a model with another configuration or dtype")
         self._launched = None  # all requests of that step have ended
         self.runner.load(model)
         self.blocks.forget()
@@ -284,9 +287,9 @@ class Engine:
         self.tools.close()
 
     def _launch(self, chunks: list[Chunk], previous: LaunchedStep | None) -> tuple[LaunchedStep | None, bool]:
-        """Give the device a batch. Returns the step (None if no token is sampled), and whether memory was too small.
+        """Start a batch on the device. Returns the step (None if no token is sampled), and whether memory ran out.
 
-        ``previous`` is the step whose tokens have not been read.
+        ``previous`` is the previous step if its tokens have not been read yet.
         """
         try:
             step = self._run_and_sample(chunks, previous)
@@ -333,7 +336,7 @@ class Engine:
         return sum(self._extend(chunk, samples) for chunk, samples in step.read())
 
     def _extend(self, chunk: Chunk, samples: list[Token]) -> int:
-        """Append a chunk's samples up to and including the first one that differs from the draft.
+        """Append a chunk's samples up to and including the first sample that differs from the draft.
 
         Returns the number of appended tokens.
 

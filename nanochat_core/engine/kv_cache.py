@@ -24,7 +24,7 @@ class BlockMemory:
     """Keys and values of all layers, in blocks of ``block_size`` tokens. Each cache group has blocks of its own."""
 
     def __init__(self, model: GPT, groups: Items[CacheGroup], block_size: int, spare: int = 0) -> None:
-        """Each group gets ``spare`` extra blocks after the blocks of the block manager."""
+        """Each group gets ``spare`` extra blocks after the blocks that the block manager allocates."""
         self.config, self.groups, self.block_size = model.config, groups, block_size
         self.dtype, self.device = model.compute_dtype, model.cos.device
         config = self.config
@@ -41,10 +41,11 @@ class BlockMemory:
         self.blocks = [self._memory[g][groups[g].layers.index(i)] for i, g in enumerate(self.group_of)]
 
     def copy(self, chunks: Iterable[Chunk]) -> None:
-        """For each newly admitted sequence, copy the block that begins with tokens of the sequence and then differs.
+        """Copy blocks for the newly admitted sequences.
 
-        Call this before the step writes any key or value. The copies are made one after another, because the target of
-        one copy may be the source of an earlier one.
+        A block is copied if it begins with the sequence's next tokens and then differs. Call this method before the
+        step writes any key or value. The copies are made one after another, because the target of one copy may be the
+        source of an earlier copy.
         """
         for chunk in chunks:
             if chunk.copied:
@@ -52,10 +53,12 @@ class BlockMemory:
                     memory[:, :, table[chunk.start // self.block_size]] = memory[:, :, source]
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        """Allocate zeroed memory, because a NaN in unused memory would spoil the result, even with a mask.
+        """Allocate zeroed memory, because a NaN in unused memory would make results NaN.
 
-        Host memory comes from numpy. Unlike torch, numpy asks the system for zeroed pages. Such pages take no space
-        until they are written.
+        A mask does not prevent this: hidden keys have the weight 0, and 0 * NaN is NaN.
+
+        Host memory comes from numpy. Unlike torch, numpy asks the system for zeroed pages. The system provides physical
+        memory for such a page only when the page is written.
         """
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=self.dtype, device=self.device)

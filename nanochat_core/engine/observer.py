@@ -9,7 +9,7 @@ from nanochat_core.engine.scheduler import Chunk
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """Counts of the sequences in each state, the blocks of the KV cache, and the tokens still to be computed."""
+    """Numbers of sequences in each state, of blocks of the fullest cache group, and of tokens still to be computed."""
 
     running: int = 0
     waiting: int = 0
@@ -37,7 +37,7 @@ class Observer:
 
 
 def note_admissions(observer: Observer, chunks: Iterable[Chunk]) -> None:
-    """Report the sequences that run for the first time."""
+    """Report each sequence that runs for the first time."""
     for chunk in chunks:
         seq = chunk.seq
         if seq.admitted_at is None:

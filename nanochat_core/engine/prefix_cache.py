@@ -6,7 +6,8 @@ with the same tokens compute the same hashes and share the blocks. A full block 
 
 After the shared blocks, a sequence's next block may begin with the same tokens as a computed block and then differ. The
 sequence then copies that computed block and replaces the tokens that differ. For each parent, one block is offered for
-copying. A later block replaces the offered block, unless it only repeats the beginning of the offered block.
+copying. A later block replaces the offered block, unless the later block only repeats the beginning of the offered
+block.
 """
 
 import array
@@ -16,8 +17,8 @@ from collections.abc import Sequence as Items
 from nanochat_core.engine.cache_groups import CacheGroup
 from nanochat_core.engine.sequence import Sequence
 
-# Minimum number of common tokens for which a block is copied. A copy for fewer tokens is not worthwhile. All
-# conversations share at least two tokens, because they begin with the same two.
+# Minimum number of common tokens for which a block is copied. Without a minimum, almost every conversation would copy a
+# block, because all conversations begin with the same two tokens.
 LEAST_COPIED = 4
 
 
@@ -48,8 +49,8 @@ class PrefixIndex:
     def offer(self, block: int, parent: bytes, tokens: list[int]) -> int | None:
         """Offer ``block``, which contains ``tokens``, for copying. ``parent`` is the hash of the block before it.
 
-        Nothing changes if the block offered so far begins with the same tokens. The result is the block whose offer was
-        replaced, if any.
+        Nothing changes if the block offered so far begins with the same tokens. Returns the block whose offer was
+        replaced, or None.
         """
         replaced = None
         if parent in self.offers:
@@ -91,22 +92,22 @@ class PrefixCache:
     def __init__(self, groups: Items[CacheGroup], block_size: int) -> None:
         self.indexes = [PrefixIndex(group.num_blocks) for group in groups]
         # Blocks that will be computed soon: the hash of each, and the admitted sequence that computes it. Other
-        # sequences that need such a block wait instead of computing it again.
+        # sequences that need one of these blocks wait instead of computing it again.
         self.pending: dict[bytes, Sequence] = {}
         self._groups = groups
         self._block_size = block_size
 
     def find(self, seq: Sequence) -> int | None:
-        """The result of :meth:`~nanochat_core.engine.block_manager.BlockManager.find_prefix`."""
+        """Compute the result of :meth:`~nanochat_core.engine.block_manager.BlockManager.find_prefix`."""
         if seq.awaited in self.pending:
             return None
         size = self._block_size
         # At least one known token must be computed, because the next token is sampled from its logits.
         hashes = self.hashes_of(seq)[: (len(seq.tokens) - 1) // size]
         found = [[digest in index.by_hash for digest in hashes] for index in self.indexes]
-        # A group with a window needs only the end of the prefix, so earlier blocks may be missing in such a group.
+        # A group with a window needs only the end of the prefix, so earlier blocks may be missing from that group.
         longest = 0
-        # For each group, the number of successive blocks up to block i that were found.
+        # For each group, the number of successive found blocks that end with block i.
         consecutive = [0] * len(self._groups)
         for i in range(len(hashes)):
             consecutive = [run + 1 if hits[i] else 0 for run, hits in zip(consecutive, found, strict=True)]
@@ -144,8 +145,8 @@ class PrefixCache:
     def publish(self, seq: Sequence) -> list[tuple[int, int]]:
         """Let other sequences find the filled blocks of ``seq``.
 
-        These blocks, and the partly filled block after them, are also offered for copying. The result has
-        (group, block) for each block whose offer was replaced.
+        These blocks, and the partly filled block after them, are also offered for copying. Returns (group, block) for
+        each block whose offer was replaced.
         """
         hashes, size, full = self.hashes_of(seq), self._block_size, seq.computed // self._block_size
         for i in range(seq.sealed, full):

@@ -36,29 +36,30 @@ class FinishReason(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is sampled. The defaults are greedy decoding. Values out of range raise a :class:`UserError`.
+    """Parameters for sampling the next token. By default, decoding is greedy.
 
-    Samples depend only on the seed, the choice, the position and the logits. With a constraint, a stop token is
-    possible only after a matching text.
+    Values out of range raise a :class:`UserError`. Samples depend only on the seed, the choice, the position and the
+    logits. With a constraint, a stop token is possible only after a matching text.
     """
 
     temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # keep the k most likely tokens, and tokens that tie with the last of them; 0 disables
-    top_p: float = 1.0  # keep the smallest set of most likely tokens whose probability reaches p; 1 disables
-    min_p: float = 0.0  # keep tokens with at least this fraction of the highest probability; 0 disables
-    # Applies to tokens that occur in the prompt or the completion: a positive logit is divided by this, and a negative
-    # logit is multiplied by it; 1 disables.
+    top_k: int = 0  # keep the k most likely tokens, and tokens that tie with the last of them; 0 keeps all tokens
+    top_p: float = 1.0  # keep the smallest set of most likely tokens whose probability reaches p; 1 keeps all
+    min_p: float = 0.0  # keep tokens with at least this fraction of the highest probability; 0 keeps all
+    # Changes the logits of tokens that occur in the prompt or the completion: a positive logit is divided by this
+    # number, and a negative logit is multiplied by it. 1 changes nothing.
     repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0  # subtracted once from the logits of tokens that occur in the completion
-    frequency_penalty: float = 0.0  # subtracted once per occurrence in the completion
+    presence_penalty: float = 0.0  # subtracted once from the logit of each token that occurs in the completion
+    frequency_penalty: float = 0.0  # subtracted from a token's logit once per occurrence in the completion
     seed: int | None = None  # None lets the engine choose a seed
     max_tokens: int = 0  # maximum number of sampled tokens and tool tokens together; 0 means up to the context length
     stop_token_ids: frozenset[int] = frozenset()  # each ends the sequence and is reported as its last token
-    logprobs: int | None = None  # number of most likely alternatives reported with each token; None reports nothing
+    # Number of most likely tokens whose log probabilities are reported together with each token's own. None reports no
+    # log probabilities.
+    logprobs: int | None = None
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # added to the logits, by token id
     constraint: Constraint | None = None
-    # Number of most likely alternatives reported with each token of the prompt; None reports nothing. The prefix cache
-    # is not read, because it has no logits.
+    # Like ``logprobs``, for each token of the prompt. The prefix cache is then not read, because it has no logits.
     prompt_logprobs: int | None = None
     min_tokens: int = 0  # no stop token is sampled before this number of tokens; not allowed with a constraint
 
@@ -74,7 +75,7 @@ class SamplingParams:
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         least, most = REPETITION_PENALTIES
-        # The value may have been sent as a float32, and 0.01 has no exact float32.
+        # Allow a rounding error: the value may have been sent as a float32, which cannot express 0.01 exactly.
         _require(
             least * (1 - 1e-6) <= self.repetition_penalty <= most,
             "repetition_penalty",
@@ -97,7 +98,7 @@ class SamplingParams:
 class ToolPolicy:
     """Whether the model may call Python, and the limits of its calls. A limit of 0 means the engine's default.
 
-    After ``max_calls`` calls in a sequence, every further call gives the model an error to read.
+    After ``max_calls`` calls of a choice, the model reads an error instead of the output of every further call.
     """
 
     enabled: bool = False  # if False, the Python tokens have no special meaning
@@ -154,7 +155,7 @@ class ToolResult:
 class Continuation:
     """All tokens and tool events that an engine with the same weights has already reported for one choice.
 
-    Only the fields ``id`` and ``forced`` of a token are read. The events of the last call may be incomplete, and the
+    Only the fields ``id`` and ``forced`` of a token are read. The result of the last call may be missing, and the
     tokens may end anywhere. If the choice is ``finished``, its tokens and events are ignored, and nothing is generated.
     """
 
@@ -168,9 +169,9 @@ class Continuation:
 class Request:
     """A prompt to continue ``n`` times.
 
-    A choice with an entry in ``continued`` continues where the entry ends, exactly as the first engine would have
-    continued it. Its outputs have only new tokens and events. Limits, penalties, constraint and usage count the whole
-    choice.
+    A choice with an entry in ``continued`` continues where the entry ends, exactly as the engine that began the choice
+    would have continued it. The outputs contain only new tokens and events. Limits, penalties, constraint and usage
+    apply to the whole choice.
     """
 
     id: str  # unique among the requests in flight; it appears in logs and is sent to the sandbox
@@ -197,7 +198,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one choice; ``completion_tokens`` includes tool output."""
+    """Token counts of one choice.
+
+    ``completion_tokens`` includes tool output. ``cached_prompt_tokens`` were found in the prefix cache.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -208,7 +212,8 @@ class Usage:
 class Generated:
     """Successive tokens and tool events of one choice. ``finish_reason`` and ``usage`` are set at the choice's end.
 
-    If the request has ``prompt_logprobs``, the first output of a choice has the prompt's tokens from the second one on.
+    If the request sets ``prompt_logprobs``, ``prompt_tokens`` of a choice's first output are the prompt's tokens
+    without the first one, which has no log probability.
     """
 
     tokens: list[Token] = dataclasses.field(default_factory=list)
@@ -236,7 +241,7 @@ class Completion(Generated):
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Output(Generated):
-    """New tokens and tool events of one choice. All its events come after all its tokens.
+    """New tokens and tool events of one choice. All events of an output come after all tokens of the output.
 
     ``error`` ends all choices of the request. An output with ``draining`` is empty and says that the engine is shutting
     down.

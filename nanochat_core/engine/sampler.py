@@ -25,11 +25,13 @@ from nanochat_core.device import precise_dtype, to_device
 from nanochat_core.engine.request import SamplingParams, Token
 from nanochat_core.engine.sequence import Sequence
 
-# Lower temperatures are greedy, because a division by them would leave the range of float32.
+# Below this temperature, sampling is greedy, because logits divided by such a small number could exceed the range of
+# float32.
 LOWEST_TEMPERATURE = 1e-4
 # If top-k leaves at most this many candidates in every row, the sampler processes only these candidates.
 MOST_CANDIDATES = 256
-# Top-p first looks at this many candidates. It sorts the whole vocabulary only if the distribution is flat.
+# Top-p first sorts only this many of the most likely tokens. It sorts the whole vocabulary only if these tokens are too
+# few, which means that the distribution is flat.
 TOP_P_CANDIDATES = 256
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -67,7 +69,7 @@ class Drawn:
 
 
 class _Report:
-    """Log probabilities of the sampled tokens of some rows, and of their best alternatives."""
+    """Log probabilities of the sampled tokens of some rows, and of the most likely tokens of these rows."""
 
     def __init__(self, rows: Items[int], wanted: Items[int], log_probabilities: Tensor, drawn: Tensor) -> None:
         """``wanted`` is the number of alternatives for each of ``rows``.
@@ -89,13 +91,14 @@ class _Report:
 class Sampler:
     """Samples for all sequences at once. It keeps no state between steps.
 
-    On a GPU, no method waits for the device, so the host can prepare the next step while the device works.
+    On a GPU, no method except :meth:`score` waits for the device, so the host can prepare the next step while the
+    device works.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        # A hash of each token id. Thanks to this table, each step needs only two cheap rounds of mixing for a row.
+        # A hash of each token id. With this table, the noise of a token needs only two more rounds of mixing.
         table = _mix(np.arange(vocab_size, dtype=np.uint64)).astype(np.uint32).view(np.int32)
         self._table = torch.from_numpy(table).to(device)
         self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
@@ -161,7 +164,7 @@ class Sampler:
         self._put(z, rows, some)
 
     def adjust(self, z: Tensor, sequences: Items[Sequence], params: Items[SamplingParams]) -> Tensor:
-        """Apply penalties and biases."""
+        """Apply penalties and biases, in place, to the logits ``z`` (rows, vocab_size) fp32; returns ``z``."""
         penalized = _rows(params, lambda p: p.looks_back)
         if penalized:
             chosen = [params[i] for i in penalized]
@@ -209,8 +212,8 @@ class Sampler:
         """Ids (rows, n) of the tokens that top-k keeps, if every row has a small top-k; otherwise None.
 
         Noise for the whole vocabulary takes several times as long as finding a few candidates. The result is also None
-        if tokens tie with a row's last candidate, because top-k keeps these tokens too. The test for ties reads numbers
-        from the device. On a GPU, this test takes longer than the noise, so the result is always None there.
+        if tokens tie with a row's last candidate, because top-k keeps these tokens too. On a GPU, the result is always
+        None, because the test for ties reads numbers from the device, which takes longer than the noise.
         """
         if z.is_cuda or not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
             return None
@@ -222,8 +225,8 @@ class Sampler:
     def filter(self, z: Tensor, params: Items[SamplingParams]) -> Tensor:
         """Set to -inf the logits of tokens that top-k, top-p or min-p excludes.
 
-        The filters apply in this order, each to the tokens that are left. ``z`` has the logits of all tokens or of some
-        tokens.
+        The filters apply in this order, each to the tokens that are left. ``z`` (rows, n) fp32 has the logits of all
+        tokens, or only of candidates. The method may change ``z``.
         """
         top_k = [p.top_k or self._vocab_size for p in params]
         limited = _rows(params, lambda p: 0 < p.top_k < self._vocab_size)
@@ -252,8 +255,8 @@ class Sampler:
         x ^= (x >> 15).bitwise_and_(0x1FFFF)
         x = x.add_(high).mul_(-2073254261)
         x ^= (x >> 16).bitwise_and_(0xFFFF)
-        # A uniform number u in (0, 1) from 31 random bits. Gumbel noise is -log(-log(1 - u)). Near 0, float32 is
-        # finest. Near 1, float32 rounds u to 1, and the clamp keeps the noise finite.
+        # A uniform number u in (0, 1) from 31 random bits. Gumbel noise is -log(-log(1 - u)). Large noise comes from u
+        # near 0, where float32 is most precise. Near 1, float32 rounds u to 1, and the clamp keeps the noise finite.
         uniform = x.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
         return uniform.neg_().log1p_().neg_().log_().neg_()
 
@@ -311,9 +314,9 @@ def _top_p_threshold(z: Tensor, top_p: Tensor) -> Tensor:
         best = z.topk(candidates).values
         weights = (best - highest).to(precise).exp()
         sums = weights.cumsum(dim=-1)
-        # If top-k has left at most TOP_P_CANDIDATES tokens of a row, the total is the sum of their sorted weights.
-        # Whether ``weights`` also has the row's removed tokens depends on the other rows of the batch. Removed tokens
-        # have weight 0, so they do not change the total.
+        # If top-k has left at most TOP_P_CANDIDATES tokens of a row, the total is the sum of their sorted weights. This
+        # sum has the same bits in every batch. The other rows of the batch decide whether ``weights`` also contains
+        # tokens that top-k has removed, but their weights are 0.
         total = torch.where(left <= TOP_P_CANDIDATES, sums[:, -1:], whole)
         kept = (sums - weights < top_p * total).sum(dim=-1, keepdim=True).clamp_(min=1)
         if candidates == z.size(1) or bool((kept < candidates).all()):

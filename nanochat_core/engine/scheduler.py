@@ -1,9 +1,9 @@
 """Decides which tokens are computed next, with one token budget for every kind of work.
 
-Sequences join and leave the batch at every step (continuous batching, Yu et al. 2022). All of them wait for the step,
-so a step with many tokens delays every sequence. The scheduler therefore limits the tokens of a step (the budget) and
-shares them among sequences. Long prompts are computed in chunks over several steps (chunked prefill, Agrawal et al.
-2023, arXiv 2308.16369).
+Sequences join and leave the batch at every step (continuous batching, Yu et al. 2022). All sequences of a batch wait
+until its step ends, so a step with many tokens delays every sequence. The scheduler therefore limits the tokens of a
+step (the budget) and shares them among sequences. Long prompts are computed in chunks over several steps (chunked
+prefill, Agrawal et al. 2023, arXiv 2308.16369).
 
 Prefill and decoding are the same case: some known tokens of a sequence are computed already, and its other known tokens
 must still be computed. The tokens to compute may be a prompt, one sampled token, the output of a tool or, after a
@@ -31,9 +31,9 @@ class Chunk:
     known: int  # number of tokens that are no draft; a token that is still being sampled is a chunk by itself
     draft: Items[int] = ()  # guesses of the tokens after the last known token
     # For each cache group, the id of the block to copy before the step. This block contains the tokens that precede
-    # ``start`` in the sequence's own block. The list is empty if the own block already contains these tokens.
+    # ``start`` in the sequence's own block. The list is empty if no block must be copied.
     copied: Items[int] = ()
-    length: int = dataclasses.field(init=False)  # known and drafted tokens
+    length: int = dataclasses.field(init=False)  # number of known and drafted tokens
     # Indices of the prompt tokens that get a log probability from this chunk, each from the logits of the token before.
     scores: range = dataclasses.field(init=False)
     # Number of tokens at the chunk's end whose logits are needed, to score the prompt and to sample.
@@ -41,7 +41,7 @@ class Chunk:
     # Number of tokens to sample: one after the sequence's last token, and one after each drafted token; 0 if the chunk
     # does not reach the last token.
     samples: int = dataclasses.field(init=False)
-    runs_ahead: bool = dataclasses.field(init=False)  # whether the chunk is the token that the previous step samples
+    runs_ahead: bool = dataclasses.field(init=False)  # whether the chunk is a token that the previous step samples
 
     def __post_init__(self) -> None:
         tokens = len(self.seq.tokens)
@@ -58,7 +58,7 @@ class Chunk:
 
     @property
     def tokens(self) -> list[int]:
-        """Ids of the tokens to compute; empty for a token in flight."""
+        """Ids of the tokens to compute; empty if the chunk is a token that is still being sampled."""
         return [*self.seq.tokens[self.start : self.start + self.known], *self.draft]
 
 
@@ -66,8 +66,8 @@ class Scheduler:
     """Shares the token budget of each step among sequences.
 
     Running sequences come first. Waiting sequences follow while there is token budget, ``max_running`` is not reached
-    and cache blocks are free. Within both kinds, the order is (priority, arrival). If the blocks run out, the youngest
-    sequence loses its blocks (preemption).
+    and cache blocks are free. Within both kinds, the order is (priority, arrival). If the blocks run out, the last
+    sequence in this order, called the youngest, loses its blocks (preemption).
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Scheduler:
         """
         Args:
             token_budget: maximum number of tokens computed in one step; at least ``max_running``, so that each running
-                sequence gets one.
+                sequence gets a token.
             max_running: maximum number of sequences that are running or parked at a time.
             speculative_tokens: maximum length of the draft of one sequence; 0 turns drafts off.
             speculative_batch: maximum number of tokens of all running sequences and their drafts together. In a larger
@@ -114,7 +114,7 @@ class Scheduler:
         bisect.insort(self.waiting, seq, key=_order)
 
     def park(self, seq: Sequence) -> None:
-        """Take a sequence out of the batch until :meth:`resume`. The sequence keeps its blocks."""
+        """Remove a sequence from the batch until :meth:`resume`. The sequence keeps its blocks."""
         self.by_state[seq.state].remove(seq)
         seq.state = State.PARKED
         self.parked.append(seq)
@@ -173,7 +173,7 @@ class Scheduler:
             prefix = 0 if seq.is_scoring else self.blocks.find_prefix(seq)
             if prefix is None:
                 continue  # another sequence is computing the next block that this sequence needs
-            # Each running sequence keeps a spare block. Otherwise the next step would have to preempt a sequence.
+            # Keep a spare block for each running sequence. Otherwise the next step might have to preempt a sequence.
             if not self.blocks.can_admit(seq, prefix, spare=len(self.running)):
                 break
             self.waiting.remove(seq)
@@ -199,7 +199,7 @@ class Scheduler:
             if chunk.seq.state is not State.FINISHED:
                 chunk.seq.computed = chunk.start + chunk.known
                 if chunk.known > 1:
-                    chunk.seq.seal_at = 0  # publish the end of a prompt early, because other sequences may share it
+                    chunk.seq.seal_at = 0  # publish the partly filled block at a prompt's end: others may copy it
                 self.blocks.seal(chunk.seq)
 
     def draft_length(self, running: int) -> int:
@@ -208,7 +208,7 @@ class Scheduler:
 
     @property
     def drafts(self) -> bool:
-        """Whether drafting is worthwhile: few sequences run, and the last lookup of one of them found a draft."""
+        """Whether drafting is worthwhile: few sequences run, and the last lookup of at least one found a draft."""
         few = self.draft_length(len(self.running)) > 0
         return few and any(seq.is_memoryless and seq.lookup.is_promising for seq in self.running)
 
@@ -236,7 +236,7 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take the blocks of a sequence. The sequence keeps its tokens, and they are computed again later."""
+        """Free the blocks of a sequence. The sequence keeps its tokens, which are computed again later."""
         self.preemptions += 1
         self.blocks.release(seq)
         if seq.state is State.RUNNING:

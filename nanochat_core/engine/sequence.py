@@ -26,7 +26,7 @@ class State(enum.Enum):
 
 
 class Sequence:
-    """One choice of a request. Prefill, decoding, tool output and recomputation are one case: ``remaining > 0``."""
+    """One choice of a request. Prefill, decoding, tool output and recomputation are the case ``remaining > 0``."""
 
     def __init__(self, request: Request, choice: int, arrival: int, sample_key: int, max_length: int) -> None:
         """
@@ -46,8 +46,8 @@ class Sequence:
         # For each cache group, the blocks in order; token ``i`` is in ``block_tables[group][i // block_size]``. Empty
         # if the sequence has no blocks.
         self.block_tables: list[list[int]] = []
-        # For each cache group, the index of the first block that the sequence still uses. The window has passed the
-        # earlier blocks.
+        # For each cache group, the index of the first block that the sequence still uses. No later token sees the
+        # blocks before it.
         self.first_blocks: list[int] = []
         self.block_hashes: list[bytes] = []  # hashes of full blocks of known tokens, computed when needed
         self.awaited: bytes | None = None  # hash of the first block that the last search for a prefix did not find

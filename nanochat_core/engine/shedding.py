@@ -29,7 +29,7 @@ class Shedding:
     A step's memory grows with its number of sequences (logits, gathered keys) and its number of tokens (activations).
     The KV cache is allocated once, so taking blocks from a sequence would free no memory; only a smaller batch helps.
     The youngest half of the batch returns to the queue and keeps its tokens, and the queue accepts fewer new requests.
-    A sequence is dropped only if it does not even fit alone.
+    A request is dropped only if one of its sequences does not even fit alone.
     """
 
     def __init__(self, scheduler: Scheduler, device: torch.device) -> None:
@@ -93,7 +93,7 @@ class Shedding:
     def _least_budget(self, running: int) -> int:
         """Smallest possible token budget: one token for each running sequence and each parked sequence with blocks.
 
-        Such a parked sequence returns to the batch after its tool call, even if more than ``max_running`` sequences run
-        then.
+        A parked sequence with blocks returns to the batch after its tool call, even if ``max_running`` sequences
+        already run.
         """
         return running + sum(bool(seq.block_tables) for seq in self._scheduler.parked)

@@ -10,12 +10,12 @@ the result is exactly the tokens that would have been sampled one by one.
 # A draft copies the tokens that followed the latest earlier occurrence of the last n tokens. The larger n is tried
 # first, because its drafts are right more often.
 NGRAMS = (4, 2)
-# ``right_share`` is the share of right guesses, an exponential moving average with this decay. Drafting pauses while it
-# is below _LEAST_RIGHT. Guesses are still made and checked, so drafting continues when the text begins to repeat
-# itself.
+# ``right_share`` is the share of right guesses, an exponential moving average with this decay. Drafting pauses while
+# ``right_share`` is below _LEAST_RIGHT. Guesses are still made and checked, so drafting resumes when the text begins to
+# repeat itself.
 _DECAY = 0.85
 _LEAST_RIGHT = 0.35
-# ``right_share`` of a new sequence. It is high enough to draft the first few guesses.
+# ``right_share`` of a new sequence. It is high enough that the first few guesses become drafts.
 _FIRST_SHARE = 0.6
 
 

@@ -66,10 +66,11 @@ class ToolLoop:
         self.on_completed: Callable[[], None] = lambda: None
 
     def scan_prompt(self, seq: Sequence) -> ToolCall | None:
-        """Find Python code that the prompt begins but does not end. ``seq`` has no tokens after its prompt.
+        """Record the start of Python code that the prompt begins but does not end.
 
-        If the prompt ends with a call whose output is missing, return this call. A prompt may end with a call or inside
-        the code of a call, because a client may send the beginning of an answer as part of the prompt.
+        ``seq`` has no tokens after its prompt. If the prompt ends with a call whose output is missing, return this
+        call. A prompt may end with a call or inside the code of a call, because a client may send the beginning of an
+        answer as part of the prompt.
         """
         if not seq.request.tools.enabled:
             return None
@@ -84,7 +85,7 @@ class ToolLoop:
         return None
 
     def observe(self, seq: Sequence) -> ToolCall | None:
-        """Process the last token of ``seq``, a sampled token. Returns the call that the token completes, if any."""
+        """Process the last token of ``seq``, which was sampled. Returns the call that the token completes, if any."""
         if not seq.request.tools.enabled:
             return None
         if seq.tokens[-1] == self._python_start:
@@ -110,7 +111,7 @@ class ToolLoop:
                 self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
 
     def collect(self) -> list[tuple[Sequence, ToolResult]]:
-        """Results that arrived since the last call of this method, each with the sequence that waits for it."""
+        """Return the results that arrived since the last call of this method, each with the waiting sequence."""
         self._arrived.clear()
         completed = []
         while self._completed:
@@ -124,7 +125,7 @@ class ToolLoop:
             self._arrived.wait()
 
     def append_output(self, seq: Sequence, result: ToolResult) -> list[Token]:
-        """Append and return the tokens that show ``result`` to the model. If they do not fit, append nothing."""
+        """Append and return the tokens that show ``result`` to the model. If they do not fit, there are none."""
         ids = [self._output_start, *self._tokenizer.encode(result.output), self._output_end]
         if len(seq.tokens) + len(ids) > seq.max_length:
             return []

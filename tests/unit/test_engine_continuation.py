@@ -365,11 +365,11 @@ CALLED, RESULT = ToolCall(0, "1+1"), ToolResult(0, "ok", "2", 0.1)
         ),
         (
             [Continuation(0, (*CALL, *sampled("a")), (CALLED, RESULT))],
-            "has a token that is not of the tool's output",
+            "has a token that is not part of the tool's output",
         ),
         (
             [Continuation(0, (*CALL, *forced("<|output_start|>3")), (CALLED, RESULT))],
-            "has a token that is not of the tool's output",
+            "has a token that is not part of the tool's output",
         ),
         (
             [Continuation(0, (*CALL, *OUTPUT, *forced("a")), (CALLED, RESULT))],

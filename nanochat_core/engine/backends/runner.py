@@ -48,8 +48,8 @@ class Runner(Protocol):
 class EagerRunner:
     """Runs the operations of a network one by one. The network reads keys and values from the runner's cache.
 
-    ``attention`` prepares attention over the cache for the chunks of one batch. The prepared object lists the chunks in
-    an order of its own, and the batch must have that order.
+    ``attention`` is called with the cache and the chunks of a batch, and returns an object that computes attention. The
+    attribute ``chunks`` of this object lists the chunks in the order that the batch must have.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class EagerRunner:
 def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGroup]]:
     """Build the runner for ``model`` on its device; returns the runner and the groups of its KV cache.
 
-    A network is built before its cache, because the size of the cache is a share of the memory that is then free.
+    The network is built before the cache, because the size of the cache is a share of the memory that the network
+    leaves free.
 
     Raises:
         UserError: the KV cache is too small for one block, or there are no kernels for the quantization.
@@ -91,8 +92,8 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGr
     on_cpu = config.kernels and cpu.usable(model.config, size, dtype, device)
     if config.quantization != "none" and not on_cpu:
         raise UserError(
-            f"quantization {config.quantization} needs the engine's CPU kernels, that is a CPU, g++ if they are not "
-            "built in, and blocks of a multiple of 16 tokens; use none here"
+            f"quantization {config.quantization} needs the engine's CPU kernels, which need a CPU, a block size that "
+            "is a multiple of 16, and g++ (unless the kernels are built in); use quantization none here"
         )
     if config.kernels and gpu.usable(model.config, dtype, device):
         # These modules import Triton. Only GPUs need Triton.

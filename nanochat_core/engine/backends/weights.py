@@ -29,7 +29,7 @@ class Weight(Protocol):
         """The product with ``x`` (tokens, in_features), of shape (tokens, out_features).
 
         If ``other`` is given, it is added to the product. If ``relu`` is set, negative results become 0. A call can use
-        only one of the two.
+        either ``other`` or ``relu``, not both.
         """
 
 
@@ -74,7 +74,7 @@ class LayerWeights:
         self.head_dim, self.n_head, self.n_kv_head = attention.head_dim, attention.n_head, attention.n_kv_head
         # The networks normalize the input but leave out the factor sqrt(dim). The weights of values and gates therefore
         # include this factor. Queries and keys are normalized again later and do not need it. ``dim`` is read from a
-        # weight, because training may have replaced the layers.
+        # weight, because training may have replaced the layers by layers without the attribute ``in_features``.
         dim = attention.q.weight.size(1)
         projections = [
             _pair_channels(attention.q.weight, self.head_dim),
@@ -84,7 +84,8 @@ class LayerWeights:
         gate = attention.value_gate
         if gate is not None:
             # The gate reads only the first channels, so the other weights are zero. A zero output is added if the
-            # number of kv heads is odd, because each row of the product must begin at an even index.
+            # number of kv heads is odd: the networks read pairs of numbers as complex numbers, so each row of the
+            # product must begin at an even index.
             projections.append(dim**0.5 * F.pad(gate.weight, (0, dim - VALUE_GATE_CHANNELS, 0, self.n_kv_head % 2)))
         # Numbers of outputs of ``qkv``: for queries and keys together, for values, and for value gates.
         self.sizes = [weight.size(0) for weight in projections]
@@ -102,7 +103,7 @@ class ServingWeights:
     """
 
     def __init__(self, model: GPT, pack: Callable[[Tensor], Weight] | None = None) -> None:
-        """``pack`` makes a :class:`Weight` from an fp32 matrix.
+        """``pack`` converts an fp32 matrix to a :class:`Weight`.
 
         None uses :class:`PackedWeight` in the model's compute dtype.
         """
@@ -117,7 +118,7 @@ class ServingWeights:
     def load(self, model: GPT) -> None:
         """Copy the current weights of ``model``. Its shape, dtype and device must be the same as before."""
         dtype = self.dtype
-        self._layers = []  # frees the old weights before the new ones take memory
+        self._layers = []  # frees the old weights before memory for the new ones is allocated
         with torch.no_grad():
             embedding = rms_norm(model.embedding.weight.to(dtype))
             gate = torch.sigmoid(model.smear_gate(embedding[:, :SMEAR_CHANNELS]))
@@ -134,7 +135,7 @@ class ServingWeights:
             self._head = self._pack(model.head.weight / LOGIT_SOFTCAP)
 
     def embed(self, ids: Tensor, previous_ids: Tensor) -> Tensor:
-        """The first block's input: the embeddings after the smear, (tokens, dim)."""
+        """The embeddings after the smear (see :mod:`nanochat_core.model`), (tokens, dim), for int64 ids (tokens,)."""
         previous = self._smear.index_select(0, ids) * self._embedding.index_select(0, previous_ids)
         return self._embedding.index_select(0, ids) + previous
 

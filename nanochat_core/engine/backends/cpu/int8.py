@@ -1,6 +1,6 @@
-"""Weights of eight bits. They take a quarter of the memory of fp32 weights.
+"""Weights of eight bits. They need a quarter of the memory of fp32 weights.
 
-In a step of few sequences, reading the weights from memory takes most of the time.
+In a step with few sequences, reading the weights from memory takes most of the time, so smaller weights save time.
 """
 
 import torch
@@ -16,7 +16,7 @@ _LANE = 4
 
 
 class Int8Weight:
-    """A :class:`~nanochat_core.engine.backends.weights.Weight` rounded to 255 steps, with one scale per output.
+    """A :class:`~nanochat_core.engine.backends.weights.Weight` rounded to 255 values, with one scale per output.
 
     Activations keep their dtype and sums are fp32, so only the rounding of the weights loses precision. The product of
     a row has the same bits, no matter how many rows are computed together.

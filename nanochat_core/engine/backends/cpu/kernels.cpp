@@ -1,5 +1,6 @@
-// What a step computes on a CPU: paged attention and elementwise operations, each in one pass over memory, and products
-// with fp32 and eight-bit weights. library.py compiles this file, mirrors the structs below and calls the C functions at the end.
+// The kernels of a step on a CPU: paged attention, elementwise operations, and products with fp32 and eight-bit
+// weights. library.py compiles this file and mirrors the structs below. network.py, int8.py and products.py call the C
+// functions at the end.
 //
 // A token's result must have the same bits whether the token is decoded or prefilled, alone or in a batch. Therefore
 // every token is computed separately, and the order in which its sums are added depends only on its position: vectors
@@ -17,8 +18,9 @@
 namespace {
 
 constexpr int LANES = 16;
-// Numbers in a register of the processor for which this file is compiled. A compiler keeps longer vectors in memory,
-// which makes products several times slower, so a vector of LANES numbers consists of parts that fit.
+// Number of floats in a register of the processor for which this file is compiled. A compiler keeps longer vectors in
+// memory, which makes products several times slower, so a vector of LANES numbers consists of parts that fit into
+// registers.
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16;
 #elif defined(__AVX__)
@@ -31,7 +33,7 @@ constexpr int PARTS = LANES / WIDTH;
 typedef float part __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 typedef int32_t ipart __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 
-// One vector holds the scores of LANES keys, so the block size of the cache is a multiple of LANES.
+// One vector contains the scores of LANES keys, so the block size of the cache is a multiple of LANES.
 struct vec {
   part parts[PARTS];
   float operator[](int i) const { return parts[i / WIDTH][i % WIDTH]; }
@@ -134,12 +136,13 @@ inline float largest_of(vec v) {
   return most;
 }
 
-// e^x for x <= 0, accurate to 2 ulp; 0 for -inf. As in Cephes' expf: 2^n times a polynomial of the remainder.
+// e^x for x <= 0, accurate to 2 ulp; 0 for x < -87. The method is that of expf in the library Cephes: 2^n times a
+// polynomial of the remainder.
 inline vec exponential(vec x) {
   const vec least = all(-87.0f);
   const ivec dead = less(x, least);
   x = larger(x, least);
-  ivec n = truncated(x * 1.44269504f - 0.5f);  // truncation rounds to nearest, as x <= 0
+  ivec n = truncated(x * 1.44269504f - 0.5f);  // rounds to nearest, because x <= 0
   vec whole = floats(n);
   vec r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
   vec p = all(1.9875691500e-4f);
@@ -169,7 +172,8 @@ inline float square_sum(const T *x, int n) {
   return total;
 }
 
-// Loops over at least this many numbers use several threads. For fewer, waking the threads takes longer.
+// Loops over at least this many numbers use several threads. For fewer numbers, waking the threads takes longer than
+// the loop.
 constexpr int64_t PARALLEL_FROM = 1 << 14;
 
 }  // namespace
@@ -187,8 +191,8 @@ struct Batch {
   int32_t tokens, chunks, threads;
   const int64_t *ids, *positions;         // (tokens,)
   const int32_t *first_token, *start;     // (chunks + 1,), (chunks,)
-  const float *turns;                     // (context, head_dim) cosines and negative sines, side by side
-  float *scale;                           // (tokens,) 1 / root of the sum of squares of x
+  const float *turns;                     // (context, head_dim) alternating cosines and negative sines
+  float *scale;                           // (tokens,) 1 / sqrt(sum of squares of x)
   float *queries;                         // (tokens, heads, head_dim)
 };
 
@@ -200,7 +204,7 @@ struct Layer {
   const int32_t *tables;                  // block tables of all chunks, concatenated
   const int64_t *first_entry;             // (chunks,) index at which each chunk's table begins
   const void *value_table;                // (vocabulary, columns) value embeddings, or null
-  int64_t value_columns;
+  int64_t value_columns;                  // columns of value_table
   int64_t qkv_columns;                    // columns of the product with the qkv weights
   int64_t window;                         // number of earlier tokens that a token sees
 };
@@ -208,7 +212,7 @@ struct Layer {
 
 namespace {
 
-// Rotates and normalizes queries and keys (the product qkv), and writes keys and values to the cache.
+// Rotates and normalizes the queries and keys in the product qkv, and writes keys and values to the cache.
 template <typename T>
 void prepare(const Shape &s, const Batch &b, const Layer &l, const T *qkv) {
   const int D = s.head_dim, pairs = D / 2, turned = s.heads + s.kv_heads;
@@ -251,7 +255,8 @@ void prepare(const Shape &s, const Batch &b, const Layer &l, const T *qkv) {
 }
 
 // Attention of ROWS query rows of one kv head over the keys [first, last) of one sequence. `first` is a multiple of LANES.
-// Row r sees the keys from least[r] to most[r]. The scores of all keys are kept, so that each softmax takes one pass.
+// Row r sees the keys from least[r] to most[r]. The scores of all keys are stored first, so a softmax needs no
+// rescaling.
 template <typename T, int D, int ROWS>
 void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *table, int64_t first, int64_t last,
                  const float *const *q, const int64_t *least, const int64_t *most, T *const *out, float *scores,
@@ -294,7 +299,7 @@ void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *
   vec mixed[ROWS][WIDE] = {};
   for (int64_t at = first; at < last; at += LANES) {
     const T *v = values + table[at / s.block_size] * block_stride + at % s.block_size * D;
-    // The memory behind the last key may hold anything, even NaN, so it is not read.
+    // The memory behind the last key may contain any numbers, even NaN, so it is not read.
     const int count = int(std::min<int64_t>(LANES, last - at));
     for (int j = 0; j < count; j++) {
       vec value[WIDE];
@@ -312,7 +317,7 @@ void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *
     }
 }
 
-// Maximum number of query rows that share the keys that they load.
+// Maximum number of query rows for which keys and values are loaded once.
 constexpr int MOST_ROWS = 4;
 
 template <typename T, int D>
@@ -331,7 +336,7 @@ void attend(const Shape &s, const Batch &b, const Layer &l, T *out) {
     std::vector<float> scores(stride * MOST_ROWS);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < work; item++) {
-      // The heads of a tile are successive items, so that one thread computes all heads of a short sequence.
+      // The heads of a tile are successive items, because their keys and values are adjacent in memory.
       const int64_t tile = item / s.kv_heads, h = item % s.kv_heads;
       const int c = int(std::upper_bound(tiles.begin(), tiles.end(), tile) - tiles.begin()) - 1;
       const int64_t begin = (tile - tiles[c]) * MOST_ROWS;
@@ -382,10 +387,10 @@ void square(const Batch &b, T *x, int64_t n) {
   for (int64_t i = 0; i < n; i++) store(x + i, load(x + i) * load(x + i));
 }
 
-// Finishes a block and begins the next one. First x = x + y * dim / square_sum(x), where y is the result of an MLP whose
-// input was not normalized. Then x = residual * x + skip * x0, the next block's input, and the scale of its norm.
-// If y is null, the first part is left out. If x0 is null, the second part is left out. `kept`, unless null, receives x
-// after the first part.
+// Finishes a transformer block and begins the next one. First x becomes x + y * dim / square_sum(x), where y is the
+// result of an MLP whose input was not normalized. Then x becomes the next block's input, residual * x + skip * x0, and
+// b.scale receives the scale of its norm. If y is null, the first part is left out. If x0 is null, the second part is
+// left out. `kept`, unless null, receives x after the first part.
 template <typename T>
 void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *x0, float residual, float skip) {
   const int n = s.dim;
@@ -405,13 +410,13 @@ void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *
   }
 }
 
-// Number of outputs that are computed together, and maximum number of rows for which a weight is converted to float
-// once.
+// In products with eight-bit weights: the number of outputs that are computed together, and the maximum number of rows
+// for which a weight is converted to float once.
 constexpr int TILE = 2 * LANES;
 constexpr int PRODUCT_ROWS = 8;
 
-// Products of ROWS rows of x with a tile of weights. Each lane of a vector holds the weights of four successive inputs of
-// one output. Inputs are added in their order for every number of rows.
+// Products of ROWS rows of x with a tile of weights. Each lane of a vector contains the weights of four successive
+// inputs of one output. For every number of rows, sums are added in the order of the inputs.
 template <int ROWS>
 inline void multiply_tile(const float *x, const int8_t *weight, int64_t inputs, vec (*sums)[2]) {
   vec total[ROWS][2] = {};
@@ -471,13 +476,14 @@ void multiply_int8(const float *x, const int8_t *weight, const float *scale, con
   }
 }
 
-// Products of fp32 rows with a tile of fp32 weights: two registers of outputs, because each row of sums takes as many.
+// In products with fp32 weights: the number of outputs and the maximum number of rows that are computed together. The
+// sums of a row fill two registers, so all sums and a few weights fit into 16 registers.
 constexpr int FLOAT_TILE = 2 * WIDTH;
 constexpr int FLOAT_ROWS = 6;
-// Rows whose inputs stay in the cache while all weights pass by.
+// Number of rows whose inputs stay in the processor's cache while all weights are read.
 constexpr int64_t ROWS_IN_CACHE = 48;
 
-// Inputs are added in their order for every number of rows, each by one fused operation.
+// For every number of rows, sums are added in the order of the inputs, by fused multiply-adds.
 template <int ROWS>
 inline void multiply_float_tile(const float *x, const float *weight, int64_t inputs, float (*sums)[FLOAT_TILE]) {
   part total[ROWS][2] = {};

@@ -68,7 +68,7 @@ def load_kernels() -> ctypes.CDLL | None:
     try:
         kernels = ctypes.CDLL(str(path))
     except OSError as error:
-        log.warning("the CPU kernels cannot be loaded; PyTorch's are used", extra={"error": str(error)})
+        log.warning("the CPU kernels cannot be loaded; PyTorch's operators are used", extra={"error": str(error)})
         return None
     pointer = ctypes.c_void_p
     kernels.nanochat_prepare.argtypes = (pointer,) * 4
@@ -113,7 +113,7 @@ def find_cached() -> Path | None:
                 _build(compiler, _FLAGS, path)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        log.warning("the CPU kernels cannot be built; PyTorch's are used", extra={"error": detail[-2000:]})
+        log.warning("the CPU kernels cannot be built; PyTorch's operators are used", extra={"error": detail[-2000:]})
         return None
     return path
 

@@ -17,7 +17,7 @@ from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE, rms_norm
 
 
 class CpuAttention:
-    """Tells the kernels where the tokens of one ragged batch are in the cache. The batch has the order of ``chunks``.
+    """Tells the kernels where the tokens of one ragged batch are in the cache. The tokens have the order of ``chunks``.
 
     The keys of a block have shape (n_kv_head, head_dim, block_size). Its values have shape (n_kv_head, block_size,
     head_dim).
@@ -55,9 +55,9 @@ class CpuAttention:
         )
 
     def with_logits(self, batch: Batch, queries: Tensor) -> Batch:
-        """The batch without the tokens whose logits are not needed. Only the kernels after ``prepare`` may use it.
+        """The batch reduced to the tokens whose logits are needed. Only kernels that run after ``prepare`` may use it.
 
-        ``queries`` are the queries of the remaining tokens.
+        ``queries`` (tokens, dim) are the queries of these tokens.
         """
         counts = [chunk.logits for chunk in self.chunks]
         self._first_with_logits = np.zeros(len(counts) + 1, np.int32)
@@ -76,8 +76,8 @@ class CpuAttention:
         """One layer's cache as a C struct.
 
         ``qkv_columns`` is the number of columns in the product of the input with the weights of q, k, v and value
-        gates. ``value_table`` is the address of the layer's value embeddings, if any. They have ``value_columns``
-        columns.
+        gates. ``value_table`` is the address of the layer's value embeddings, or None. Their rows are ``value_columns``
+        numbers apart in memory.
         """
         cache, group = self._cache, self._cache.group_of[index]
         slots, tables, first_entry = self._places[group]

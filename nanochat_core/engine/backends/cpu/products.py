@@ -1,8 +1,8 @@
-"""Products with fp32 weights on a CPU, by the engine's own kernel or by oneDNN, whichever is faster there.
+"""Products with fp32 weights on a CPU, computed by the engine's own kernel or by oneDNN, whichever is faster.
 
-oneDNN needs some 20 µs to begin a product, which is most of the time of a step with few tokens. The kernel begins at
-once. How fast each of them multiplies depends on the processor, so it is measured. The kernel is chosen only if both
-give the same bits. Otherwise, replicas that have measured separately could give different answers.
+oneDNN needs about 20 µs to begin a product, which is most of the time of a step with few tokens. The kernel begins
+immediately. Which one multiplies faster depends on the processor, so both are measured. The kernel is chosen only if
+both compute the same bits. Otherwise, replicas that measure separately could give different answers.
 """
 
 import functools
@@ -15,19 +15,21 @@ from nanochat_core.cpu_calibration import fastest
 from nanochat_core.engine.backends.cpu.library import load_kernels
 from nanochat_core.engine.backends.weights import PackedWeight, Weight, packs
 
-# Weights of at most this many numbers are not measured. Beginning a product takes oneDNN longer than multiplying them.
+# Products with weights of at most this many numbers are not measured. The kernel computes them, because oneDNN needs
+# longer to begin such a product than to multiply.
 _MOST_UNMEASURED = 2**14
-# Weights of more numbers than this are not measured either: it would take seconds at each start of a new container.
+# Products with weights of more numbers than this are not measured either. oneDNN computes them, because measuring would
+# take seconds at each start of a new container.
 _MOST_MEASURED = 2**22
-# Numbers of rows of the measured products: many steps that decode, and one that computes a prompt.
+# Numbers of rows in the measured products. They stand for twelve steps that decode and one step that computes a prompt.
 _MEASURED_ROWS = (*(1, 8, 32) * 4, 256)
 
 
 class TiledWeight:
     """A :class:`~nanochat_core.engine.backends.weights.Weight` in fp32 that the engine's kernel multiplies.
 
-    The product of a row has the same bits, no matter how many rows are computed together: each output adds the inputs
-    in their order.
+    The product of a row has the same bits, no matter how many rows are computed together, because every sum is added in
+    the order of the inputs.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -69,13 +71,13 @@ def faster_weight(weight: Tensor) -> Weight:
 
 @functools.cache
 def _kernel_is_faster(out_features: int, in_features: int, threads: int) -> bool:
-    """Whether the kernel is faster and gives the same bits, by the kept answer or by measuring."""
+    """Whether the kernel is faster than oneDNN and computes the same bits: a kept answer, or a new measurement."""
     draw = torch.Generator().manual_seed(0)
     weights: dict[str, Weight] = {}
     inputs: list[Tensor] = []
 
     def multiply(name: str) -> None:
-        """Tensors are made only if something is measured."""
+        """Compute the measured products. The tensors are created here, because most processes measure nothing."""
         if not weights:
             weight = torch.rand(out_features, in_features, generator=draw)
             weights.update(onednn=PackedWeight(weight), kernel=TiledWeight(weight))

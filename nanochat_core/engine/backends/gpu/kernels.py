@@ -1,4 +1,4 @@
-"""Everything that a step computes between matrix products on a GPU: paged attention and elementwise operations.
+"""The kernels of a step on a GPU: paged attention, and the elementwise operations between matrix products.
 
 The kernels are written in Triton. Importing this module needs Triton but no GPU. All arithmetic is fp32, whatever the
 dtype of weights, activations and cache. Every token is computed independently of the other tokens, and the order in
@@ -13,13 +13,16 @@ import triton.language as tl
 def enter(x0, x, scale, embedding, smear, ids, previous_ids, scales, epsilon, dim, WIDTH: tl.constexpr):
     """Compute the embedding after the smear, and the first block's input. One program runs per token.
 
+    :mod:`nanochat_core.model` explains the smear, and the scales of a block's input.
+
     Args:
         x0: (tokens, dim) receives the embedding.
         x: (tokens, dim) receives the first block's input.
         scale: (tokens,) fp32 receives 1 / sqrt(sum of squares of ``x``).
         embedding: (rows, dim), normalized; the row after the last token id is zero.
         smear: (vocabulary, 1) factor of the previous token's embedding.
-        scales: (4,) fp32 residual scale and skip scale of the first block.
+        ids, previous_ids: (tokens,) ids of each token and of the token before it.
+        scales: (4,) fp32; the first two numbers are the residual scale and the skip scale of the first block.
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
@@ -35,7 +38,7 @@ def enter(x0, x, scale, embedding, smear, ids, previous_ids, scales, epsilon, di
 
 @triton.jit
 def _mix(x, scale, row, first, scales, epsilon, dim, token, WIDTH: tl.constexpr):
-    """Compute and store a block's input, and the scale that normalizes it."""
+    """Store a block's input ``x``, a weighted sum of ``row`` and ``first``, and the scale that normalizes ``x``."""
     columns = tl.arange(0, WIDTH)
     mixed = (row * tl.load(scales) + first * tl.load(scales + 1)).to(x.dtype.element_ty)
     tl.store(x + token * dim + columns, mixed, columns < dim)
@@ -72,7 +75,9 @@ def prepare(
         queries: (tokens, HEADS, HEAD_DIM) receives the queries.
         keys, values: (slots, KV_HEADS, HEAD_DIM), the cache; it receives the new keys and values.
         value_table: (vocabulary, value_columns) value embeddings of this layer; unused unless GATED.
+        ids, positions, slots: (tokens,) id, position in the sequence, and cache slot of each token.
         turns: (context, HEAD_DIM / 2, 2) fp32 cosines and negative sines of the rotations.
+        scale: (tokens,) as in :func:`enter`.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -125,7 +130,7 @@ def attend_tokens(
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Compute attention of single tokens over one split of their keys: the SPLIT keys from ``split * SPLIT`` on.
+    """Compute attention of single tokens over one split of their keys, that is, SPLIT keys from ``split * SPLIT`` on.
 
     There is one program per token, head and split, so a few long sequences keep the whole device busy (flash decoding,
     Dao et al. 2023). :func:`combine` combines the splits of a token. A program stores nothing if its token does not see
@@ -272,7 +277,7 @@ def attend_tiles(
         distance = position[:, None] - key[None, :]
         score = tl.where((distance >= 0) & (distance <= window), score, -float("inf"))
         higher = tl.maximum(top, tl.max(score, 1))
-        steady = tl.where(higher == -float("inf"), 0.0, higher)  # -inf if the row has not seen a key yet
+        steady = tl.where(higher == -float("inf"), 0.0, higher)  # ``higher`` is -inf if the row has seen no key yet
         fade = tl.exp(top - steady)
         share = tl.exp(score - steady[:, None])
         weight = weight * fade + tl.sum(share, 1)
@@ -294,14 +299,15 @@ def relu_square(x, count, SIZE: tl.constexpr):
 def finish(x, y, kept, x0, scale, scales, epsilon, dim, WIDTH: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr):
     """Add the MLP's result to ``x``, and compute the next block's input. One program runs per token.
 
-    The MLP's input was not normalized. This kernel multiplies the MLP's result by the factor of the norm instead.
+    The MLP's input was not normalized. The MLP squares its activations, so this kernel multiplies the MLP's result by
+    the square of the norm's factor instead.
 
     Args:
         x: (tokens, dim) receives the next block's input, or this block's output if this block is the LAST.
         y: (tokens, dim) result of the MLP.
         kept: (tokens, dim) receives this block's output if KEEP is set.
         scale: (tokens,) as in :func:`enter`; unchanged in the LAST block.
-        scales: (4,) fp32 residual scale and skip scale of the next block.
+        scales: (4,) fp32; the first two numbers are the residual scale and the skip scale of the next block.
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
@@ -345,7 +351,7 @@ def softcap(logits, raw, count, columns, raw_columns, cap, SIZE: tl.constexpr):
 
     Args:
         logits: (rows, columns) fp32.
-        raw: (rows, raw_columns).
+        raw: (rows, raw_columns) logits before the softcap, divided by ``cap``.
         count: rows * columns.
     """
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)

@@ -18,15 +18,16 @@ from nanochat_core.engine.kv_cache import BlockMemory
 from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE
 
 _EPSILON = torch.finfo(torch.float32).eps
-# When attention is computed token by token, a program reads SPLIT keys, in tiles of _SPLIT_TILE. Splits begin at
-# multiples of SPLIT, so the order of additions depends only on a token's position.
+# When attention is computed token by token, one program of the kernel reads SPLIT keys, in tiles of _SPLIT_TILE. Splits
+# begin at multiples of SPLIT, so the order of additions depends only on a token's position.
 SPLIT = 256
 _SPLIT_TILE = 32
 # Maximum number of tokens in a tile, and maximum number of keys that a tile reads at a time.
 LARGEST_TILE = 64
 # In elementwise kernels, one program processes this number of values.
 _CHUNK = 1024
-# This FlashAttention package runs on Hopper GPUs. No other package supports cache blocks of any size.
+# The package of FlashAttention 3, which runs on Hopper GPUs. Other FlashAttention packages do not support all sizes of
+# cache blocks.
 _FLASH_MODULE, _FLASH_CAPABILITY = "flash_attn_interface", 9
 
 FlashKernel = Callable[..., Any]
@@ -90,8 +91,8 @@ class GpuNetwork(ServingWeights):
         """Write keys and values to the cache; returns the normalized last hidden states (tokens, dim).
 
         If ``wanted`` is given, only the hidden states of the tokens with these indices (int64) are returned. For the
-        other tokens, the last layer computes only keys and values. Its attention is then computed token by token, which
-        is faster for few tokens.
+        other tokens, the last layer computes only keys and values. The attention of the last layer is then computed
+        token by token, which is faster for few tokens.
         """
         layers, rows, dim = self._layers, (step.tokens,), self.config.dim
         x0 = torch.empty(step.tokens, dim, dtype=self.dtype, device=self.device)
@@ -142,7 +143,10 @@ class GpuNetwork(ServingWeights):
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Write softcapped fp32 logits (tokens, vocab_size) of hidden states (tokens, dim) to ``out`` or new memory."""
+        """Compute softcapped fp32 logits (tokens, vocab_size) of hidden states (tokens, dim).
+
+        The logits are stored in ``out`` if it is given.
+        """
         raw = self._head(hidden)
         logits = torch.empty(len(raw), self.config.vocab_size, device=self.device) if out is None else out
         count = logits.numel()

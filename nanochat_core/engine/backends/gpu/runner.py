@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 # graph: starting the kernels one by one takes less time than running the kernels.
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
-# If a large step has at least this many tokens for each wanted row, its last layer computes only the wanted rows. With
-# more wanted rows, attention of all tokens in tiles is faster than attention of the wanted tokens one by one.
+# If a large step has at least this many tokens for each token whose logits are needed, the last layer computes only
+# these tokens. If more logits are needed, attention of all tokens in tiles is faster than attention of the needed
+# tokens one by one.
 LEAST_TOKENS_PER_ROW = 4
 
 Compute = Callable[[], Tensor]
@@ -105,7 +106,7 @@ class GpuRunner:
         with torch.cuda.stream(stream):
             compute()  # compiles kernels and initializes libraries; a graph cannot record such work
         graph = torch.cuda.CUDAGraph()
-        # Another thread may be serving the previous model. In this mode, that thread's allocations do
+        # Another thread may still serve requests with the previous model. In this mode, that thread's allocations do
         # not stop the recording.
         with RECORDING, torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             logits = compute()

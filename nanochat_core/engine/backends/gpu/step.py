@@ -20,7 +20,7 @@ _PADDING_ROW = 0
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Divides the tokens of a large step into sequences and tiles. Tensors are int32."""
+    """Divides a large step into sequences and into tiles of up to ``tile_rows`` tokens. Tensors are int32."""
 
     tiles: Tensor  # (tiles, 4), see :func:`~nanochat_core.engine.backends.gpu.kernels.attend_tiles`
     first_tokens: Tensor  # (sequences + 1,) index of each sequence's first token, followed by the number of tokens
@@ -49,7 +49,7 @@ class Step:
         return self.ids.numel()
 
     def only(self, wanted: Tensor) -> "Step":
-        """The tokens with these indices, for attention token by token."""
+        """The step reduced to the tokens with these indices (int64). Attention is then computed token by token."""
         return dataclasses.replace(
             self,
             ids=self.ids.index_select(0, wanted),
@@ -171,7 +171,7 @@ class _HostBuffer:
         self.by_token, self.tiles, self.sequences, self.tables = (part.numpy() for part in parts)
         self.tables[_PADDING_ROW] = np.array([[group.num_blocks] for group in groups])
         # For each row and group: the block table (a list) that was last written there, and how many of its entries were
-        # written. If the same list comes again, only its new entries must be written, because a table only grows. A
+        # written. If the same list is written again, only its new entries must be copied, because a table only grows. A
         # sequence that is admitted again gets a new list.
         self._written: list[list[tuple[list[int], int]]] = [[([], 0)] * layout.groups for _ in range(layout.rows)]
         self._copied = torch.cuda.Event() if pinned else None

@@ -1,15 +1,16 @@
 """The paged KV cache for PyTorch's operators, and attention of a ragged batch over it.
 
 On a CPU, a token's attention must have the same bits whether the token is decoded, prefilled or recomputed, alone or in
-a batch. The order in which PyTorch adds numbers stays the same only for some shapes. A trial of all shapes with MKL on
-AVX-512 has found these shapes. Attention therefore uses only shapes with these properties:
+a batch. PyTorch adds numbers in the same order only for some shapes, which were found by trying all shapes with MKL on
+AVX-512. Attention therefore uses only shapes with the following properties:
 
 - The number of query rows is a multiple of a number that depends on the CPU (:func:`row_multiple`), because PyTorch
   uses other matrix kernels for fewer rows.
-- Keys are processed in tiles of ``KEY_TILE``. After each tile, the kernel rescales its running softmax. Tiles are
-  counted from the start of the sequence, also in layers with a window.
-- The last tile is either full or at most half full, because longer sums are split in two. The number of keys in the
-  last tile is a multiple of :data:`KEY_MULTIPLE`.
+- Keys are processed in tiles of ``KEY_TILE``. After each tile, the kernel rescales its running softmax. Tiles begin at
+  multiples of ``KEY_TILE`` in the sequence, also in layers with a window, so that the softmax is rescaled after the
+  same keys.
+- The last tile is either full or at most half full, because PyTorch splits longer sums in two. The number of keys in
+  the last tile is a multiple of :data:`KEY_MULTIPLE`.
 """
 
 import functools
@@ -69,7 +70,7 @@ class TorchCache(BlockMemory):
     def mask(self, group: int, first: np.ndarray, keys: int) -> Tensor:
         """The mask that is added to the scores: 0 for visible keys, -inf for hidden keys.
 
-        Its shape is (chunks, 1, rows * query heads per kv head, keys). ``keys`` is a number of successive keys.
+        Its shape is (chunks, 1, rows * query heads per kv head, keys). ``keys`` is the number of successive keys.
         ``first`` (chunks, rows) is, for each query, the position of the first key minus the query's position.
         """
         shared = self.config.n_head // self.config.n_kv_head

@@ -13,9 +13,9 @@ class Attend(Protocol):
     """Causal attention of one layer. The implementation stores the keys and values of earlier tokens.
 
     ``q`` has shape (tokens, n_head, head_dim); ``k`` and ``v`` have shape (tokens, n_kv_head, head_dim) and belong to
-    the tokens of this batch. If a number of last tokens is wanted, ``q`` contains only these in the last layer. The
-    result has the shape of ``q``. ``q`` and ``k`` are unit vectors; a score is their product times
-    ``QK_SCALE ** 2 * sqrt(head_dim)``.
+    the tokens of this batch. If :meth:`TorchNetwork.hidden` gets a number of wanted tokens, ``q`` contains only these
+    last tokens in the last layer. The result has the shape of ``q``. ``q`` and ``k`` are unit vectors; a score is their
+    product times ``QK_SCALE ** 2 * sqrt(head_dim)``.
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
@@ -41,8 +41,8 @@ class TorchNetwork(ServingWeights):
             positions: (tokens,) position of each token in its sequence.
             attend: causal attention for these tokens.
             wanted: the tokens whose hidden states are returned: a number of last tokens, or an int64 tensor of indices;
-                None returns all. For the other tokens, the last layer computes only keys and values, and with indices
-                also attention.
+                None returns all. For the other tokens, the last layer computes only keys and values and, if ``wanted``
+                is a tensor, attention.
 
         Returns:
             (tokens, dim) or (wanted tokens, dim), in the compute dtype.
