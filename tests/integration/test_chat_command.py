@@ -1,7 +1,6 @@
 """``nanochat chat`` in a pseudo-terminal and in a pipe, with a scripted engine behind the real gateway."""
 
 import asyncio
-import functools
 import json
 import os
 import pty
@@ -33,6 +32,10 @@ async def served() -> AsyncIterator[tuple[ScriptedEngine, str]]:
         yield engine, url
 
 
+# Makes stdin the controlling terminal, and runs the command of its arguments there.
+_ON_TERMINAL = "import os, sys; os.login_tty(0); os.execvp(sys.argv[1], sys.argv[1:])"
+
+
 class Terminal:
     """A process on a pseudo-terminal. ``shown`` is everything that it has written."""
 
@@ -42,10 +45,10 @@ class Terminal:
 
     async def __aenter__(self) -> "Terminal":
         self._master, slave = pty.openpty()
-        # Ctrl-C is a signal only on the controlling terminal.
-        self.process = await asyncio.create_subprocess_exec(
-            *self._command, env=self._environment, cwd=ROOT, preexec_fn=functools.partial(os.login_tty, slave)
-        )
+        # Ctrl-C is a signal only on the controlling terminal. A function between fork and exec could set it too, but
+        # children of processes with threads were seen to crash in such functions.
+        command = sys.executable, "-c", _ON_TERMINAL, *self._command
+        self.process = await asyncio.create_subprocess_exec(*command, env=self._environment, cwd=ROOT, stdin=slave)
         os.close(slave)
         asyncio.get_running_loop().add_reader(self._master, self._read)
         return self
