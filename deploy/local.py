@@ -51,7 +51,7 @@ class LocalSettings:
         "text to train a missing model other than demo on: a file, a folder or a pattern",
         env="DATA",
     )
-    port: int = setting(0, "port of the web page and the API; 0 takes a free one", env="PORT", minimum=0, maximum=65535)
+    port: int = setting(0, "port of the web page and the API; 0 chooses a free port", env="PORT", minimum=0, maximum=65535)
     ready_seconds: float = setting(
         120.0, "seconds to wait until a chat is possible; the time of the training does not count", minimum=1.0
     )

@@ -13,11 +13,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 DAEMON_WORK = "daemon-work"
-"""Name of the threads."""
+"""Name of the threads that :func:`run_in_daemon_thread` starts."""
 
 
 async def run_in_daemon_thread(function: Callable[..., T], *arguments: object) -> T:
-    """Call ``function`` on a new daemon thread and wait for its result.
+    """Call ``function`` on a new daemon thread and wait for its result or its exception.
 
     Canceling the wait does not stop the function.
     """

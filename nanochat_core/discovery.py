@@ -17,9 +17,9 @@ from nanochat_core.errors import UserError
 log = logging.getLogger(__name__)
 
 LOOKUP_SECONDS = 2.0
-"""Usual time between two lookups. A cluster's name server keeps its answers for about five seconds."""
+"""Usual time between two lookups. A cluster's name server itself keeps its answers for about five seconds."""
 
-# A name server that does not answer delays the addresses of the other names for at most this long.
+# Time limit of a lookup. All names are looked up together, so a name without an answer delays all other addresses.
 _TIMEOUT_SECONDS = 5.0
 
 
@@ -70,11 +70,12 @@ async def watch_endpoints(
 ) -> None:
     """Look up the endpoints of ``targets`` again and again until canceled, or once if no target has a name.
 
-    If the lookup of a name fails, its last known addresses stay, and a warning is logged once. An address that belongs
-    to several targets appears once.
+    If the lookup of a name fails, its last known addresses stay in use, and a warning is logged, but not again until a
+    lookup of this name has succeeded. If several targets have the same address and port, their endpoint appears once,
+    with the host of the first of these targets.
 
     Args:
-        targets: ``host:port`` each; a host that is an IP address is not looked up.
+        targets: texts of the form ``host:port``; a host that is an IP address is not looked up.
         on_change: called with the endpoints after the first lookups (even if there are no endpoints), and after each
             change. If ``on_change`` raises an exception, the exception is logged, and ``on_change`` is called again
             after the next lookups.
@@ -116,7 +117,7 @@ async def watch_endpoints(
             except Exception:
                 log.exception("change of endpoints failed", extra={"addresses": [each.address for each in current]})
         if not names and current == last:
-            return  # addresses do not change
+            return  # all targets are IP addresses, which do not change
         await asyncio.sleep(seconds)
 
 

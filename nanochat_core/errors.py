@@ -1,4 +1,4 @@
-"""Errors that a user can cause, and how a program ends after one."""
+"""Errors that a user can cause, and how a program ends after such an error."""
 
 import sys
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from collections.abc import Callable
 # Exit code of the gate, and of a pipeline or a lesson whose model the gate refused. The code 2 means a wrong setting,
 # and codes from 128 on make Kubernetes restart the job.
 EXIT_REFUSED = 3
-# Exit codes of a lesson that failed for a reason of its own, such as an answer that is too long, and of a lesson that
-# somebody canceled. A program that crashed has the code 1.
+# Exit code of a lesson that failed for a reason other than the gate, such as an answer that is too long.
 EXIT_FAILED = 4
+# Exit code of a lesson that somebody canceled. The code 1 is not used here: Python exits with it after a crash.
 EXIT_CANCELED = 5
 
-# The CPU's allocator, CUDA, cuBLAS and cuDNN report missing memory as RuntimeErrors with these texts.
+# The CPU's allocator, CUDA, cuBLAS and cuDNN report a lack of memory as RuntimeErrors with these texts.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
@@ -34,7 +34,10 @@ class RetryableError(UserError):
 
 
 def run_main(main: Callable[[], int | None], program: str) -> None:
-    """Runs ``main`` and exits with the code that it returns. A :class:`UserError` becomes one line on stderr."""
+    """Runs ``main`` and exits with the code that it returns.
+
+    A :class:`UserError` or a lack of memory becomes one line on stderr.
+    """
     try:
         code = main()
     except UserError as error:

@@ -35,11 +35,11 @@ class ServiceChannel:
         self._closed = False
 
     def unary_unary(self, method: str, **codecs: Any) -> "_Method":
-        """Called by stubs."""
+        """A method that answers with one message. The generated stubs call this."""
         return _Method(self, "unary_unary", method, codecs)
 
     def unary_stream(self, method: str, **codecs: Any) -> "_Method":
-        """Called by stubs."""
+        """A method that answers with a stream of messages. The generated stubs call this."""
         return _Method(self, "unary_stream", method, codecs)
 
     async def close(self) -> None:
@@ -81,7 +81,7 @@ class ServiceChannel:
 
 @dataclasses.dataclass(eq=False)
 class _Connection:
-    """A channel of gRPC with one identity, and the number of its running calls."""
+    """A gRPC channel that uses one TLS identity, and the number of its running calls."""
 
     channel: Any
     identity: Identity | None
@@ -96,7 +96,11 @@ class _Method:
         self._channel, self._kind, self._name, self._codecs = channel, kind, name, codecs
 
     def __call__(self, request: Any = None, *, metadata: Iterable[tuple[str, str]] = (), **options: Any) -> Any:
-        """Start a call, as a method of :mod:`grpc.aio` does. ``metadata`` takes precedence over the span's headers."""
+        """Start a call and return the call object of :mod:`grpc.aio`, to which ``options`` are passed.
+
+        The call's headers are those of the current span, and ``metadata``. If both have a header, ``metadata`` takes
+        precedence.
+        """
         connection = self._channel.connection()
         method = connection.methods.get(self._name)
         if method is None:

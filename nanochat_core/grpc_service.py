@@ -22,7 +22,8 @@ from nanochat_core.settings import setting
 from nanochat_core.tls import TlsSettings, tls_files
 from nanochat_core.tracing.tracer import Tracer, TracingSettings
 
-# Clients ping idle connections to find out whether the service still answers. gRPC's default is one ping in 5 minutes.
+# Clients ping idle connections to find out whether the service still answers. By default, a gRPC server closes the
+# connection of a client that pings more often than every 5 minutes.
 _MIN_PING_SECONDS = 10
 
 LIVE = "live"
@@ -34,14 +35,14 @@ class ListenSettings(TlsSettings, TracingSettings):
     """The addresses of a service. Each service's own settings derive from this class and give the default ports."""
 
     host: str = setting("127.0.0.1", "address to serve gRPC on")
-    port: int = setting(0, "port to serve gRPC on; 0 takes any free one", minimum=0, maximum=65535)
+    port: int = setting(0, "port to serve gRPC on; 0 chooses a free port", minimum=0, maximum=65535)
     metrics_host: str = setting("", "address to serve Prometheus metrics on; empty means the same as the host")
     metrics_port: int = setting(
-        0, "port to serve Prometheus metrics on; 0 takes any free one", minimum=0, maximum=65535
+        0, "port to serve Prometheus metrics on; 0 chooses a free port", minimum=0, maximum=65535
     )
     health_port: int = setting(
         0,
-        "port of a second health service, never encrypted, for probes that cannot show a certificate; 0 opens none",
+        "port of a second health service, never encrypted, for probes without a TLS certificate; 0 opens no such port",
         minimum=0,
         maximum=65535,
     )
@@ -121,7 +122,7 @@ class GrpcService:
             await self._health.set(name, states.SERVING if serving else states.NOT_SERVING)
 
     async def announce_ready(self, log: logging.Logger, **fields: object) -> None:
-        """Report SERVING, and log the event ``ready`` with both addresses, the process id and ``fields``."""
+        """Report SERVING, and log the event ``ready`` with the addresses, the process id and ``fields``."""
         await self.set_serving(True)
         log.info("ready", extra=self._addresses | {"pid": os.getpid()} | fields)
 
@@ -149,7 +150,7 @@ class _RequestSpans(grpc.aio.ServerInterceptor):  # type: ignore[misc] # grpc ha
         if handler is None or details.method.startswith("/grpc."):
             return handler
         name = details.method.removeprefix("/")
-        # gRPC gives binary values as bytes. The headers of a span are text.
+        # A span's headers are text, so binary headers, whose values gRPC passes as bytes, are left out.
         headers = {key: value for key, value in details.invocation_metadata if isinstance(value, str)}
         codecs = (handler.request_deserializer, handler.response_serializer)
 

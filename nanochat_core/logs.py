@@ -1,4 +1,4 @@
-"""Structured logs on stderr: one JSON object per line, or on a terminal one readable line."""
+"""Structured logs on stderr: each event is one JSON object on one line, or readable text if stderr is a terminal."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from nanochat_core.tracing.span import current_span
 # Moves the cursor of a terminal to the beginning of its line, and erases the line.
 CLEAR_LINE = "\r\x1b[K"
 
-# Control characters that a terminal may obey; a newline and a tab are harmless.
+# Control characters that a terminal may obey. Newline and tab are not among them, because they are harmless.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}

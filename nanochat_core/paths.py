@@ -16,7 +16,8 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 def check_name(name: str, kind: str) -> str:
     """Returns ``name`` if it is a valid name for ``kind``, such as ``a model``. Raises UserError for any other name.
 
-    The name becomes the name of a folder. In a mixture, commas separate names, and colons separate weights.
+    A valid name has no slash, because it is also the name of a folder. It has no comma and no colon, because a mixture
+    of datasets is written as ``name:weight,name:weight``.
     """
     if len(name) > _LONGEST_NAME:
         raise UserError(f"{name[:40]!r}… cannot name {kind}: it is longer than {_LONGEST_NAME} characters")
@@ -44,5 +45,8 @@ def user_path(text: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder for what this machine can make again: compiled kernels and measured choices. It may not exist yet."""
+    """The folder for files that this machine can make again: compiled kernels and the results of the CPU calibration.
+
+    The folder may not exist yet.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanochat", "kernels")

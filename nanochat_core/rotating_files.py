@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 CHECK_SECONDS = 1.0  # shortest time between two checks of the files
 
-FileState = list[tuple[int, int, int]]
+FileState = list[tuple[int, int, int]]  # of each file: inode, modification time in ns, size in bytes
 
 
 class RotatingFiles(Generic[T]):
     """A value that is read from files, and read again after they change. The methods may be called on any thread."""
 
     def __init__(self, kind: str, paths: Sequence[str], read: Callable[[], T]) -> None:
-        """Reads the value, and raises the errors of ``read``.
+        """Reads the value. Raises UserError if a file cannot be found, and the errors of ``read``.
 
         Args:
             kind: what the files are, for messages, such as ``TLS``.

@@ -1,4 +1,4 @@
-"""Sends calls to healthy sandbox services. If a sandbox dies, another sandbox repeats its calls."""
+"""A client that sends calls to healthy sandbox services. If a sandbox dies, another sandbox repeats its calls."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from nanochat_core.tls import TlsFiles
 log = logging.getLogger(__name__)
 
 OnOutput = Callable[[sandbox_pb2.ExecuteEvent], None]
-"""Gets each piece of the code's output while the code runs."""
+"""A function that is called with each piece of the code's output while the code runs."""
 
 # The sandbox stops the code at the time limit and answers TIMEOUT. The client waits this much longer for that answer.
 _ANSWER_SECONDS = 1.0
@@ -80,16 +80,16 @@ class Sandboxes:
 
     @property
     def serving(self) -> int:
-        """Number of sandboxes that can take calls."""
+        """Number of sandboxes that accept calls."""
         return len(self._serving(set()))
 
     async def execute(
         self, request: sandbox_pb2.ExecuteRequest, seconds: float, on_output: OnOutput | None = None
     ) -> sandbox_pb2.ExecuteReply:
-        """Run the code of a request. A limit of wall time in ``request`` is lowered, in place, to fit ``seconds``.
+        """Run the code of a request. If ``request`` limits the wall time, this field is lowered to fit ``seconds``.
 
-        With ``on_output``, the output is also passed on while the code runs. Once the code has written something, the
-        call is not repeated, so that nothing is passed on twice.
+        If ``on_output`` is given, it is also called with the output while the code runs. Once the code has written
+        something, the call is not repeated, so that no output is passed on twice.
 
         Raises:
             NoSandbox: no sandbox has answered.
@@ -231,7 +231,7 @@ class _Sandbox:
     """One sandbox as its client sees it.
 
     Attributes:
-        serving: whether the sandbox can take calls.
+        serving: whether the sandbox accepts calls.
         lost: whether the sandbox has stopped answering. A sandbox that drains is neither serving nor lost.
         calls: number of this client's calls that the sandbox runs now.
         last_call: serial number of the latest call that the sandbox got.
@@ -262,7 +262,7 @@ class _Sandbox:
                 self._idle.set()
 
     def set_state(self, *, serving: bool = False, lost: bool = False, reason: str = "") -> None:
-        """Note whether the sandbox takes calls and whether it has died or hangs."""
+        """Record whether the sandbox accepts calls, and whether it has died or hangs."""
         if (serving, lost) == (self.serving, self.lost):
             return
         self.serving, self.lost = serving, lost

@@ -45,8 +45,8 @@ def setting(
         env: environment variable; by default ``<PREFIX>_<FIELD>``.
         minimum, maximum: inclusive bounds of a number.
         secret: whether :func:`describe`, logs and the repr hide the value.
-        positional: whether the arguments that belong to no flag also give the value. They are the words of a text or
-            the members of a tuple. Only one field of a dataclass may be positional.
+        positional: whether the value may also be given without its flag. The arguments that belong to no flag are then
+            the words of the text, or the members of the tuple. Only one field of a dataclass may be positional.
     """
     metadata = {"help": help, "env": env, "minimum": minimum, "maximum": maximum, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata | {"positional": positional}, repr=not secret)
@@ -71,8 +71,8 @@ def load(
             ``float``, ``bool``, ``tuple[str, ...]`` (comma separated), ``Literal[...]`` and ``X | None``.
         prefix: beginning of the environment variables' names, such as ``NANOCHAT_ENGINE``.
         program: program name in the usage text, such as ``python -m services.engine``.
-        inherit: called with the settings that flags and variables give; returns values of other settings, which take
-            the place of their defaults.
+        inherit: called with the values that flags and variables give, by field name; returns values of other fields,
+            which replace their defaults.
     """
     environ = os.environ if environ is None else environ
     hints = typing.get_type_hints(cls)
@@ -98,7 +98,7 @@ def load(
         variable = _env_name(field, prefix)
         if words and field.metadata["positional"]:
             if field.name in given:
-                raise UserError(f"{' '.join(words)!r} stands beside {_flag(field)}; give only one of them")
+                raise UserError(f"{' '.join(words)!r} and {_flag(field)} give the same setting; use only one of them")
             raw, source = ("," if typing.get_origin(hints[field.name]) is tuple else " ").join(words), _flag(field)
         elif field.name in given:
             raw, source = given[field.name], _flag(field)

@@ -30,14 +30,16 @@ class TlsSettings:
         env="NANOCHAT_TLS_CA",
     )
     tls_certificate: str = setting(
-        "", "PEM file with this service's certificate; may be replaced while it runs", env="NANOCHAT_TLS_CERTIFICATE"
+        "",
+        "PEM file with this service's certificate; may be replaced while the service runs",
+        env="NANOCHAT_TLS_CERTIFICATE",
     )
     tls_key: str = setting("", "PEM file with the private key of the certificate", env="NANOCHAT_TLS_KEY")
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """The contents of the three files at one time."""
+    """The contents of the three PEM files. They belong together."""
 
     ca: bytes
     certificate: bytes

@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON files in the folders ``models/<name>/<stage>/step_<n>/`` of the store.
 
 ``names`` defines the names of checkpoints and lists them, and ``promotion`` stores which one is served. ``manifest``
-lists and verifies the files of a checkpoint, and ``loading`` reads them. Reading these file formats cannot execute
-code.
+lists and verifies the files of a checkpoint, and ``loading`` reads them. Unlike pickle, these file formats cannot
+execute code when they are read.
 """
 
 from nanochat_core.checkpoint.loading import (

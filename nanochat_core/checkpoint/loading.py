@@ -36,13 +36,17 @@ log = logging.getLogger(__name__)
 LoadedT = TypeVar("LoadedT")
 
 META_FORMAT = 1
-# Since format 2, the data position also contains the parts of documents that were not packed yet.
+# Since format 2, the position in the training data also contains the parts of documents that were not packed yet.
 TRAINER_STATE_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory."""
+    """A verified checkpoint in memory.
+
+    ``meta`` is the content of ``meta.json`` (settings, metrics, history). ``weights`` maps the names of the parameters
+    to CPU tensors.
+    """
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -98,20 +102,20 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
             tokenizer = Tokenizer.from_json(paths[TOKENIZER].read_bytes(), manifest.key(TOKENIZER))
             meta = _read_meta(manifest, store)
             weights = safetensors.torch.load_file(paths[WEIGHTS])
-        except FileNotFoundError as error:  # another program deletes the checkpoint at this moment
+        except FileNotFoundError as error:  # another program has just deleted the checkpoint
             raise DamagedCheckpoint(f"there is no checkpoint {ref.prefix} in {store}") from error
         except (SafetensorError, ValueError, OSError) as error:
             raise UserError(f"{ref.prefix} cannot be read: {error}") from error
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
-            f"{ref.prefix}: the tokenizer has {tokenizer.vocab_size} ids but the model {config.vocab_size}; "
+            f"{ref.prefix}: the tokenizer has {tokenizer.vocab_size} ids but the model has {config.vocab_size}; "
             "they do not belong together"
         )
     # Checkpoints of earlier versions do not say which tokenizer they were trained with.
     if meta.get("tokenizer_digest", tokenizer.digest) != tokenizer.digest:
         raise UserError(
             f"{ref.prefix}: tokenizer.json is not the tokenizer that the model was trained with; "
-            "restore that one or train the model again"
+            "restore the original tokenizer.json or train the model again"
         )
     return Checkpoint(config, tokenizer, meta, weights, manifest)
 
@@ -126,7 +130,7 @@ class Description:
 
 
 def load_description(store: Store, ref: CheckpointRef) -> Description:
-    """Reads and verifies the small files of a checkpoint. Raises the same errors as :func:`load_checkpoint`."""
+    """Reads and verifies ``config.json`` and ``meta.json``. Raises the same errors as :func:`load_checkpoint`."""
     manifest = load_manifest(store, ref)
     try:
         config = ModelConfig.from_json(manifest.fetch(store, CONFIG).read_bytes(), manifest.key(CONFIG))
@@ -151,10 +155,10 @@ def _read_meta(manifest: Manifest, store: Store) -> dict[str, Any]:
 
 
 def check_formats(store: Store, ref: CheckpointRef) -> None:
-    """Raises an error if this version of nanochat cannot read an undamaged file of a checkpoint.
+    """Raises UserError if this version of nanochat cannot read an undamaged file of a checkpoint.
 
-    Such a checkpoint must not be deleted. Damaged or missing files raise no error. Weights and optimizer tensors are
-    not read.
+    A checkpoint that raises this error must not be deleted, because another version may be able to read it. Damaged or
+    missing files raise no error. Weights and optimizer tensors are not read.
     """
     with contextlib.suppress(DamagedCheckpoint):
         manifest = load_manifest(store, ref)
@@ -166,11 +170,12 @@ def check_formats(store: Store, ref: CheckpointRef) -> None:
 
 
 def newest_checkpoint(store: Store, model: str, *stages: str) -> Checkpoint | None:
-    """Loads the newest undamaged checkpoint of the first of ``stages`` that has one; None if no stage has one.
+    """Loads the newest undamaged checkpoint of a model, or returns None if ``stages`` have no undamaged checkpoint.
 
-    Damaged checkpoints are logged and skipped. Any other error is raised, because the checkpoint may be undamaged. For
-    example, the store may have failed (StoreError), or a newer version of nanochat may have written the checkpoint
-    (NewerFormatError).
+    The stages are searched in the given order: a stage is searched only if the stages before it have no undamaged
+    checkpoint. Damaged checkpoints are logged and skipped. Any other error is raised, because the checkpoint may be
+    undamaged. For example, the store may have failed (StoreError), or a newer version of nanochat may have written the
+    checkpoint (NewerFormatError).
     """
     return _newest(load_checkpoint, store, model, stages)
 
@@ -195,8 +200,8 @@ def _newest(
 def pick_checkpoint(store: Store, model: str, revision: str, *stages: str) -> Checkpoint:
     """Loads the checkpoint that ``revision`` names: ``<stage>/step_<n>``, or ``promoted`` for the promoted one.
 
-    If ``revision`` is empty, the result is the newest checkpoint of the last of ``stages`` that has a checkpoint.
-    Raises UserError if the model has no such checkpoint, and the errors of :func:`load_checkpoint`.
+    If ``revision`` is empty, ``stages`` are searched from the last to the first, and the newest undamaged checkpoint of
+    a stage is loaded. Raises UserError if no checkpoint is found, and the errors of :func:`load_checkpoint`.
     """
     if revision == "promoted":
         ref = promoted(store, model)
@@ -223,14 +228,14 @@ class TrainerState:
     manifest: Manifest
     values: dict[str, Any]
     _store: Store
-    # The first row and the number of rows of each tensor in each file.
+    # For each file and each of its tensors, by name: the first row in the file, and the number of rows in the file.
     _index: dict[str, dict[str, tuple[int, int]]]
     _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def read(self, name: str, start: int, stop: int) -> Tensor | None:
         """Rows ``start`` to ``stop - 1`` of a tensor, combined from the files; None if the tensor was not stored.
 
-        Raises UserError if some of these rows were not stored, or a file is missing or damaged.
+        Raises UserError if some of these rows were not stored, or if a file is missing or damaged.
         """
         parts = []
         for file, tensors in self._index.items():
@@ -243,7 +248,7 @@ class TrainerState:
             return None
         parts.sort(key=lambda part: part[0])
         if [low for low, _, _ in parts] + [stop] != [start] + [high for _, high, _ in parts]:
-            raise UserError(f"{self.manifest.ref.prefix}: rows {start} to {stop} of {name} were not stored whole")
+            raise UserError(f"{self.manifest.ref.prefix}: not all rows from {start} to {stop} of {name} were stored")
         return parts[0][2] if len(parts) == 1 else torch.cat([tensor for _, _, tensor in parts])
 
     def fetch(self, names: Iterable[str]) -> None:
@@ -264,7 +269,7 @@ class TrainerState:
 
 
 def load_trainer_state(store: Store, ref: CheckpointRef) -> TrainerState:
-    """Reads the trainer state of a checkpoint, without its tensors.
+    """Reads the values of the trainer state of a checkpoint. :meth:`TrainerState.read` later reads the tensors.
 
     Raises the same errors as :func:`load_checkpoint`, and UserError if the checkpoint has no trainer state.
     """

@@ -72,12 +72,13 @@ class EngineServicer(object):
     """
 
     def Generate(self, request, context):
-        """Streams the continuation of a prompt. Cancelling the call frees its sequences at the next step.
+        """Streams the continuations of a prompt. Canceling the call frees its sequences at the next step.
         INVALID_ARGUMENT: the request can never be served; the message says why.
         RESOURCE_EXHAUSTED: the queue is full, or the device ran out of memory and the engine dropped the request; send it
-        again later. With the trailing metadata "caller-limit", only the request's caller has too many requests that wait.
-        FAILED_PRECONDITION: the prompt was made with another tokenizer, or the engine has other weights than the request
-        names.
+        again later. If the trailing metadata has the key "caller-limit", the reason is that the request's caller has too
+        many waiting requests, and the requests of other callers are accepted.
+        FAILED_PRECONDITION: the prompt was made with another tokenizer than the model's, or the engine has no model with
+        the weights that the request names.
         UNAVAILABLE: no model is loaded yet, the engine is draining, or its device loop has died.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -117,8 +118,8 @@ class EngineServicer(object):
 
     def GetProgress(self, request, context):
         """Reads from the store how far the training of the model has come, even while no model is loaded. NOT_FOUND: the
-        store has no progress of the model. FAILED_PRECONDITION: a newer version wrote it. UNAVAILABLE: the store does not
-        answer.
+        store has no progress of the model. FAILED_PRECONDITION: a newer version of nanochat wrote it. UNAVAILABLE: the
+        store does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

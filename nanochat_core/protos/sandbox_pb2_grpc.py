@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class SandboxStub(object):
-    """Runs untrusted Python. Each call has a process of its own. Nothing of this process remains after the call.
+    """Runs untrusted Python. Each call runs in a new process, and nothing of this process remains after the call.
     """
 
     def __init__(self, channel):
@@ -53,19 +53,20 @@ class SandboxStub(object):
 
 
 class SandboxServicer(object):
-    """Runs untrusted Python. Each call has a process of its own. Nothing of this process remains after the call.
+    """Runs untrusted Python. Each call runs in a new process, and nothing of this process remains after the call.
     """
 
     def Execute(self, request, context):
         """Runs code and always answers with a status. A gRPC error means an invalid request or a failure of the service.
-        Cancelling the call kills its process.
+        Canceling the call kills its process.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExecuteStream(self, request, context):
-        """Like Execute, and sends the code's output while the code runs. The last event is the reply, with all of the output.
+        """Like Execute, but also sends the code's output while the code runs. The last event is the reply, which contains the
+        whole output again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,7 +105,7 @@ def add_SandboxServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Sandbox(object):
-    """Runs untrusted Python. Each call has a process of its own. Nothing of this process remains after the call.
+    """Runs untrusted Python. Each call runs in a new process, and nothing of this process remains after the call.
     """
 
     @staticmethod

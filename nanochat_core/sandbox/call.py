@@ -1,4 +1,7 @@
-"""Runs one call: sends the code to a worker, enforces the limits, observes the worker, and derives the result."""
+"""Runs one call: sends the code to a worker, enforces the limits, observes the worker, and derives the result.
+
+The worker ends a call with a *claim*: its own report of how the code ended. The code can forge this report.
+"""
 
 import asyncio
 import enum
@@ -25,10 +28,10 @@ from nanochat_core.sandbox.worker_process import WorkerProcess
 
 _USAGE_CHECK_SECONDS = 0.05
 _RECEIVING_BYTES = 4 << 20
-# Most bytes of a file in a claim besides its content: the name and two lengths.
+# Largest number of bytes that a claim contains for a file in addition to the file's content: its name and two lengths.
 _FILE_OVERHEAD_BYTES = 5000
 
-# The pipes of stdout, of stderr and of the code's claim.
+# The pipes of stdout, of stderr and of the claim.
 _Streams = tuple[Capture, Capture, Capture]
 
 
@@ -57,12 +60,12 @@ async def run_call(
 ) -> ExecutionResult:
     """Run ``code`` in a fresh worker, then kill the worker. ``on_output`` gets stdout and stderr while the code runs.
 
-    The caller must dispose of the worker, which may not have ended yet. The executor's observations decide the status:
-    an exceeded limit, or the end of the process. The code's own claim counts only if the code ended by itself and
-    within its limits.
+    The caller must dispose of the worker, which may not have ended yet. What the executor observes decides the status:
+    an exceeded limit, or the end of the process. The claim counts only if the code ended by itself and within its
+    limits.
 
-    The limit of wall time begins when the code begins. Raises CodeNotBegun if the worker ended before that, and
-    WorkerFailed if its fork server ended during the call.
+    The limit of wall time begins when the code begins. Raises CodeNotBegun if the worker ended or hung before the code
+    began, and WorkerFailed if the worker's fork server ended during the call.
     """
     stdout = Capture("stdout", worker.stdout, limits.output_bytes, on_output)
     stderr = Capture("stderr", worker.stderr, limits.output_bytes, on_output)
@@ -85,12 +88,12 @@ async def run_call(
         failure = str(error)
     if watch.began is None:
         stderr.read_available()
-        raise CodeNotBegun(f"a sandbox worker did not take its call: {last_line(stderr.data) or failure}")
+        raise CodeNotBegun(f"a sandbox worker did not begin its call: {last_line(stderr.data) or failure}")
     wall = time.monotonic() - watch.began
     usage.sample_memory()
     cpu_after = usage.cpu_seconds()
     worker.kill()
-    # The answer does not wait for the end of a killed process, because the pipes have all that it has written so far.
+    # The answer does not wait for the end of a killed process, because the pipes already contain all of its output.
     ended = await worker.reap() if reason is _StopReason.EXITED else None
     for stream in streams:
         stream.read_available()
@@ -126,7 +129,7 @@ def _result(
     limits: Limits,
     files_wanted: bool,
 ) -> ExecutionResult:
-    """Derive the result of an ended call: first from the executor's observations, then from the code's claim."""
+    """Derive the result of an ended call: first from what the executor observed, then from the claim."""
     stdout, stderr, claim_stream = streams
     claim = _claim(claim_stream)
     kind, message, value = claim or (b"", b"", b"")
@@ -154,13 +157,13 @@ def _result(
         status = Status.OUTPUT_LIMIT
     elif cut:
         status, line = Status.OUTPUT_LIMIT, f"{' and '.join(cut)} limit of {limits.output_bytes} bytes exceeded"
-    elif files_cut and kind in (protocol.VALUE, protocol.NOTHING):  # otherwise, the code's own failure is the status
+    elif files_cut and kind in (protocol.VALUE, protocol.NOTHING):  # a failure of the code takes precedence
         status = Status.OUTPUT_LIMIT
         line = f"limit of {profile.config.max_file_bytes} bytes or {profile.config.max_files} files exceeded"
     elif claim is not None:
         status, line = _classify_claim(kind, decode(message), limits, scratch_bytes, quota)
     else:
-        assert ended is not None, "only a process that has ended makes no claim and exceeds no limit"
+        assert ended is not None, "without a claim and an exceeded limit, the process has ended"
         status, line = _classify_exit(ended, used, limits, worker.out_of_memory)
     return ExecutionResult(
         status=status,
@@ -177,7 +180,7 @@ def _result(
 
 
 def _read_files(fields: list[bytes], config: SandboxConfig) -> tuple[dict[str, bytes], bool]:
-    """Return the valid files of a claim, which code can forge, and whether the limits have cut off some files."""
+    """Return the valid files of a claim, and whether files are missing because they exceed the limits."""
     files: dict[str, bytes] = {}
     rest = config.max_file_bytes
     for encoded, content in zip(fields[::2], fields[1::2], strict=False):
@@ -229,11 +232,11 @@ class _Watch:
             self._stopped.set_result(reason)
 
     def _end(self) -> None:
-        self._drain(self._streams[-1])  # tells whether the code had begun
+        self._drain(self._streams[-1])  # finds out whether the code had begun
         self._stop(_StopReason.EXITED)
 
     def _send(self) -> None:
-        """Write what the pipe takes. After everything, close it."""
+        """Write as many bytes as the pipe accepts now. After the last byte, close the pipe."""
         stdin = self._worker.stdin
         try:
             self._unsent = self._unsent[os.write(stdin, self._unsent) :]
@@ -279,9 +282,9 @@ def _claim(stream: Capture) -> tuple[bytes, bytes, bytes] | None:
 
 
 def _classify_claim(kind: bytes, error: str, limits: Limits, scratch_bytes: int, quota: bool) -> tuple[Status, str]:
-    """Classify a call by the code's claim about how the code ended.
+    """Classify a call by its claim.
 
-    ``quota`` says whether the call has a scratch file system of its own.
+    ``quota`` says whether the call has a scratch file system of its own. Otherwise, all calls share one file system.
     """
     if kind == protocol.MEMORY:
         return Status.MEMORY, f"memory limit of {limits.memory_bytes} bytes exceeded: {error}"
@@ -295,9 +298,9 @@ def _classify_claim(kind: bytes, error: str, limits: Limits, scratch_bytes: int,
 
 
 def _classify_exit(ended: Exit, usage: Usage, limits: Limits, out_of_memory: bool) -> tuple[Status, str]:
-    """Classify a call whose process ended without a claim, by what the kernel says about the end.
+    """Classify a call whose process ended without a claim, by what the kernel reports about the end.
 
-    Raises WorkerFailed if somebody else has killed the process.
+    Raises WorkerFailed if the process was killed from outside of the sandbox.
     """
     if ended.signal == signal.SIGKILL and usage.cpu_seconds >= limits.cpu_seconds:
         return Status.TIMEOUT, f"CPU time limit of {limits.cpu_seconds:g} s exceeded"

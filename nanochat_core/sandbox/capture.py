@@ -7,7 +7,7 @@ from collections.abc import Callable
 _READ_BYTES = 1 << 16
 
 OnData = Callable[[str, bytes], None]
-"""Gets the name of a stream and new bytes of it."""
+"""A function that is called with the name of a stream and new bytes from this stream."""
 
 
 class Capture:
@@ -20,7 +20,7 @@ class Capture:
     """
 
     def __init__(self, name: str, fd: int, limit: int, on_data: OnData | None = None) -> None:
-        """``on_data`` is called with the name and each new piece within the limit."""
+        """``on_data`` is called with ``name`` and each new piece of the data, up to the limit."""
         self._on_data = on_data
         self.name = name
         self.fd = fd
@@ -59,7 +59,7 @@ def decode(data: bytes, cut: bool = False) -> str:
 
 
 def last_line(data: bytes) -> str:
-    """The last line that is not blank; empty if there is none."""
+    """The last line that is not blank; empty if all lines are blank."""
     return next((line.strip() for line in reversed(decode(data).splitlines()) if line.strip()), "")
 
 

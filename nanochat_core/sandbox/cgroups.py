@@ -11,7 +11,7 @@ from pathlib import Path
 log = logging.getLogger("nanochat.sandbox")
 
 _CONTROLLERS = ("cpu", "memory", "pids")
-# Memory that the kernel uses for a process: page tables, pipes, and the inodes of its scratch files.
+# Allowance for memory that the kernel uses for a process: page tables, pipes, and the inodes of its scratch files.
 _KERNEL_BYTES = 32 << 20
 # A call may use one CPU: in each period of this many microseconds, its quota is the whole period.
 _PERIOD = 100_000
@@ -48,13 +48,13 @@ class Cgroups:
         return Cgroup(path)
 
     def remove(self, cgroup: "Cgroup") -> None:
-        """Remove the cgroup of a process that has ended. Try again to remove cgroups that were still in use before."""
+        """Remove the cgroup of a process that has ended. Also try again to remove cgroups that were in use earlier."""
         left, self._left = [*self._left, cgroup.path], []
         for path in left:
             self._remove(path)
 
     def close(self) -> None:
-        """Remove the cgroups that are left."""
+        """Remove the cgroups that :meth:`remove` could not remove."""
         for path in self._left:
             with contextlib.suppress(OSError):
                 path.rmdir()
@@ -79,8 +79,8 @@ class Cgroup:
     def limit(self, memory_bytes: int, threads: int) -> None:
         """Limit memory, threads and CPU. The process may use one CPU. Raises OSError if the kernel refuses.
 
-        ``memory_bytes`` is for the process and its files in memory. The kernel's own memory for the process comes on
-        top of it.
+        ``memory_bytes`` is for the process and its files in memory. An allowance for memory that the kernel uses for
+        the process is added to it.
         """
         (self.path / "memory.max").write_text(str(memory_bytes + _KERNEL_BYTES))
         with contextlib.suppress(FileNotFoundError):  # the kernel has no swap
@@ -90,7 +90,7 @@ class Cgroup:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Largest memory so far; 0 if the kernel does not tell (before Linux 5.19)."""
+        """Largest memory so far; 0 if the kernel does not report it (before Linux 5.19)."""
         try:
             return int((self.path / "memory.peak").read_text())
         except OSError:

@@ -50,13 +50,13 @@ _NO_INPUTS = Inputs()
 # If the worker of a call ends before the code begins, the call runs in another worker. A call has this many attempts.
 # The start of a worker has this many attempts too.
 _ATTEMPTS = 3
-# Pause before the executor reaps the worker of a call and forks another one, so that the call's answer leaves first.
+# Pause before the executor reaps the worker of a call and forks another one, so that the call's answer is sent first.
 _PAUSE_SECONDS = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
 class ExecutorStats:
-    """How many calls are running, how many calls wait for a slot, and how many interpreters are idle."""
+    """How many calls are running, how many calls wait for a slot, and how many idle workers are ready for a call."""
 
     running: int
     queued: int
@@ -177,10 +177,11 @@ class SandboxExecutor:
             result_format: how the value is converted to text.
             key: identifies the caller or conversation. Waiting calls of different keys take turns.
             inputs: stdin, arguments and files for the code.
-            on_output: gets the name (stdout or stderr) and new bytes of the code's output while the code runs. It is
-                called in the executor's thread and must not block.
-            session: name of a session of this key. The call finds the files that the last call of the session has left,
-                and leaves its own. Calls of a session run one after the other. If the name is empty, no files are kept.
+            on_output: called with the name (stdout or stderr) and new bytes of the code's output while the code runs.
+                It is called in the executor's thread and must not block.
+            session: name of a session of this key. The call begins with the files that the session's previous call
+                left, and its own files are kept for the session's next call. Calls of a session run one after the
+                other. If the name is empty, no files are kept.
         """
         self._check(inputs)
         work = self._execute(code, limits, result_format, key, inputs, on_output, session)
@@ -234,11 +235,11 @@ class SandboxExecutor:
 
     @property
     def _most_bytes(self) -> int:
-        return min(self.config.max_file_bytes, self.config.scratch_bytes // 2)  # scratch files take whole blocks
+        return min(self.config.max_file_bytes, self.config.scratch_bytes // 2)  # files occupy whole blocks
 
     @property
     def _most_files(self) -> int:
-        return min(self.config.max_files, self.config.scratch_files // 16)  # folders count as files
+        return min(self.config.max_files, self.config.scratch_files // 16)  # the folders of a file count, too
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future = self._submit(work)
@@ -266,8 +267,8 @@ class SandboxExecutor:
         await self._choose_profile(installation, self._scratch)
         most, least = self.config.concurrency, self.config.warm
         if self._scratch.places is not None:
-            # Idle workers, and pairs of which only one worker has started, hold folders while nothing runs. Together
-            # they must leave one folder free, so that some call or pair can go on.
+            # Idle workers occupy scratch folders, and so does an examination (a pair of workers) while it waits for its
+            # second worker. Together they must leave one folder free, so that at least one call or examination can run.
             share = (self._scratch.places - 1) // 2
             most, least = min(most, share), min(least, share)
             self._pairs = asyncio.Semaphore(max(1, share))
@@ -390,7 +391,7 @@ class SandboxExecutor:
         self, execute: Callable[[Inputs], Awaitable[ExecutionResult]], key: str, name: str, inputs: Inputs
     ) -> ExecutionResult:
         if self._sessions.waiting >= max(1, self.config.queue):
-            line = f"{self._sessions.waiting} calls are waiting for others of their sessions, as many as may; try again"
+            line = f"too many calls ({self._sessions.waiting}) wait for other calls of their sessions; try again later"
             return ExecutionResult(Status.OVERLOADED, error=line, profile=self.profile)
         arrived = time.monotonic()
         with self._cancelled_at_the_end():
@@ -432,7 +433,9 @@ class SandboxExecutor:
         """Wait for a slot, then call ``run`` with the programs as bytes, the granted limits and the time of arrival."""
         profile = self.profile
         if self._slots.full and self._slots.queued >= self.config.queue:
-            line = f"{self._running} calls are running and {self._slots.queued} waiting, as many as may; try again"
+            line = (
+                f"the queue is full: {self._running} calls are running and {self._slots.queued} wait; try again later"
+            )
             return ExecutionResult(Status.OVERLOADED, error=line, profile=profile)
         try:
             sources = [program.encode() for program in programs]
@@ -466,7 +469,7 @@ class SandboxExecutor:
             self._calls.discard(call)
 
     def _dispose_later(self, worker: WorkerProcess) -> None:
-        """Wait for the end of a killed worker without delaying the answer of its call."""
+        """Kill a worker, and wait for its end in the background, so that the answer of its call is not delayed."""
         worker.kill()
         disposal = asyncio.create_task(self._dispose(worker))
         self._disposals.add(disposal)
@@ -479,7 +482,7 @@ class SandboxExecutor:
         await worker.dispose()
 
     async def _run_pair(self, candidate: bytes, judge: bytes, limits: Limits) -> ExecutionResult:
-        """Run a candidate and its judge, connected by two pipes. The result is the judge's."""
+        """Run a candidate and its judge, connected by two pipes. Returns the judge's result."""
         to_judge, from_candidate = os.pipe()
         to_candidate, from_judge = os.pipe()
         workers: list[WorkerProcess] = []
@@ -489,7 +492,7 @@ class SandboxExecutor:
                 for peers in ((to_judge, from_judge), (to_candidate, from_candidate)):
                     workers.append(await self._start_worker(peers))
             finally:
-                # Only the workers hold the pipes, so each of them notices when the other one ends.
+                # Only the workers keep the pipes open, so each of them notices when the other one ends.
                 for fd in (to_judge, from_candidate, to_candidate, from_judge):
                     os.close(fd)
             for worker, source in zip(workers, (judge, candidate), strict=True):
@@ -497,7 +500,7 @@ class SandboxExecutor:
             judging, answering = calls
             await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             if answering.done() and not judging.done():
-                answering.result()  # raises if the sandbox failed, so that the tests do not decide
+                answering.result()  # raises if the sandbox failed, so that this does not count as failed tests
             return await judging
         finally:
             for call in calls:
@@ -523,7 +526,7 @@ class SandboxExecutor:
             try:
                 result = await run_call(worker, source, limits, result_format, inputs, on_output)
                 if worker.has_left_files:
-                    await worker.dispose()  # a client with the answer must find the files gone
+                    await worker.dispose()  # the files must be gone before the client gets the answer
                 return dataclasses.replace(result, queue_seconds=queue_seconds)
             except CodeNotBegun as error:
                 if attempt == _ATTEMPTS:

@@ -5,7 +5,7 @@ import collections
 
 
 class FairQueue:
-    """Gives ``slots`` slots to calls. Waiting calls of different keys take turns.
+    """Lets at most ``slots`` calls run at once. Waiting calls with different keys take turns.
 
     Calls with the same key are served in the order of their arrival. A caller with many calls therefore delays another
     caller by at most one call for each slot.
@@ -38,7 +38,7 @@ class FairQueue:
             raise
 
     def release(self) -> None:
-        """Pass a slot on to the next call."""
+        """Pass the slot on to the next waiting call. If no call waits, the slot becomes free."""
         while self._waiting:
             key, turns = self._waiting.popitem(last=False)
             turn = turns.popleft()

@@ -1,4 +1,4 @@
-"""One fork server as the executor sees it: it starts, forks workers on request, and reports their ends."""
+"""The executor's side of a fork server: starts the server, asks it to fork workers, and reads how they ended."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ from nanochat_core.sandbox.worker import protocol
 
 log = logging.getLogger("nanochat.sandbox")
 
-START_SECONDS = 20.0  # longest start of a worker
-# Longest start of a fork server, which also imports packages, perhaps from a cold and busy disk.
+START_SECONDS = 20.0  # longest time in which a worker must start
+# Longest time in which a fork server must start. It also imports packages, perhaps from a cold and busy disk.
 _SERVER_START_SECONDS = 60.0
 _EXIT_SECONDS = 1.0
 # Longest wait until all processes have closed the standard error of a server that has ended.
 _LAST_WORDS_SECONDS = 0.2
-# One lack of memory may kill several processes, whose calls end one after the other.
+# A kill counts as recent for this long: the kernel may kill several processes at once, whose calls are then judged one
+# after the other.
 _OOM_SECONDS = 5.0
 _MESSAGE_BYTES = 1 << 16
 _SEND_BUFFER_BYTES = 1 << 20
-# A descriptor, and the process id, user and group of the sender.
+# Space for a descriptor, and for the process id, user and group of the sender.
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(12)
 
 
 class OomKills:
     """Tells whether the kernel has recently killed a process for lack of memory. Only the kernel's counter shows this.
 
-    The counter is that of the whole machine, so the kill of a process outside of the sandbox counts, too.
+    There is one counter for the whole machine, so the kill of a process outside of the sandbox counts, too.
     """
 
     def __init__(self) -> None:
@@ -89,9 +90,9 @@ class ForkServer:
     The kernel kills the server when that thread ends, and the workers when the server ends.
 
     Attributes:
-        private: whether workers have scratch file systems of their own. Otherwise they need a folder each.
+        private: whether each worker has its own scratch file system. Otherwise, each worker needs a folder.
         pid: process id of the server or of its launcher.
-        forks: number of workers that it was asked for.
+        forks: number of workers that the server was asked to fork.
         thread_requests: the workers' requests to start threads; ``None`` if they cannot have threads.
         oom_kills: tells whether a process of the machine was killed for lack of memory.
         cgroups: makes the cgroups of workers; ``None`` if they have none.
@@ -174,10 +175,11 @@ class ForkServer:
         return server
 
     async def fork(self, scratch: str, fds: list[int]) -> tuple[int, int, asyncio.Future[Exit | None]]:
-        """Fork a worker that takes over the descriptors ``fds`` as its 0, 1, 2 and so on.
+        """Fork a worker with the scratch folder ``scratch``, in which ``fds`` become the descriptors 0, 1, 2 and so on.
 
-        Returns a pidfd, which the caller must close, the process id, and a future with the worker's end. The future's
-        result is ``None`` if the server ended first. Raises WorkerFailed if the server cannot fork.
+        Returns a pidfd, which the caller must close, the worker's process id, and a future with the worker's
+        :class:`Exit`. The future's result is ``None`` if the server ended first. Raises WorkerFailed if the server
+        cannot fork.
         """
         if not self.alive:
             raise WorkerFailed("the sandbox's fork server has ended")
@@ -252,7 +254,7 @@ class ForkServer:
         for waiting in self._starting.values():
             if not waiting.done():
                 waiting.set_exception(WorkerFailed(f"the sandbox's fork server cannot fork: {reason}"))
-                waiting.exception()  # marks it as seen, because perhaps nobody waits any more
+                waiting.exception()  # asyncio logs an exception that nobody reads, and perhaps nobody waits any more
         for ended in self._running.values():
             if not ended.done():
                 ended.set_result(None)
@@ -312,7 +314,7 @@ class ForkServer:
 
 
 def _receive(control: socket.socket) -> tuple[bytes, int, int]:
-    """Return a message with its descriptor, or -1, and the process id of its sender."""
+    """Return a message, its descriptor (-1 if it has none) and the process id of its sender."""
     message, ancillary, _, _ = control.recvmsg(_MESSAGE_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
     parts = {part: array.array("i", data)[0] for _, part, data in ancillary}
     return message, parts.get(socket.SCM_RIGHTS, -1), parts.get(socket.SCM_CREDENTIALS, 0)

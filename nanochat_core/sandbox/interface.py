@@ -19,7 +19,7 @@ class SandboxUnavailable(UserError):
 class ProfileUnavailable(Exception):
     """One isolation profile does not work on this machine.
 
-    The text names the layer that is missing or leaks, such as ``landlock``, and the reason.
+    The text names the layer that is missing or does not stop an attack, such as ``landlock``, and the reason.
     """
 
     def __init__(self, layer: str, reason: str) -> None:
@@ -55,18 +55,18 @@ class ResultFormat(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What code gets from its caller, and whether the caller wants the code's files.
+    """The inputs of the code, and which of its files the result should contain.
 
     Attributes:
         stdin: bytes that the code can read from its stdin.
         argv: arguments of the program, ``sys.argv[1:]``.
         files: contents of files that are in the scratch folder when the code begins, by their names. A name may contain
             folders, separated by ``/``.
-        collect_files: whether the answer brings the regular files that the code has made or changed, its open figures
-            of matplotlib as ``figure-1.png`` and so on, and its value as ``result.png`` or ``result.svg`` if the value
-            can draw itself.
-        collect_endings: if there are any, only files whose names end with one of them come back.
-        collect_unchanged: whether files that the code has not changed come back, too.
+        collect_files: whether the result contains the regular files that the code has made or changed, its open
+            matplotlib figures as ``figure-1.png`` and so on, and its value as ``result.png`` or ``result.svg`` if the
+            value has the method ``_repr_png_`` or ``_repr_svg_``.
+        collect_endings: if this is not empty, the result contains only files whose names end with one of these texts.
+        collect_unchanged: whether the result also contains files that the code has not changed.
     """
 
     stdin: bytes = b""
@@ -90,7 +90,10 @@ class Inputs:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether ``name`` names a file inside the scratch folder, without ``..`` or anything that has to be normalized."""
+    """Whether ``name`` is a relative path inside the scratch folder, in normal form and without unprintable characters.
+
+    A path in normal form has no empty parts and no parts ``.`` or ``..``.
+    """
     try:
         parts = name.encode().split(b"/")
     except UnicodeEncodeError:
@@ -136,13 +139,14 @@ class SandboxConfig:
     """How an executor isolates the code, how many calls it runs at once, and how much each call may use."""
 
     profile: Literal["auto", "gvisor", "bwrap", "pod"] = setting(
-        "auto", "isolation profile; auto takes the strongest profile that passes its self-test"
+        "auto", "isolation profile; auto chooses the strongest profile that passes its self-test"
     )
     interpreter: str = setting("", "path of the Python that runs the code; empty means the service's own Python")
     scratch_dir: str = setting(
         "",
-        "existing, writable folder for scratch folders where calls cannot mount their own (profile pod); file systems "
-        "that are mounted in it as nanochat-scratch-* are used one by one; empty means the system's temporary folder",
+        "existing, writable folder for the scratch folders of calls that cannot mount a file system (profile pod); if "
+        "file systems are mounted in it as nanochat-scratch-*, each call gets one of them; empty means the system's "
+        "temporary folder",
     )
     scratch_bytes: int = setting(
         16 << 20, "bytes that a call may store in its scratch folder, and largest size of a file", minimum=4096
@@ -161,11 +165,11 @@ class SandboxConfig:
     warm: int = setting(
         2,
         "least number of idle workers that are kept ready for the next calls; under load there are more, up to the "
-        "concurrency; 0 forks one for each call",
+        "concurrency; 0 means that workers are forked only when calls arrive",
         minimum=0,
     )
     renew_calls: int = setting(
-        1000, "calls after which a new fork server gives new memory addresses and hash seeds", minimum=1
+        1000, "calls after which a new fork server starts, so that memory addresses and hash seeds change", minimum=1
     )
     preload: tuple[str, ...] = setting(
         ("math", "random", "re", "datetime", "decimal", "fractions", "itertools", "json", "statistics", "string"),
@@ -174,7 +178,7 @@ class SandboxConfig:
     packages_dir: str = setting(
         "",
         "folder of packages that code may import, as pip install --target makes it, outside of the interpreter's own "
-        "folders; preload should name them; empty means only the standard library",
+        "folders; preload should name the packages, too; empty means only the standard library",
     )
     wall_seconds: float = setting(5.0, "default limit of a call's time in seconds", minimum=0.01)
     cpu_seconds: float = setting(5.0, "default limit of a call's CPU time in seconds", minimum=0.01)
@@ -185,13 +189,17 @@ class SandboxConfig:
     max_memory_bytes: int = setting(1 << 30, "largest limit of memory, in bytes", minimum=1 << 20)
     max_output_bytes: int = setting(1 << 20, "largest limit of each output, in bytes", minimum=1)
     max_file_bytes: int = setting(
-        4 << 20, "largest size of all files and stdin of a request, and of all files of an answer, in bytes", minimum=0
+        4 << 20,
+        "largest total size of the files and stdin of a request, and of the files of an answer, in bytes",
+        minimum=0,
     )
     max_files: int = setting(100, "largest number of files of a request and of an answer", minimum=0)
     sessions: int = setting(
-        32, "sessions whose files are kept in memory; with more, the least recently used is forgotten", minimum=1
+        32,
+        "largest number of sessions whose files are kept in memory; a further session replaces the least recently used",
+        minimum=1,
     )
-    session_seconds: float = setting(600.0, "seconds after its last call when a session is forgotten", minimum=0.1)
+    session_seconds: float = setting(600.0, "seconds after its last call until a session is forgotten", minimum=0.1)
 
     @property
     def default_limits(self) -> Limits:
@@ -240,7 +248,7 @@ class ExecutionResult:
         files: contents of the files that the code has made or changed, by name, if the caller asked for them.
         files_complete: whether the caller asked for files and ``files`` has all of them. Files are missing if the code
             was killed or exceeded a limit of files.
-        session_new: whether the call's session had no files of an earlier call.
+        session_new: whether the call began without the files of an earlier call of its session.
     """
 
     status: Status

@@ -1,4 +1,4 @@
-"""Finds the files that a Python interpreter needs, so that the isolation can allow only these files."""
+"""Finds the files that a Python interpreter needs, so that the isolation can allow code to read only these files."""
 
 import dataclasses
 import json

@@ -15,8 +15,8 @@ _RETRY_SECONDS = 1.0
 # these periods without such a call.
 _SHRINK_SECONDS = 5.0
 _STARTS_AT_ONCE = 4
-# A fork would delay the call that has just taken a ready worker. The executor refills the pool at the end of a call,
-# and the pool does so itself if the call takes longer than this.
+# Pause before the pool replaces a worker that a call has just taken, because the fork would delay this call. The
+# executor refills the pool when a call ends, which is usually earlier.
 _PAUSE_SECONDS = 0.01
 
 
@@ -37,7 +37,7 @@ class WorkerPool:
         return len(self._ready)
 
     async def take(self) -> WorkerProcess:
-        """Return a fresh worker. The caller must dispose of it. Raises WorkerFailed if none can be started."""
+        """Return a fresh worker. The caller must dispose of it. Raises WorkerFailed if no worker can be started."""
         while self._ready:
             worker = self._ready.popleft()
             if worker.usable:
@@ -98,7 +98,7 @@ class WorkerPool:
         self._hand_over(worker)
 
     def _hand_over(self, worker: WorkerProcess) -> None:
-        """Give a worker to the call that waits longest, if there is one."""
+        """Give a worker to the call that has waited longest. If no call waits, keep the worker ready."""
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():

@@ -24,7 +24,7 @@ from nanochat_core.sandbox.worker import protocol
 _WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker")
 # Name or path of bubblewrap.
 BWRAP = "bwrap"
-# bubblewrap's folder for scratch file systems. Each worker mounts its own there.
+# Folder inside bubblewrap's namespaces in which each worker mounts its scratch file system.
 _SCRATCH = "/scratch"
 _ZONEINFO = "/usr/share/zoneinfo"
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
@@ -36,7 +36,7 @@ class Profile(abc.ABC):
     Attributes:
         name: name in settings, results and metrics.
         mounts: where the scratch file systems come from: ``MOUNTS_EXIST`` or ``MOUNTS_IF_ALLOWED`` of the protocol.
-        hides_files: whether code cannot see that other files exist.
+        hides_files: whether the profile hides from code that other files exist.
         leaves_network: whether the fork server itself moves to an empty network namespace.
         landlock_abi: Landlock version in use; 0 if the profile works without Landlock.
     """
@@ -56,9 +56,12 @@ class Profile(abc.ABC):
         self.landlock_abi = self._require_landlock(landlock.kernel_abi())
 
     def setup(self, scratch: ScratchRoot) -> bytes:
-        """The setup of a fork server. If workers cannot mount file systems, they use the folders of ``scratch``."""
-        # A mapping keeps a removed file alive, and nobody can count mappings. Without a file system that limits the
-        # scratch space, code therefore may not map files.
+        """The setup of a fork server, packed for its control socket (see the module ``protocol`` of the worker).
+
+        If workers cannot mount file systems, they use the folders of ``scratch``.
+        """
+        # A mapping keeps the space of a removed file allocated, and the executor cannot measure this space. If no file
+        # system limits the scratch space, code may therefore not map files.
         measured = not scratch.sized
         alone, shared = file_rules(self.interpreter, packages_hidden=True), file_rules(self.interpreter)
         packages = self.config.packages_dir
@@ -93,14 +96,14 @@ class Profile(abc.ABC):
 
     @abc.abstractmethod
     def command(self, control_fd: int) -> list[str]:
-        """Program and arguments of a fork server with the socket ``control_fd``."""
+        """Program and arguments that start a fork server with the control socket ``control_fd``."""
 
     def scratch_mount(self, folder: str) -> str:
         """The folder on which workers mount their file systems; ``folder`` if the profile has none of its own."""
         return folder
 
     def scratch_options(self) -> str:
-        """Options of the file systems in memory that workers mount."""
+        """Mount options of the workers' scratch file systems (tmpfs)."""
         return f"size={self.config.scratch_bytes},nr_inodes={self.config.scratch_files + 1},mode=700"
 
     @staticmethod
@@ -159,7 +162,7 @@ class BwrapProfile(Profile):
 
 
 class GvisorProfile(BwrapProfile):
-    """As ``bwrap``, inside gVisor: code cannot reach the kernel of the machine. Refuses to run on any other kernel.
+    """Like ``bwrap``, but inside gVisor, so code cannot reach the machine's kernel. Refuses to run on another kernel.
 
     gVisor lacks parts of Landlock that the sandbox needs. It cannot make existing mounts read-only. It cannot let
     another process decide about system calls, so code cannot start threads. Its file systems in memory do not limit the
@@ -193,7 +196,10 @@ PROFILES: dict[str, type[Profile]] = {"gvisor": GvisorProfile, "bwrap": BwrapPro
 
 
 def kernel_is_gvisor() -> bool:
-    """Whether this process runs on gVisor's kernel. Only its log begins in this way, and every process may read it."""
+    """Whether this process runs on gVisor's kernel.
+
+    Only the log of gVisor's kernel begins with ``Starting gVisor``, and every process may read this log.
+    """
     read_all = 3
     log = ctypes.create_string_buffer(1 << 17)
     length = int(ctypes.CDLL(None).klogctl(read_all, log, len(log)))
@@ -210,7 +216,7 @@ def resource_limits(config: SandboxConfig) -> bytes:
         resource.RLIMIT_FSIZE: config.scratch_bytes,
     }
     if not config.threads:
-        limits[resource.RLIMIT_NPROC] = 0  # counts all threads of the user, so for one call only 0 is useful
+        limits[resource.RLIMIT_NPROC] = 0  # the kernel counts all threads of the user, so only 0 limits a call
     return b"".join(struct.pack("=IQ", number, value) for number, value in limits.items())
 
 

@@ -1,4 +1,4 @@
-"""Scratch folders on the host, for the isolation profile that has no file system of its own."""
+"""Scratch folders on the host, for workers that cannot mount scratch file systems of their own."""
 
 import asyncio
 import fcntl
@@ -11,21 +11,21 @@ log = logging.getLogger("nanochat.sandbox")
 
 _PREFIX = "nanochat-sandbox-"
 _LOCK = ".lock"
-# Folders with this prefix that are mount points of a file system no larger than this belong to the sandbox.
+# A folder with this prefix belongs to the sandbox if a file system of at most this size is mounted on it.
 _MOUNTED_PREFIX, _MAX_FILE_SYSTEM_BYTES = "nanochat-scratch-", 1 << 30
 
 
 class ScratchRoot:
     """The scratch folders on the host, for workers that cannot mount a file system of their own.
 
-    If ``parent`` contains folders ``nanochat-scratch-*`` on which file systems of limited size are mounted, these are
-    the scratch folders, and there are no others. Otherwise the scratch folders are in one private folder. The executor
-    keeps this folder locked while it runs. A folder that is no longer locked belongs to a killed executor, and the next
-    executor removes it.
+    If ``parent`` contains folders ``nanochat-scratch-*`` on which file systems of limited size are mounted, only these
+    folders are scratch folders. Otherwise, the scratch folders are in a private folder of the executor. The executor
+    keeps its private folder locked while it runs. A private folder that is not locked belonged to a killed executor,
+    and the next executor removes it.
 
     Attributes:
         path: the private folder.
-        sized: whether a file system of its own limits each scratch folder.
+        sized: whether each scratch folder is a file system of its own, which limits the folder's size.
         mount_point: an empty folder in ``path``, for workers that can mount a file system on it.
     """
 
@@ -34,7 +34,7 @@ class ScratchRoot:
 
     def __init__(self, parent: str) -> None:
         """Create the folder in ``parent``. Raises OSError if ``parent`` is not a writable folder."""
-        self._parent = parent = os.path.abspath(parent)  # fork servers have another current folder
+        self._parent = parent = os.path.abspath(parent)  # absolute, because fork servers have another current folder
         self._lock = -1
         self._mounted: dict[str, int] = {}
         self._free: list[str] = []
@@ -49,7 +49,10 @@ class ScratchRoot:
         self._free += self._mounted
 
     def make(self) -> None:
-        """Create the private folder, also after somebody has removed it. Raises OSError if this is impossible."""
+        """Create the private folder, for the first time or after somebody has removed it.
+
+        Raises OSError if this is impossible.
+        """
         self._remove_private()
         _remove_abandoned(self._parent)
         # The folder gets its final name only after it is locked, so that no other executor removes it as abandoned.
@@ -138,7 +141,7 @@ def _lock_file_systems(parent: str) -> dict[str, int]:
 
 
 def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
-    """Whether ``folder`` contains more than the code may store, or something that cannot be counted.
+    """Whether ``folder`` contains more than the code may store, or a folder that cannot be read.
 
     Counting stops at the limit, so the cost is bounded.
     """
@@ -174,7 +177,7 @@ def remove(folder: str) -> None:
 
 
 def empty(folder: str) -> None:
-    """Remove what is in ``folder``, even unreadable folders, names that are not text, and very deep folders.
+    """Remove everything in ``folder``, even unreadable folders, names that are not text, and very deep folders.
 
     The caller must make sure that no process writes to the folder any more. Nested folders are first moved to the top.
     Neither the length of a path nor the depth of recursion can then exceed a limit. Links are never followed.

@@ -72,9 +72,9 @@ def _names(*tables: str) -> frozenset[str]:
 
 ALLOWED = _names(FILES, WAITING, MEMORY, TIME, OWN_PROCESS)
 
-# System calls with this number or a higher one have the same number on all machines. For these calls, the filter
-# returns "not implemented", and libc then makes an older call. For example, it makes the call clone instead of clone3;
-# the filter refuses clone.
+# System calls with this number or a higher one have the same number on all machines. If such a call is not allowed, the
+# filter returns "not implemented", and libc then makes an older call. For example, libc calls clone instead of clone3,
+# and the filter can check the arguments of clone.
 FIRST_UNIFIED_NUMBER = 424
 
 
@@ -82,7 +82,7 @@ FIRST_UNIFIED_NUMBER = 424
 class Condition:
     """Requires that an argument of a system call, after masking, is one of ``values``.
 
-    With ``wide`` the filter compares all 64 bits of the argument, otherwise the low 32.
+    If ``wide`` is true, the filter compares all 64 bits of the argument; otherwise, only the low 32 bits.
     """
 
     argument: int
@@ -117,7 +117,7 @@ def _only(argument: int, allowed_bits: int) -> Condition:
     return Condition(argument, (0,), mask=0xFFFFFFFF & ~allowed_bits)
 
 
-# System calls that are allowed if all conditions of one alternative are true.
+# The alternatives of each system call. The call is allowed if all conditions of at least one alternative are true.
 CONDITIONAL: dict[str, tuple[tuple[Condition, ...], ...]] = {
     # Excluded: O_TMPFILE (files that the measurement of scratch folders cannot see) and O_PATH (Landlock ignores it).
     "open": ((Condition(1, (0,), mask=_O_TMPFILE | _O_PATH),),),
@@ -136,8 +136,9 @@ CONDITIONAL: dict[str, tuple[tuple[Condition, ...], ...]] = {
     # send() is allowed; sending to an address is not. Excluded: MSG_OOB, and flags for other kinds of sockets.
     "sendto": ((_only(3, _SOCKET_FLAGS), Condition(4, (0,), wide=True)),),
     "recvfrom": ((_only(3, _SOCKET_FLAGS),),),
-    # A shared mapping of a file is memory that processes share. The kernel allows a writable one only for a file that
-    # is open for writing, so it is a file of this sandbox. A read-only one is excluded, because it can be of any file.
+    # Processes that map the same file with MAP_SHARED share memory. The kernel allows a writable shared mapping only if
+    # the file is open for writing, so the file belongs to this sandbox. A read-only shared mapping is excluded, because
+    # it can be of any readable file.
     "mmap": (
         (Condition(3, (0, _MAP_ANONYMOUS, _MAP_SHARED | _MAP_ANONYMOUS), mask=_MAP_KIND),),
         (Condition(3, (_MAP_SHARED,), mask=_MAP_KIND), Condition(2, (_PROT_WRITE,), mask=_PROT_WRITE)),
@@ -155,9 +156,9 @@ CONDITIONAL: dict[str, tuple[tuple[Condition, ...], ...]] = {
     # A process may read its own limits. It can neither set limits nor read the limits of another process.
     "prlimit64": ((Condition(0, (0,)), Condition(2, (0,), wide=True)),),
 }
-# System calls that the filter answers with "try again" if the condition is true. pthread_join then polls; after another
-# error it would end the process. A real wait is not allowed, because it could be the receiving end of a channel between
-# sandboxes: a thread that ends wakes a futex of its choice.
+# System calls that the filter answers with "try again" if the condition is true. pthread_join then polls; with another
+# error, it would end the process. A real wait is not allowed: it could be the receiving end of a channel between
+# sandboxes, because a thread that ends wakes a futex of its choice.
 ANSWERED_AGAIN = {"futex": Condition(1, (_FUTEX_JOIN,))}
 _MMAP_WITHOUT_FILES = ((Condition(3, (_MAP_ANONYMOUS,), mask=_MAP_ANONYMOUS | _MAP_HUGETLB),),)
 
@@ -253,10 +254,10 @@ def build_filter(machine: Machine, *, file_mappings: bool = True, own_files: boo
 
 
 def _search(ranges: list[tuple[int, bytes]]) -> bytes:
-    """Return instructions that find the range of the system call's number by halving, and decide as the range does.
+    """Return instructions that find the range of the system call's number by binary search, and then run its decision.
 
-    Each range is its first number and the instructions that decide. A worker's start is faster by this than by one
-    comparison after the other, because the kernel tries every number when a process takes on a filter.
+    Each range is its first number and the instructions that decide about its numbers. With binary search, a worker
+    starts faster than with a linear search, because the kernel tries all numbers when a process installs a filter.
     """
     if len(ranges) == 1:
         return ranges[0][1]
@@ -266,10 +267,10 @@ def _search(ranges: list[tuple[int, bytes]]) -> bytes:
 
 
 def build_thread_filter(machine: Machine, action: int) -> bytes:
-    """Build a second filter, which gives ``action`` to the start of a thread and allows everything else.
+    """Build a second filter, which answers the start of a thread with ``action`` and allows everything else.
 
-    The fork server takes on this filter, and each worker adds the first one. Of the decisions of two filters, the
-    kernel takes the stricter one.
+    The fork server installs this filter, and each worker adds the filter of :func:`build_filter`. If two filters decide
+    differently, the kernel follows the stricter one.
     """
     check = _alternative((Condition(0, (_CLONE_THREAD,), mask=_CLONE_THREAD),), action)
     return b"".join(

@@ -14,8 +14,8 @@ class Session:
     """One session.
 
     Attributes:
-        files: contents of the files that the last call has left, by name.
-        new: whether no call has left its files yet.
+        files: contents of the files that the last call left, by name.
+        new: true until the first call has left its files.
         used: when the last call ended, on the clock of ``time.monotonic``.
         calls: calls that run or wait; one runs at a time.
     """
@@ -28,7 +28,7 @@ class Session:
 
 
 class Sessions:
-    """Keeps at most ``limit`` sessions, or more while calls use them. A session is forgotten after some idle time.
+    """Keeps at most ``limit`` sessions, or more while calls use them. Forgets a session after ``idle_seconds``.
 
     Attributes:
         waiting: calls that wait for another call of their session.
@@ -46,7 +46,7 @@ class Sessions:
 
     @contextlib.asynccontextmanager
     async def open(self, key: str, name: str) -> AsyncIterator[Session]:
-        """The session ``name`` of the caller ``key``, for one call. Waits while another call uses it."""
+        """Yields the session ``name`` of the caller ``key`` for one call. First waits until no other call uses it."""
         self._forget()
         session = self._sessions.setdefault((key, name), Session())
         session.calls += 1

@@ -18,10 +18,10 @@ _CONTINUE = 1
 
 
 class ThreadRequests:
-    """The requests of all workers of a fork server, on a descriptor that the server's filter has made.
+    """Answers requests of a fork server's workers to start threads. The kernel sends them to the filter's descriptor.
 
-    The count is taken when a thread starts. Threads that start at the same moment can therefore exceed the limit, at
-    most to twice its value.
+    The threads of a worker are counted before a new one starts. Threads that start at the same moment can therefore
+    exceed the limit, but at most to twice the limit.
     """
 
     def __init__(self, fd: int, limit: int) -> None:
@@ -50,7 +50,7 @@ class ThreadRequests:
 
 
 def _count(thread: int) -> float:
-    """How many threads the process of ``thread`` has; infinity if nobody can tell."""
+    """How many threads the process of ``thread`` has; infinity if the kernel does not show it."""
     try:
         with open(f"/proc/{thread}/status", "rb") as status:
             return next(int(line.split()[1]) for line in status if line.startswith(b"Threads:"))

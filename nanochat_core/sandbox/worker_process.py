@@ -47,7 +47,7 @@ class ProcessUsage:
             return _INTERPRETER_BYTES
 
     def resident_bytes(self) -> int:
-        """Memory that the process uses now, with the pages that it shares with the fork server."""
+        """Memory that the process uses now, including the pages that it shares with the fork server."""
         try:
             with open(f"/proc/{self._pid}/statm", "rb") as statm:
                 return int(statm.read().split()[1]) * _PAGE_BYTES
@@ -66,7 +66,7 @@ class ProcessUsage:
             return 0.0
 
     def sample_memory(self) -> None:
-        """Update :attr:`peak_memory_bytes`. Without a cgroup, this needs a process that runs and that /proc shows."""
+        """Update :attr:`peak_memory_bytes`. Without a cgroup, the process must still run, and /proc must show it."""
         if self._cgroup is not None:
             self.peak_memory_bytes = max(self.peak_memory_bytes, self._cgroup.peak_memory_bytes)
         try:
@@ -89,7 +89,7 @@ class WorkerProcess:
         stdout, stderr, result: descriptors of the pipes that the worker writes to.
         handle: pidfd of the worker, readable once the worker has ended.
         usage: CPU time and memory of the worker.
-        ended: a future with the worker's end; its result is ``None`` if the fork server ended first.
+        ended: a future that tells how the worker ended; its result is ``None`` if the fork server ended first.
     """
 
     usage: ProcessUsage
@@ -190,7 +190,7 @@ class WorkerProcess:
             self._close(self.stdin)
 
     def kill(self) -> None:
-        """Send SIGKILL to the worker, which is the only process of its call. After :meth:`dispose`, do nothing."""
+        """Send SIGKILL to the worker, which is the only process of its call. Has no effect after :meth:`dispose`."""
         if self.handle not in self._fds:
             return
         try:
@@ -199,7 +199,7 @@ class WorkerProcess:
             pass  # the worker has already ended
 
     async def reap(self) -> Exit:
-        """Wait until the worker has ended, and return how.
+        """Wait until the worker has ended, and return how it ended.
 
         Raises WorkerFailed if the fork server ended too, or does not report the end within ``_EXIT_SECONDS``.
         """
@@ -244,7 +244,7 @@ class WorkerProcess:
         for fd in (self.stdin, self.stdout, self.stderr, self.result):
             os.set_blocking(fd, False)
         self._has_pipes = True
-        # Only untrusted code could end the worker, and none runs yet. The id therefore still belongs to the worker.
+        # Only untrusted code could end the worker, and no code runs yet. Therefore, the process id still belongs to it.
         handle, self._pid, self.ended = await self.server.fork(self._scratch or "", [*children, *peers])
         self.handle = self._own(handle)
         for fd in children:

@@ -1,6 +1,6 @@
 """The artifact store, where the jobs and the engine share files. It is a folder or a prefix of an S3 bucket.
 
-``base`` is the interface, ``folder`` and ``s3`` are the two kinds of store, and ``cache`` keeps downloads from S3.
+``base`` is the interface, ``folder`` and ``s3`` implement it, and ``cache`` keeps the files downloaded from S3.
 ``lease`` reserves a name in the store for one writer.
 """
 
@@ -20,12 +20,12 @@ DEFAULT_HOME = "~/.cache/nanochat"
 
 
 def open_store(url: str, *, cache_dir: str | Path | None = None, cache_bytes: int | None = None) -> Store:
-    """Opens the store at ``url``. Raises UserError if the URL has another form.
+    """Opens the store at ``url``. Raises UserError if ``url`` has none of the forms below or cannot be opened.
 
     Args:
         url: a folder (created if it is missing) or ``s3://bucket/prefix``. The S3 credentials, the region and a custom
             endpoint come from the usual ``AWS_*`` variables, such as ``AWS_ENDPOINT_URL``.
-        cache_dir: folder that keeps files downloaded from S3; by default a folder for temporary files.
+        cache_dir: folder that keeps files downloaded from S3; by default, a subfolder of the system's temporary folder.
         cache_bytes: size above which the least recently used downloads are deleted; None means no limit.
     """
     # Do not parse this as a URL: the prefix may contain any character, including ``?`` and ``#``.

@@ -41,12 +41,13 @@ class Store(ABC):
     def replace(self, key: str, data: bytes, version: str | None) -> str | None:
         """Creates or replaces one file atomically, unless another process has changed it.
 
-        Of several processes that call this with the same version, one succeeds. On S3 this needs a server with
+        If several processes call this with the same version, only one of them succeeds. On S3 this needs a server with
         conditional writes (``If-None-Match`` and ``If-Match``); if a server refuses them, the store logs a
         warning and writes unconditionally. The same happens on a file system without locks.
 
         Args:
-            data: content that differs from every earlier content of the file.
+            data: content that differs from every earlier content of the file, because equal contents may have equal
+                versions.
             version: version of the file that is replaced; None if there must be no such file.
 
         Returns:
@@ -60,12 +61,14 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, key: str) -> contextlib.AbstractContextManager[Path]:
-        """Yields a local path to write to. The file becomes ``key`` if the ``with`` block ends without an error."""
+        """Yields a local path to write to. Stores the file as ``key`` if the ``with`` block ends without an error."""
 
     @abstractmethod
     def incoming(self, prefix: str) -> Path:
-        """A local folder for incomplete downloads that will be stored under ``prefix``. The folder outlives the
-        process. A program that is started again continues its downloads there. :meth:`keys` does not list these files.
+        """A local folder for incomplete downloads that will be stored under ``prefix``.
+
+        The folder outlives the process, so a program that is started again can continue its downloads. :meth:`keys`
+        does not list these files.
         """
 
     @abstractmethod

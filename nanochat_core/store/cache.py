@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from nanochat_core.store.base import hidden_path
 
+# Subfolder for the incomplete downloads of :meth:`Store.incoming`. They are no part of the cache.
 INCOMING = "incoming"
 
 
@@ -31,7 +32,7 @@ class DownloadCache:
         self._lock = threading.Lock()
 
     def fetch(self, key: PurePosixPath, version: str, size: int, download: Callable[[Path], None]) -> Path:
-        """Return the cached file of one version of a key. Downloads the file if it is missing.
+        """Returns the path of the cached file of one version of a key. Downloads the file if it is missing.
 
         ``download`` writes the file of ``size`` bytes to the given path. Raises OSError if the cache cannot be written.
         """

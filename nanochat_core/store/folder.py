@@ -72,8 +72,8 @@ class FolderStore(Store):
     def _locked(self, key: str) -> Iterator[None]:
         """Excludes other processes from conditional writes. The system releases the locks of a process that dies.
 
-        A container may see only one folder below the root, such as a mounted ``lessons``. This folder is therefore
-        locked, too.
+        The root is locked, and so is the folder directly below it that contains the key. A container may see only that
+        folder, such as a mounted ``lessons``, and can then not lock the root of the other processes.
         """
         top = self.root / checked(key).parts[0]
         with contextlib.ExitStack() as stack:

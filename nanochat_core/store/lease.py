@@ -1,15 +1,15 @@
-"""Leases: while one program writes under a name of the store, no other program does.
+"""Leases: while one program writes under a name of the store, no other program writes there.
 
 Without a lease, two training runs of one model name would each delete the other's checkpoints as superfluous. A lease
 on ``models/demo`` is the file ``leases/models/demo.json``. The holder renews the lease, which changes the file. A
 program that wants the same name watches the file:
 
 - If the content changes, the holder is alive, and :class:`NameInUse` is raised.
-- If the content stays the same for as long as the lease lasts, the holder is dead, and its lease is taken over.
-- If the holder ran on this machine, the system knows whether it is alive, and nobody waits.
+- If the content stays the same for as long as the lease lasts, the holder counts as dead, and its lease is taken over.
+- If the holder ran on this machine, the operating system knows whether it is alive, and the program need not watch.
 
-Nobody compares the clocks of two machines: each program measures with its own clock how long it has seen the same
-content. The file is only ever changed by :meth:`Store.replace`, so of several programs that want a lease, one gets it.
+The clocks of two machines are never compared: each program measures with its own clock how long it has seen the same
+content. Only :meth:`Store.replace` changes the file, so if several programs want a lease, only one of them gets it.
 A holder renews its lease before it writes or deletes anything. If the holder was suspended for longer than the lease
 lasts, another program may have taken the lease over. The renewal then fails with :class:`LeaseLost`.
 
@@ -38,8 +38,9 @@ from nanochat_core.store.base import Store, StoreError, checked
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-# A holder that has not renewed its lease for this long counts as dead, even if only the store has failed to answer.
+# A holder that has not renewed its lease for this long counts as dead, even if only the store has failed.
 LEASE_SECONDS = 60.0
+# The duration in a lease file is ignored if it is longer.
 _LONGEST_SECONDS = 3600.0
 _RENEWALS_PER_LEASE = 6
 _LOOKS_PER_LEASE = 30
@@ -56,8 +57,8 @@ class LeaseLost(UserError):
 class Lease:
     """The right to write under one name, from the beginning to the end of a ``with`` block.
 
-    Entering the block raises NameInUse if another program has the lease. It waits for at most :data:`LEASE_SECONDS` if
-    another program had the lease and may be dead.
+    Entering the block raises NameInUse if another program has the lease. If nobody knows whether that program is alive,
+    entering the block first waits for as long as its lease lasts, normally :data:`LEASE_SECONDS`.
 
     Attributes:
         program: name of the program that holds the lease.
@@ -78,7 +79,8 @@ class Lease:
             name: folder of the store that the program writes to, such as ``models/demo``.
             program: name of this program in the error messages of other programs.
             seconds: other programs take the lease over if it was not renewed for this long.
-            clock, sleep: functions that return the time in seconds, and that wait for a number of seconds.
+            clock: returns the time in seconds.
+            sleep: waits for a number of seconds.
         """
         self._store, self.name, self._key = store, name, f"leases/{checked(name)}.json"
         self.program = program
@@ -108,7 +110,7 @@ class Lease:
         self._released.set()
         if self._thread is not None:
             self._thread.join()
-        with contextlib.suppress(StoreError, LeaseLost):  # others take the lease over when it has expired
+        with contextlib.suppress(StoreError, LeaseLost):  # another program can take the lease over when it has expired
             self.renew()  # nobody takes over a lease that was just renewed
             assert self._version is not None
             self._store.remove_version(self._key, self._version)
@@ -119,7 +121,7 @@ class Lease:
             raise self._lost
 
     def renew(self) -> None:
-        """Renews the lease, and so makes sure that this program still has it.
+        """Renews the lease, which verifies that this program still has it.
 
         Raises LeaseLost if another program took over the name, and StoreError if the store does not answer.
         """
@@ -142,7 +144,7 @@ class Lease:
             self._version = version
 
     def _take(self) -> None:
-        """Takes the lease when it is free or its holder is known to be dead. Raises NameInUse if the holder lives."""
+        """Takes the lease when it is free or its holder counts as dead. Raises NameInUse if the holder is alive."""
         watched: str | None = None
         since = 0.0
         while True:
@@ -202,15 +204,15 @@ class LeaseWatch:
     """Tells which program holds the lease on a name. It only reads the lease."""
 
     def __init__(self, store: Store, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """``name`` and ``clock`` are those of :class:`Lease`."""
+        """``name`` and ``clock`` have the same meaning as in :class:`Lease`."""
         self._store, self._key, self._clock = store, f"leases/{checked(name)}.json", clock
         self._version, self._since = "", 0.0
 
     def program(self) -> str:
         """The program that holds the lease, such as ``jobs.train.pretrain``; empty if no holder is alive.
 
-        A program that died without a trace counts as alive until this object has seen its lease unchanged for as long
-        as the lease lasts. Raises StoreError if the store does not answer.
+        A program on another machine that died without removing its lease counts as alive until this object has seen the
+        lease unchanged for as long as it lasts. Raises StoreError if the store does not answer.
         """
         try:
             content, version = self._store.read_version(self._key)
@@ -246,7 +248,7 @@ def _seconds(holder: dict[str, Any], default: float) -> float:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool | None:
-    """Whether the process that holds a lease is alive; None if this machine cannot know."""
+    """Whether the process that holds a lease is alive; None if it runs on another machine or in another container."""
     machine, pid = holder.get("machine"), holder.get("pid")
     if machine is None or machine != _machine() or not isinstance(pid, int):
         return None
@@ -256,7 +258,7 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
 def _machine() -> str | None:
     """A text that identifies this boot of the machine and the namespace of process ids; None if unknown.
 
-    Each container has a namespace of its own.
+    Each container has its own namespace, so a process id means nothing outside of its container.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

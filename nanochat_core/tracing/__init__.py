@@ -1,1 +1,1 @@
-"""Follows a request through the services by its id and its trace, in log lines, headers and exported spans."""
+"""Traces a request through all services: log lines, headers and exported spans carry its id and its trace's id."""

@@ -18,7 +18,7 @@ class OtlpExporter:
     """Exports spans in batches, on a separate thread. Spans are dropped while the collector does not answer."""
 
     def __init__(self, service: str, endpoint: str) -> None:
-        """``endpoint`` is the collector's address without a path. The SDK reads further OTEL_* variables."""
+        """``endpoint`` is the collector's URL without a path. OpenTelemetry's SDK also reads other OTEL_* variables."""
         self._resource = Resource.create({"service.name": service})
         exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=_SEND_SECONDS)
         self._batches = BatchSpanProcessor(exporter)

@@ -38,7 +38,7 @@ class Span:
         tracestate: header of other tracing systems, passed on unchanged.
         span_id: 16 hexadecimal digits.
         attributes: values by name that are exported with the span.
-        error: why the request failed; empty if it did not.
+        error: why the request failed; empty if it did not fail.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Makes a span for each request that a service gets, and exports the sampled spans if there is a collector."""
+"""Makes a span for each request that a service receives, and exports the sampled spans if there is a collector."""
 
 import contextlib
 import dataclasses
@@ -13,18 +13,18 @@ from nanochat_core.tracing.span import Span, current_span
 
 @dataclasses.dataclass(frozen=True)
 class TracingSettings:
-    """Where traces go. All services have the same setting."""
+    """The destination of traces. All services have the same setting."""
 
     otlp_endpoint: str = setting(
         "",
-        "address of the OpenTelemetry collector that gets traces over OTLP/HTTP, such as http://collector:4318; empty "
+        "URL of the OpenTelemetry collector that receives traces over OTLP/HTTP, such as http://collector:4318; empty "
         "exports nothing",
         env="OTEL_EXPORTER_OTLP_ENDPOINT",
     )
 
 
 class Tracer:
-    """The spans of one service."""
+    """Makes and exports the spans of one service."""
 
     def __init__(self, service: str, settings: TracingSettings, ratio: float = 0.0) -> None:
         """If a trace begins here, it is exported with the probability ``ratio``. For other traces, the caller decides.
@@ -43,7 +43,7 @@ class Tracer:
 
     @contextlib.contextmanager
     def request(self, name: str, headers: Mapping[str, str]) -> Iterator[Span]:
-        """Set a new span for the current task, which serves one request. The span ends with the block.
+        """Set a new span for the current task, which serves one request. The span ends with the ``with`` block.
 
         Log lines and calls of other services then carry the request's id and trace. The keys of ``headers`` are in
         lower case.

@@ -1,8 +1,8 @@
 """Writes checkpoints in the background, from one or several ranks.
 
 Training waits only while tensors are copied to main memory; hashing and transfer happen in a thread. Every rank writes
-one file with its share of the optimizer state. The first rank also writes all other files. The manifest is the last
-file; without a manifest, a checkpoint does not exist.
+one file with its share of the optimizer state. The first rank also writes all other files. The manifest is written
+last; a checkpoint without a manifest is incomplete, and readers ignore it.
 
 A checkpoint may replace a complete checkpoint of the same name, for example after ``--no-resume``. An engine may be
 reading the old checkpoint, so at every moment the store must have a complete checkpoint. S3 can neither rename files
@@ -56,7 +56,7 @@ from nanochat_core.training.optim import Shard
 
 log = logging.getLogger(__name__)
 
-# Seconds to wait before each further attempt to write a checkpoint. An error of the last attempt is reported.
+# Seconds to wait before each further attempt to write a checkpoint. Only an error of the last attempt is raised.
 RETRY_SECONDS = (1.0, 5.0, 20.0)
 # Maximum time that the ranks wait in the background for the transfer of the slowest rank.
 _TRANSFER_SECONDS = 3600.0
@@ -68,8 +68,9 @@ _CHECK_SECONDS = 0.5
 class _Contents:
     """The content of a checkpoint. It is a copy, because training may change the originals during the writing.
 
-    ``texts`` has the content of each text file by file name. ``values`` has the trainer's values as JSON. ``shards`` is
-    this rank's share of the optimizer state.
+    ``weights`` has the model's weights on the first rank, and is empty on other ranks. ``texts`` has the content of
+    each text file by file name. ``values`` has the trainer's values as JSON. ``shards`` is this rank's share of the
+    optimizer state.
     """
 
     weights: dict[str, Tensor]
@@ -88,7 +89,10 @@ class CheckpointWriter:
         retry_seconds: Sequence[float] = RETRY_SECONDS,
         lease: Lease | None = None,
     ) -> None:
-        """``lease`` is the first rank's lease on the model's name. If another run takes it, nothing more is written."""
+        """``lease`` is the first rank's lease on the model's name.
+
+        If another run takes over the lease, nothing more is written.
+        """
         self._store, self._retry_seconds, self._lease = store, retry_seconds, lease
         self._training_ranks = ranks
         self._ranks = ranks.side_channel(_TRANSFER_SECONDS)
@@ -111,7 +115,7 @@ class CheckpointWriter:
         Raises the same errors as :meth:`wait`.
 
         Args:
-            model, tokenizer, meta: what the first rank writes; the arguments of other ranks are ignored.
+            model, tokenizer, meta: content that the first rank writes; these arguments of other ranks are ignored.
             values: JSON data of the first rank that training needs to resume; None makes resuming impossible.
             shards: this rank's share of the tensors that training needs to resume.
             then: called by the first rank, in the background, when the checkpoint is complete.
@@ -245,7 +249,7 @@ class CheckpointWriter:
         name = f"optim/rank_{self._ranks.rank:05d}_of_{self._ranks.size:05d}.safetensors"
         with self._file(attempt, name) as path:
             _save_tensors({shard.name: shard.tensor for shard in contents.shards}, path)
-        # The first row and the number of rows of each tensor.
+        # The first row and the number of rows of each tensor in this file.
         rows = {shard.name: (shard.start, shard.tensor.size(0)) for shard in contents.shards}
         return {"name": name, "entry": dataclasses.asdict(attempt.files[name]), "rows": rows}
 
@@ -289,7 +293,11 @@ def save_checkpoint(
     shards: Iterable[Shard] = (),
     lease: Lease | None = None,
 ) -> None:
-    """Writes a checkpoint from one process and returns when it is complete. Raises StoreError if that fails."""
+    """Writes a checkpoint from a single process and returns when the checkpoint is complete.
+
+    Raises StoreError if the checkpoint could not be written, and another UserError if it must not be written, as
+    :meth:`CheckpointWriter.wait` does.
+    """
     with CheckpointWriter(store, retry_seconds=(), lease=lease) as writer:
         writer.save(ref, model=model, tokenizer=tokenizer, meta=meta, values=values, shards=shards)
 

@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from nanochat_core.device import choose_device
 from nanochat_core.errors import RetryableError, UserError
 
-# This is NCCL's default. If a rank does not answer for this long, its node has most likely died.
+# NCCL's default timeout. If a rank does not answer for this long, its node has most likely died.
 DEFAULT_TIMEOUT_SECONDS = 600.0
 
 ResultT = TypeVar("ResultT")
@@ -45,14 +45,17 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sums a tensor over all ranks in place and returns it."""
+        """Sums a tensor over all ranks in place and returns it. All ranks must call this."""
         if self.group is not None:
             with meeting():
                 dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks, in order of rank, on every rank. Each value must be JSON-serializable."""
+        """Returns the values of all ranks, in order of rank, on every rank. All ranks must call this.
+
+        Each value must be JSON-serializable.
+        """
         if self.group is None:
             return [value]
         device = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
@@ -88,8 +91,9 @@ class Ranks:
         return result
 
     def side_channel(self, seconds: float) -> Ranks:
-        """The same ranks with a new process group on the CPU, for a background thread. All ranks must call this. In the
-        new group, a wait for another rank lasts at most ``seconds``.
+        """The same ranks with a new process group on the CPU, for a background thread. All ranks must call this.
+
+        In the new group, a wait for another rank lasts at most ``seconds``.
         """
         if self.group is None:
             return self
@@ -129,7 +133,7 @@ def joined(
 
     CUDA uses NCCL, and the CPU uses gloo. A wait for another rank lasts at most ``timeout_seconds``. The first wait,
     until all ranks have started, lasts at most ``join_seconds`` instead, because nodes of a cluster may still pull the
-    image. If ``join_seconds`` is None, ``timeout_seconds`` holds for the first wait, too.
+    image. If ``join_seconds`` is None, ``timeout_seconds`` also limits the first wait.
 
     Raises UserError if a variable is missing. Raises RankLost if the other ranks did not join in time or were already
     leaving.
@@ -168,7 +172,7 @@ def joined(
 def rank_device(name: str) -> torch.device:
     """The device that this process computes on: the CPU, or the CUDA device that the launcher gave to this rank.
 
-    ``name`` is as in :func:`~nanochat_core.device.choose_device`.
+    ``name`` has the same meaning as in :func:`~nanochat_core.device.choose_device`.
     """
     device = choose_device(name)
     if device.type == "cuda":

@@ -4,7 +4,8 @@ Problem: GPUs multiply fp8 numbers twice as fast as bf16 numbers, but fp8 has on
 
 Idea: dynamic tensorwise scaling. Each tensor is divided by its own scale, so that its largest magnitude becomes the
 largest fp8 number. The product is then multiplied by both scales. Inputs and weights are quantized to e4m3. Gradients
-of outputs need more range than precision and are quantized to e5m2. Sums are made in fp32; master weights stay fp32.
+of outputs need more range than precision and are quantized to e5m2. Products are summed in fp32, and the master weights
+stay in fp32.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from nanochat_core.model import GPT, Linear
 
-# Smallest side of a matrix that trains in fp8. Quantizing a smaller one costs more time than the faster product saves.
+# Smallest side of a matrix that trains in fp8. Quantizing a smaller matrix costs more time than the fp8 product saves.
 LEAST_SIDE = 128
 # The fp8 kernels need every dimension of a product to be a multiple of this.
 ALIGNMENT = 16
@@ -47,8 +48,8 @@ class Fp8Linear(nn.Module):
 def convert_to_fp8(model: GPT) -> list[str]:
     """Lets the large matrices of the blocks train in fp8. The parameters stay the same objects and keep their names.
 
-    The head is not converted, because the chunked loss multiplies by the head's weight itself. The function returns the
-    names of the converted layers.
+    The head is not converted, because the chunked loss uses the head's weight directly instead of calling the layer.
+    Returns the names of the converted layers.
     """
     converted = []
     for parent_name, parent in list(model.blocks.named_modules(prefix="blocks")):

@@ -25,7 +25,7 @@ from tests.support.sandbox_attacks import ATTACKS, Target, limits_for
 
 # Time limit of an attack. A longer limit would make the program slower, but not the test harder.
 _MOST_SECONDS = 0.3
-_KILLED = re.compile("killed from outside|fork server|did not take its call|did not start")
+_KILLED = re.compile("killed from outside|fork server|did not begin its call|did not start")
 
 
 class Soak:

@@ -324,7 +324,7 @@ def test_files_that_match_the_manifest_but_are_none_of_ours_are_refused(store: F
 def test_a_tokenizer_of_another_size_does_not_belong_to_the_model(store: FolderStore) -> None:
     save(store)
     rewrite(store, "tokenizer.json", tokenizer((b"he",)).to_json().encode())
-    with pytest.raises(UserError, match=f"{REF.prefix}: the tokenizer has 266 ids but the model 267"):
+    with pytest.raises(UserError, match=f"{REF.prefix}: the tokenizer has 266 ids but the model has 267"):
         load_checkpoint(store, REF)
 
 

@@ -235,8 +235,8 @@ def test_a_conversation_has_the_same_ids(messages: Any) -> None:
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
-        ([], "needs a message"),
-        ([{"role": "system", "content": "x"}], "needs a message"),
+        ([], "needs a user message"),
+        ([{"role": "system", "content": "x"}], "needs a user message"),
         ([ASKED, ASKED], "alternate"),
         ([{"role": "assistant", "content": "x"}], "alternate"),
         ([ASKED, {"role": "system", "content": "x"}], "alternate"),

@@ -107,7 +107,7 @@ def test_noise_moves_the_exponents_by_about_what_their_errors_say() -> None:
 def test_a_best_size_outside_of_what_was_trained_is_not_used_and_the_side_named(around: float, side: str) -> None:
     beyond = budget(1e19, around * best_size(1e19))
     assert beyond.optimum is None
-    assert beyond.problem == f"the best size lies outside of those that were trained; add {side} depths"
+    assert beyond.problem == f"the best size lies outside of the trained sizes; add {side} depths"
     others = [budget(flops, best_size(flops)) for flops in (1e18, 3e18)]
     assert fit_laws([*others, beyond]) == fit_laws(others)
 

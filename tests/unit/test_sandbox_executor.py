@@ -109,7 +109,7 @@ def test_a_full_queue_is_answered_at_once(make: Callable[..., SandboxExecutor]) 
         await asyncio.to_thread(eventually, lambda: executor.stats.running == 1 and executor.stats.queued == 1)
         refused = await executor.execute("1 + 1")
         assert refused.status is Status.OVERLOADED
-        assert "1 calls are running and 1 waiting" in refused.error
+        assert "1 calls are running and 1 wait" in refused.error
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)

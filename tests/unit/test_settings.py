@@ -168,7 +168,7 @@ def test_members_may_stand_without_their_flag() -> None:
 
 
 def test_a_text_beside_its_own_flag_is_refused() -> None:
-    with pytest.raises(UserError, match="'upon' stands beside --prompt; give only one of them"):
+    with pytest.raises(UserError, match="'upon' and --prompt give the same setting; use only one of them"):
         loaded("--prompt", "Once", "upon", cls=Spoken)
 
 

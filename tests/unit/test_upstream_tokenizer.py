@@ -155,7 +155,7 @@ def test_the_attacks_do_run_when_python_loads_them() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"extra": 1}, "other fields"),
+        ({"extra": 1}, "its fields are not"),
         ({"pat_str": 5}, "of another type"),
         ({"pat_str": "(("}, "refuses its split pattern"),
         ({"mergeable_ranks": {"text": 1}}, "of another type"),

@@ -34,8 +34,8 @@ CACHE = next(f.name for f in dataclasses.fields(BaseModelOutputWithPast) if f.na
 class NanochatConfig(PretrainedConfig):
     """Shape of the model.
 
-    ``attention_windows`` has for each layer the number of earlier tokens that a token attends to, and
-    ``value_embedding_layers`` the layers that have a value embedding.
+    ``attention_windows`` has for each layer the number of earlier tokens that a token attends to.
+    ``value_embedding_layers`` lists the layers that have a value embedding.
     """
 
     model_type = "nanochat_gpt"
@@ -202,10 +202,10 @@ class NanochatModel(NanochatPreTrainedModel):
 
         Args:
             input_ids: (batch, time) token ids that are not in the cache yet.
-            attention_mask: (batch, cached + time); 0 hides a token of padding.
+            attention_mask: (batch, cached + time); 0 hides a padding token, and all other tokens have 1.
             position_ids: (batch, time); by default the number of earlier tokens that the mask shows.
             past_key_values: another name of ``cache``.
-            previous_ids: (batch,) the token before ``input_ids``; needed if the cache holds tokens.
+            previous_ids: (batch,) the token before ``input_ids``; needed if the cache contains tokens.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("this model needs input_ids: its smear and value embeddings depend on token ids")
@@ -295,7 +295,8 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (batch, time) the input ids again, with -100 for tokens that are not counted.
-            logits_to_keep: number of last positions that get logits, or their indices; 0 means all.
+            logits_to_keep: number of last positions for which logits are computed, or a tensor of positions; 0 means
+                all positions.
             attention_mask, kwargs: further arguments of :meth:`NanochatModel.forward`.
         """
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -344,5 +345,5 @@ def _mask(cached: int, time: int, window: int, padding: Tensor | None, device: t
     visible = (distance >= 0) & (distance <= window)
     if padding is None:
         return visible
-    # A token of padding sees itself, because a softmax over nothing is NaN.
+    # A padding token sees itself, because a softmax over nothing is NaN.
     return (visible & padding.bool()[:, None, None, : cached + time]) | (distance == 0)

@@ -2,7 +2,8 @@
 
 Three properties of tiktoken, which computes our ids, determine the content:
 
-- A piece of text that is a token as a whole becomes this token, whatever its merges (``ignore_merges``).
+- A piece of text that is a token as a whole becomes this token, even if no sequence of merges leads to the token
+  (``ignore_merges``).
 - Of all pairs of neighbors whose joined bytes are a token, the pair that gives the token with the lowest id is merged
   first. The file therefore lists every way to split a token into two tokens as a merge, ordered by the token's id.
 - A byte is a token. The file names tokens in GPT-2's alphabet, which has a printable character for each byte.

@@ -5,14 +5,15 @@ policy gradient theorem (REINFORCE, Williams 1992) still gives the gradient of t
 
     grad E[R] = E[(R - b) * sum over tokens of grad log p(token)]
 
-The baseline b is any number that does not depend on the answer. It leaves the mean unchanged and lowers the variance.
-Here b is the mean reward of all samples for the same problem, and ``A = R - b`` is the advantage. Options:
+The baseline b is any number that does not depend on the answer. It does not change the mean of this estimate, and a
+good baseline lowers its variance. Here b is the mean reward of all samples for the same problem, and ``A = R - b`` is
+the advantage. Options:
 
 - Normalization divides A by the standard deviation of the group's rewards (GRPO, arXiv 2402.03300).
 - Off policy, when older weights sampled the tokens, ``ratio * A`` with ``ratio = p(token) / p_sampled(token)`` replaces
   ``A * log p(token)`` (importance sampling). On policy, the ratio is 1 and both terms have the same gradient.
-- Clipping uses ``min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``, so that moving the ratio outside this range gains
-  nothing (PPO, arXiv 1707.06347).
+- Clipping with a constant c uses ``min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``, so that moving the ratio outside
+  this range gains nothing (PPO, arXiv 1707.06347).
 - A KL penalty keeps the model near a reference model. It uses the estimator k3
   (http://joschu.net/blog/kl-approx.html).
 
@@ -39,7 +40,7 @@ _SMALLEST_DEVIATION = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch(Batch):
-    """Prompts with their answers. The targets are the tokens that the model sampled.
+    """Prompts with their answers, one rollout per row. The targets are the tokens that the model sampled.
 
     Attributes:
         advantages: advantage of each row's answer, (rows,) fp32.
@@ -50,7 +51,7 @@ class RolloutBatch(Batch):
     logprobs: Tensor
 
     def rows(self, start: int, stop: int) -> Self:
-        """The batch of some rows, cut after their last target."""
+        """The batch of the rows ``start`` to ``stop - 1``, without the positions after their last target."""
         some = super().rows(start, stop)
         time = int((some.targets != IGNORE_INDEX).any(dim=0).nonzero().max()) + 1
         cut = {name: tensor[:, :time] for name, tensor in some.tensors.items() if tensor.dim() == 2}
@@ -58,10 +59,11 @@ class RolloutBatch(Batch):
 
 
 def advantages(rewards: Tensor, *, normalize: bool) -> Tensor:
-    """Each reward minus the mean reward of its group: (groups, samples), one group for each problem.
+    """Each reward minus the mean reward of its group. One group contains the answers to one problem.
 
-    With ``normalize``, the result is divided by the group's standard deviation, and is 0 in a group of equal rewards.
-    This gives more weight to problems that are nearly always or nearly never solved.
+    ``rewards`` and the result are (groups, samples) fp32. With ``normalize``, the result is divided by the group's
+    standard deviation, and is 0 in a group of equal rewards. This gives more weight to problems that are nearly always
+    or nearly never solved.
     """
     centered = rewards - rewards.mean(dim=1, keepdim=True)
     if not normalize:
@@ -88,9 +90,10 @@ def pack(rollouts: Sequence[Rollout], advantage: Tensor, pad_id: int) -> Rollout
 
 
 def target_logprobs(model: GPT, ids: Tensor, targets: Tensor, hidden: Callable[[Tensor], Tensor]) -> Tensor:
-    """Log-probability of every counted target of (rows, time) int64, row by row: (counted,) fp32.
+    """Log-probabilities of the targets that are not IGNORE_INDEX, row by row: (counted,) fp32.
 
-    ``hidden`` is the model's :meth:`~nanochat_core.model.GPT.hidden`, compiled or not.
+    ``ids`` and ``targets`` are (rows, time) int64. ``hidden`` is the model's method
+    :meth:`~nanochat_core.model.GPT.hidden`, compiled or not.
     """
     counted = targets != IGNORE_INDEX
     states = hidden(ids)[counted]
@@ -119,12 +122,16 @@ class PolicyGradient:
             hidden: compiled version of the model's ``hidden`` method; None uses the method itself.
         """
         if kl and reference is None:
-            raise ValueError("a divergence needs a reference")
+            raise ValueError("a KL penalty needs a reference model")
         self._model, self._hidden = model, hidden or model.hidden
         self._clip, self._off_policy, self._kl, self._reference = clip, off_policy, kl, reference
 
     def __call__(self, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and sums over tokens: ``kl`` if there is a KL penalty, ``clipped`` if ratios are clipped."""
+        """The loss (a scalar), and further sums over the sampled tokens, by name.
+
+        ``kl`` is the sum of the KL estimates if there is a KL penalty. ``clipped`` is the number of tokens whose ratio
+        was clipped, if ratios are clipped.
+        """
         assert isinstance(rows, RolloutBatch)
         counted = rows.targets != IGNORE_INDEX
         logprobs = target_logprobs(self._model, rows.ids, rows.targets, self._hidden)
@@ -148,9 +155,10 @@ class PolicyGradient:
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Estimate KL(policy || reference) at each sampled token by k3: ``exp(d) - 1 - d`` with ``d = log q - log p``.
+    """Estimate KL(policy || reference) at each sampled token by k3: ``exp(d) - 1 - d``.
 
-    The estimate is unbiased and never negative. Both arguments have the log-probabilities of the same sampled tokens.
+    ``d`` is ``log p_reference - log p_policy``. The estimate is unbiased and never negative. Both arguments have the
+    log-probabilities of the same sampled tokens.
     """
     difference = reference - logprobs
     return torch.expm1(difference) - difference

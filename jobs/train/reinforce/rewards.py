@@ -53,7 +53,7 @@ def computed_number(problem: Problem, rollout: Rollout) -> float:
 def finished(_problem: Problem, rollout: Rollout) -> float:
     """1 if the answer ends before the token limit, whatever its text.
 
-    This reward is useful for test runs, or against long answers.
+    This reward is useful for test runs, or to train the model to answer briefly.
     """
     return float(rollout.finished)
 

@@ -85,7 +85,7 @@ class Answerer:
             tool_timeout_seconds=_WAIT_SECONDS,
         )
         self._engine = Engine(model, tokenizer, config, tool_runner=self._tool)
-        self._engine.warm_up()  # Training does not use the device yet.
+        self._engine.warm_up()  # now, while training does not use the device yet
         self._stop = stop_token_ids(tokenizer)
 
     def update_weights(self, model: GPT) -> None:
@@ -97,7 +97,7 @@ class Answerer:
     ) -> list[list[Rollout]]:
         """Sample ``samples`` answers to each problem. ``seeds`` has one seed for each problem.
 
-        An answer depends only on the problem, its seed, the number of the sample and the weights. Raises
+        An answer depends only on the problem, its seed, the number of the sample, ``sampling`` and the weights. Raises
         UserError if a problem does not fit the model's context.
         """
         self._tool.forget()
@@ -140,9 +140,9 @@ def answering(model: GPT, tokenizer: Tokenizer, sequences: int) -> Iterator[Answ
 class SharedCalls:
     """A tool that runs equal code only once.
 
-    Answers to the same problem often run the same code. Each call runs in a process of its own, without any state of
-    earlier calls, so equal code has equal output. Calls that failed or exceeded a limit of the sandbox are not
-    remembered.
+    Answers to the same problem often run the same code. Each call runs in a separate process, without any state of
+    earlier calls, so equal code has equal output. The results of calls that the sandbox could not run to their end, for
+    example because they exceeded a limit, are not remembered.
     """
 
     def __init__(self, runner: ToolRunner) -> None:
@@ -173,8 +173,10 @@ class SharedCalls:
 
 
 class RolloutSource:
-    """Batches of rollouts, one for each step. Each rank samples a contiguous part of the step's problems, and the parts
-    differ by at most one problem.
+    """Batches of rollouts, one batch for each step.
+
+    Each rank samples the answers to a contiguous part of the step's problems. The sizes of these parts differ by at
+    most one problem.
 
     Asynchronous rollouts of the next step are sampled while a step trains, with the weights from before the update. The
     rollouts of the first step after a checkpoint are an exception: they wait for the new weights, because a run that

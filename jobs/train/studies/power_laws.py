@@ -18,7 +18,7 @@ import numpy as np
 # A parabola has this many coefficients, so a fit needs at least this many points.
 _PARABOLA_POINTS = 3
 _POWER_LAW_POINTS = 2
-# Losses that bend by less than this fraction of their size count as a straight line with rounding errors.
+# Losses that bend by less than this fraction of the largest loss count as a straight line with rounding errors.
 _STRAIGHT = 1e-9
 
 
@@ -46,8 +46,8 @@ class Parabola:
     """``loss = lowest + curvature * (ln(size) - log_best_size) ** 2`` for one budget.
 
     Attributes:
-        inside: True if the best size lies between the smallest and the largest measured size. Otherwise it is an
-            extrapolation.
+        inside: True if the best size lies between the smallest and the largest measured size. Otherwise, the best size
+            is an extrapolation.
         r2: share of the variance of the loss that the parabola explains; 1 for three points.
     """
 
@@ -62,7 +62,10 @@ class Parabola:
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """The least-squares line through the points ``(log x, log y)``; None if fewer than two ``x`` differ."""
+    """The least-squares line through the points ``(log x, log y)``.
+
+    Returns None if ``x`` has fewer than two distinct values.
+    """
     if len(set(x)) < _POWER_LAW_POINTS:
         return None
     log_x, log_y = np.log(x), np.log(y)
@@ -137,7 +140,7 @@ class IsoFlop:
             return "the losses do not bend upwards; add depths on both sides"
         if not self.fit.inside:
             side = "smaller" if self.fit.log_best_size < math.log(min(self.sizes)) else "greater"
-            return f"the best size lies outside of those that were trained; add {side} depths"
+            return f"the best size lies outside of the trained sizes; add {side} depths"
         return None
 
 

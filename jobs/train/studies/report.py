@@ -1,6 +1,6 @@
 """The report of a scaling study: ``report.md``, ``report.json``, ``table.csv``, and a plot.
 
-The plot has the loss curves of a miniseries, or the models of each budget and the fitted laws.
+The plot shows the loss curves of a miniseries, or the models of each budget and the fitted laws.
 """
 
 import contextlib
@@ -94,8 +94,8 @@ class Laws:
             f"- N_opt = {_power(self._laws.sizes, 'C')} ({_quality(self._laws.sizes, known)})",
             f"- D_opt = {_power(self._laws.tokens, 'C')} ({_quality(self._laws.tokens, known)})",
             "",
-            "N are the parameters of block matrices and head. The exponents add up to 1 as far as FLOPs are 6·N·D: "
-            f"here to {self._laws.sizes.exponent + self._laws.tokens.exponent:.3f}.",
+            "N is the number of parameters of block matrices and head. If the FLOPs were exactly 6·N·D, the exponents "
+            f"would add up to 1; here they add up to {self._laws.sizes.exponent + self._laws.tokens.exponent:.3f}.",
         ]
 
     def values(self) -> dict[str, Any]:

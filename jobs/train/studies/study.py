@@ -85,7 +85,7 @@ class Failure:
 
 
 def plan_run(store: Store, flags: Sequence[str]) -> PlannedRun:
-    """Plan the run that ``jobs.train.pretrain`` would do with these flags. Raises UserError if a flag is wrong."""
+    """Plan the run that ``jobs.train.pretrain`` would train with these flags. Raises UserError if a flag is wrong."""
     settings = load(PretrainSettings, prefix="NANOCHAT_PRETRAIN", program=f"python -m {_PRETRAIN}", argv=flags)
     check_model_name(settings.model)
     if settings.start_from:
@@ -98,7 +98,7 @@ class Study:
     """Trains the runs of a study as processes, and reads their results from the store."""
 
     def __init__(self, store: Store, inputs: Mapping[str, str], ranks: int) -> None:
-        """``inputs`` are the digests of the data that all runs are made from."""
+        """``inputs`` are the digests of the dataset and the tokenizer that all runs are trained with, by name."""
         self._store, self._inputs, self._ranks = store, inputs, ranks
         self._launcher = Launcher()
         self._launcher.forward_signals()
@@ -137,8 +137,8 @@ class Study:
         differing = differences(meta, now, run.settings)
         if differing:
             raise UserError(
-                f"models/{run.model} in {self._store} was trained otherwise ({', '.join(differing)}); "
-                "use another --study name, or delete it to train it anew"
+                f"models/{run.model} in {self._store} was trained differently ({', '.join(differing)}); "
+                "use another --study name, or delete this model to train it again"
             )
         return _result(run, meta) if meta["finished"] else None
 

@@ -45,7 +45,7 @@ SHAPE = {
     "context_length": "sequence_len",
     "vocab_size": "vocab_size",
 }
-# Upper bound of every dimension. It keeps a damaged file from making us allocate too much memory.
+# Upper bound of every dimension, so that a damaged file cannot make us allocate too much memory.
 _LARGEST = 2**24
 
 
@@ -194,4 +194,4 @@ def _check_fit(source: UpstreamCheckpoint, expected: Mapping[str, Tensor]) -> No
     for name, parameter in expected.items():
         if source.weights[name].shape != parameter.shape:
             shapes = f"{tuple(source.weights[name].shape)} instead of {tuple(parameter.shape)}"
-            raise UserError(f"{source.path}: {name} has shape {shapes}; the meta file is of another model")
+            raise UserError(f"{source.path}: {name} has shape {shapes}; the meta file belongs to another model")

@@ -12,7 +12,7 @@ from jobs.train.upstream.checkpoint import SHAPE, upstream_name
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.tokenizer import Tokenizer
 
-# Upstream's folder of the checkpoints of each stage.
+# Upstream's name of the folder for the checkpoints of each stage.
 FOLDERS = {
     "base": "base_checkpoints",
     "sft": "chatsft_checkpoints",

@@ -1,10 +1,10 @@
 """Reads the tokenizer file of karpathy/nanochat without executing anything in it.
 
 ``tokenizer.pkl`` is a pickled ``tiktoken.Encoding``. A pickle is a program, and Python's own loader would let it call
-any function of this machine. So this module interprets the pickle itself: it carries out the few instructions that such
-a file needs (pickle protocol 4 and later) on plain data, and refuses all other instructions. The file may name one
-class, ``tiktoken.Encoding``. Instead of an instance, this module makes a record of the constructor's arguments; it
-imports and calls nothing.
+any function of this machine. So this module interprets the pickle itself: it carries out the few instructions that a
+pickled ``tiktoken.Encoding`` needs (pickle protocol 4 and later) on plain data, and refuses all other instructions. The
+file may name only this class. Instead of an instance, this module makes a record of the constructor's arguments; it
+imports nothing and calls nothing that the file names.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def read_upstream_tokenizer(path: Path) -> Tokenizer:
 
 def _tokenizer(path: Path, arguments: Any) -> Tokenizer:
     if not isinstance(arguments, dict) or set(arguments) != _ARGUMENTS:
-        raise UserError(f"{path} holds no tokenizer: other fields than {', '.join(sorted(_ARGUMENTS))}")
+        raise UserError(f"{path} holds no tokenizer: its fields are not {', '.join(sorted(_ARGUMENTS))}")
     pattern, ranks, special = (arguments[name] for name in ("pat_str", "mergeable_ranks", "special_tokens"))
     if not isinstance(pattern, str) or not _maps(ranks, bytes) or not _maps(special, str):
         raise UserError(f"{path} holds no tokenizer: a field is of another type")
@@ -139,7 +139,7 @@ def _construct(data: bytes) -> _Encoding:
         elif name in _NAMES_A_GLOBAL:
             raise _Refused(_foreign(str(literal)))
         elif name not in ("PROTO", "FRAME"):
-            raise _Refused(f"the instruction {name} has no place in a tokenizer file")
+            raise _Refused(f"no tokenizer file needs the instruction {name}")
     if len(stack) != 1 or not isinstance(stack[0], _Encoding):
         raise _Refused("it holds something else than a tiktoken.core.Encoding")
     return stack[0]

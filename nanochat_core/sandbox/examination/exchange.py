@@ -1,7 +1,8 @@
-"""What judge and candidate say to each other: calls of a function, and their values as plain data.
+"""The messages between the judge, which runs the tests, and the candidate, which runs the tested function.
 
-Each value is a JSON list: the name of the value's type, then its parts. The judge builds values of the types in this
-file only. So the judge never runs code, methods or comparisons that the candidate has made.
+The judge sends the arguments of a call, and the candidate answers with the function's value. Values are sent as plain
+data: each value is a JSON list with the name of its type and then its parts. The judge builds only values of the types
+in this file. So the judge never runs code, methods or comparisons that the candidate has defined.
 """
 
 import builtins
@@ -24,11 +25,11 @@ class NotData(Exception):
 
 
 class CandidateEnded(Exception):
-    """The candidate has ended, or does not keep to the protocol."""
+    """The candidate has ended or has violated the protocol."""
 
 
 class Foreign:
-    """Stands for a value that is not plain data. It differs from every value."""
+    """Represents a value that is not plain data. It is equal to no value, not even to itself."""
 
     def __init__(self, type_name: str) -> None:
         self.type_name = type_name
@@ -43,7 +44,7 @@ class Foreign:
 
 
 def encode(value: Any) -> list[Any]:
-    """Describe a value by plain JSON. A value of a derived type becomes one of the base type."""
+    """Describe a value by plain JSON. A value of a subclass is described as a value of its base type, such as int."""
     if value is None:
         return ["none"]
     if isinstance(value, bool):
@@ -70,7 +71,7 @@ def encode(value: Any) -> list[Any]:
         return ["fraction", encode(value.numerator), encode(value.denominator)]
     if isinstance(value, decimal.Decimal):
         return ["decimal", decimal.Decimal.__str__(value)]
-    if hasattr(type(value), "__next__"):  # a generator, or what map or zip returns
+    if hasattr(type(value), "__next__"):  # an iterator, such as a generator
         items = list(itertools.islice(value, _MAX_ITEMS + 1))
         if len(items) <= _MAX_ITEMS:
             return ["iterator", *map(encode, items)]
@@ -78,7 +79,7 @@ def encode(value: Any) -> list[Any]:
 
 
 def decode(data: Any) -> Any:
-    """Build the value that ``data`` describes. Raises NotData if ``data`` describes none."""
+    """Build the value that ``data`` describes. Raises NotData if ``data`` describes no value."""
     try:
         kind, *parts = data
         if kind in ("list", "tuple", "set", "frozenset"):
@@ -162,23 +163,26 @@ def examine(context: str, tests: str, function: str) -> None:
         kind, content = answer
         if kind == "value":
             return decode(content)
-        # Tests may expect an exception. The candidate can only choose one of Python's own.
+        # Tests may expect an exception. The candidate can only name a built-in one; other names become RuntimeError.
         known = getattr(builtins, kind, None) if type(kind) is str else None
         if not (isinstance(known, type) and issubclass(known, Exception)):
             known = RuntimeError
         raise known(str(content))
 
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(context, "<context>", "exec"), namespace)  # noqa: S102 - the sandbox is for this
+    exec(compile(context, "<context>", "exec"), namespace)  # noqa: S102 - this runs in a sandbox
     namespace[function] = candidate
     exec(compile(tests, "<tests>", "exec"), namespace)  # noqa: S102
     namespace["check"](candidate)
 
 
 def answer_calls(code: str, function: str) -> NoReturn:
-    """Define the function, then call it with the arguments of each message and send its value back."""
+    """Run ``code``, which defines the function. Then answer each message with arguments by calling the function.
+
+    An answer contains the function's value, or the name and the text of its exception.
+    """
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(code, "<code>", "exec"), namespace)  # noqa: S102 - the sandbox is for this
+    exec(compile(code, "<code>", "exec"), namespace)  # noqa: S102 - this runs in a sandbox
     while True:
         arguments, named = receive()
         try:

@@ -6,7 +6,7 @@ _EXCHANGE = (Path(__file__).parent / "exchange.py").read_text()
 
 
 def candidate_program(code: str, function: str) -> str:
-    """A program that defines ``function`` by ``code`` and answers the judge's calls of it."""
+    """A program that runs ``code``, which defines ``function``, and answers the judge's calls of this function."""
     return _program("answer_calls", code, function)
 
 
@@ -19,7 +19,7 @@ def judge_program(context: str, tests: str, function: str) -> str:
 
 
 def _program(entry: str, *arguments: str) -> str:
-    """The code of exchange.py, run in a module of its own, and a call of its function ``entry``."""
+    """A program that runs exchange.py in a separate module, and then calls the function ``entry`` of this module."""
     return (
         "import types\n"
         "exchange = types.ModuleType('exchange')\n"

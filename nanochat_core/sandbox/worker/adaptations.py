@@ -12,7 +12,7 @@ _URI_POSITION = 6
 
 
 def _adapt_sqlite3(module: types.ModuleType) -> None:
-    """Let databases be locked by folders instead of file locks, which the isolation refuses."""
+    """Lock databases by creating folders instead of by file locks, which the isolation refuses."""
     connect = module.connect
 
     def connect_without_file_locks(
@@ -22,7 +22,7 @@ def _adapt_sqlite3(module: types.ModuleType) -> None:
             *arguments, uri = arguments  # type: ignore[assignment]
         name = os.fsdecode(database)  # type: ignore[arg-type]
         if not uri and name not in ("", ":memory:"):
-            for character in "%?#":  # they have a meaning in a URI
+            for character in "%?#":  # these characters have a meaning in a URI
                 name = name.replace(character, f"%{ord(character):02x}")
             name, uri = f"file:{name}", True
         if uri and "vfs=" not in name:
@@ -33,7 +33,7 @@ def _adapt_sqlite3(module: types.ModuleType) -> None:
 
 
 def _adapt_dbm(module: types.ModuleType) -> None:
-    """Do not make databases of C libraries, which lock their files."""
+    """Make no databases with the C libraries gdbm and ndbm, because these libraries lock their files."""
     module._names = [name for name in module._names if name not in ("dbm.gnu", "dbm.ndbm")]  # type: ignore[attr-defined]
 
 
@@ -52,7 +52,7 @@ def _adapt_thread_pools(module: types.ModuleType) -> None:
 
 
 def _adapt_event_loops(module: types.ModuleType) -> None:
-    """Let an event loop end although no further thread may start. The loop would start one to end its thread pool."""
+    """Let an event loop end even if no further thread may start. The loop would start a thread to end its pool."""
     shut_down = module.BaseEventLoop.shutdown_default_executor
 
     async def shut_down_with_any_thread(loop: types.SimpleNamespace, *arguments: object) -> None:
@@ -99,9 +99,9 @@ def install() -> None:
 
 
 def ignore_modes_and_times() -> None:
-    """Let changes of modes and times have no effect in the current folder instead of failing.
+    """Ignore refused changes of modes and times of files in the current folder, instead of raising PermissionError.
 
-    Copies of files then work although the isolation refuses such changes.
+    Functions that copy files change modes and times. They then work although the isolation refuses these changes.
     """
     folder = os.path.realpath(".")
 

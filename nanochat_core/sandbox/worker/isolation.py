@@ -11,7 +11,7 @@ import protocol
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID
 _FileRules = list[tuple[bytes, int]]
-# The fork server itself needs more descriptors and processes than a worker.
+# Limits that only workers get, because the fork server itself needs more descriptors and processes.
 _LIMITS_OF_WORKERS = (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)
 
 
@@ -19,7 +19,7 @@ class Isolation:
     """Applies a profile's setup, which :mod:`nanochat_core.sandbox.profiles` packs.
 
     Attributes:
-        private: whether each worker mounts a scratch file system of its own. Otherwise the executor gives it a folder.
+        private: whether each worker mounts its own scratch file system. Otherwise, the executor provides a folder.
         read_only: whether all other files are on read-only mounts. Code may then change modes and times of files, which
             no other layer controls.
         listener: descriptor on which the executor decides whether a worker may start a thread; -1 if no worker can have
@@ -36,7 +36,8 @@ class Isolation:
         os.environ.clear()  # a launcher and Python's start-up have added PWD and LC_CTYPE
         if packages:
             sys.path.append(os.fsdecode(packages))
-            # The fork server must have one thread, and matplotlib neither a display nor a folder of its own.
+            # The fork server must have only one thread, and matplotlib must use neither a display nor a folder in the
+            # home folder.
             os.environ.update(
                 dict.fromkeys(_THREAD_VARIABLES, "1"), MPLBACKEND="agg", MPLCONFIGDIR=os.fsdecode(self._scratch)
             )
@@ -45,7 +46,8 @@ class Isolation:
         for name in preload.decode().split():
             __import__(name)
         if "numpy" in sys.modules:
-            # Python seeds its own generator in each new process. Each worker must also have numpy's in another state.
+            # Python seeds its own generator in each new process. Without this line, all workers would inherit the state
+            # of numpy's generator.
             os.register_at_fork(after_in_child=__import__("numpy.random").random.seed)
         os.environ.clear()
         if network:
@@ -83,7 +85,7 @@ class Isolation:
         self.listener = _limit_threads(ask_threads, no_threads)
 
     def _may_mount(self, hidden: list[bytes]) -> bool:
-        """Whether the kernel allows mounts and namespaces. Another process tries, because no process can leave them."""
+        """Whether the kernel allows mounts and namespaces. A child process tries it, because this cannot be undone."""
         pid = os.fork()
         if pid:
             return os.waitpid(pid, 0)[1] == 0
@@ -101,7 +103,7 @@ class Isolation:
         os._exit(0)
 
     def _make_mount_point(self) -> None:
-        """Make the folder on which workers mount, in a folder that they can neither read nor change."""
+        """Make the folder on which workers mount file systems, in a folder that they can neither read nor change."""
         kernel.mount_memory(self._around, b"size=4k,nr_inodes=4,mode=700")
         os.mkdir(self._scratch, 0o700)
         os.chmod(self._around, 0o100)
@@ -118,14 +120,14 @@ class Isolation:
                 try:
                     kernel.unmount(folder)
                 except OSError:
-                    pass  # it went with another mount, or the kernel refuses to show what is below it
+                    pass  # it was removed with another mount, or the kernel refuses to show what is below it
 
     def prepare(self, scratch: bytes) -> None:
-        """Build the Landlock rules, once for all workers that get the folder ``scratch`` of the executor.
+        """Build the Landlock rules, once for all workers that use the executor's folder ``scratch``.
 
-        Workers with file systems of their own share one set of rules, although each mounts its file system later. A
-        Landlock rule on a folder holds for all that is mounted below it, so this set has a rule on the folder around
-        the mount point.
+        Workers with their own scratch file systems share one set of rules, although each worker mounts its file system
+        later. This set has a rule on the folder around the mount point, because a Landlock rule on a folder also holds
+        for everything that is mounted below the folder.
         """
         if self._attribute and scratch not in self._rulesets:
             folder = self._around if self.private else scratch
@@ -133,14 +135,14 @@ class Isolation:
             self._rulesets[scratch] = kernel.file_rules(self._attribute, rules)
 
     def fork(self) -> int:
-        """Fork a worker in namespaces of its own, if it can have some. Returns as :func:`os.fork` does."""
+        """Fork a worker, in new namespaces if it mounts its scratch file system. Returns as :func:`os.fork` does."""
         pid: int = kernel.fork(self._namespaces)
         return pid
 
     def apply(self, scratch: bytes) -> None:
-        """Give up all rights that code must not have, except those that :meth:`seal` takes.
+        """Give up all rights that code must not have, except those that :meth:`seal` gives up.
 
-        The executor limits memory and CPU time with the request.
+        The executor limits memory and CPU time when it sends the request.
         """
         if self.private:
             kernel.mount_memory(self._scratch, self._options)
@@ -159,7 +161,10 @@ class Isolation:
 
 
 def _limit_threads(ask: bytes, refuse: bytes) -> int:
-    """Let the executor decide whether a worker may start a thread. Returns :attr:`Isolation.listener`."""
+    """Let the executor decide whether a worker may start a thread, or refuse all threads if this is impossible.
+
+    Returns :attr:`Isolation.listener`.
+    """
     if ask:
         try:
             listener: int = kernel.ask_about_system_calls(kernel.FilterProgram(ask))

@@ -5,9 +5,9 @@ import os
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
-# Functions that are looked up here need no lookup in each worker.
+# These functions are looked up once here, so that no worker has to look them up.
 _capset, _mount, _syscall = _libc.capset, _libc.mount, _libc.syscall
-# Calls through this object do not release Python's lock, which a new process could not take again.
+# Calls through this object do not release Python's global lock, because a forked process could not acquire it again.
 _libc_locked = ctypes.PyDLL(None, use_errno=True)
 _syscall_locked = _libc_locked.syscall
 _before_fork, _after_fork_parent = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Parent
@@ -47,7 +47,7 @@ class _PathBeneath(ctypes.Structure):
 
 
 class FilterProgram(ctypes.Structure):
-    """A seccomp filter as the kernel takes it."""
+    """A seccomp filter in the kernel's format (``struct sock_fprog``)."""
 
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
@@ -55,13 +55,13 @@ class FilterProgram(ctypes.Structure):
         super().__init__(len(instructions) // 8, instructions)
 
 
-# Made once, because each object that a worker makes costs it copies of memory pages.
+# Made once in the fork server, because for each object that a worker makes, the kernel may have to copy memory pages.
 _NO_CAPABILITIES = (_CapabilityData * 2)()
 _CAPABILITY_HEADER = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
 
 
 def load_library(path: str) -> None:
-    """Map a shared library, unless it needs others that are missing."""
+    """Map a shared library, unless it needs other libraries that are missing."""
     try:
         ctypes.CDLL(path)
     except OSError:
@@ -69,7 +69,7 @@ def load_library(path: str) -> None:
 
 
 def allocate_from_one_arena() -> None:
-    """Let all threads allocate from the same memory. glibc would reserve 64 MiB of address space for each."""
+    """Let all threads allocate from the same arena. glibc would reserve 64 MiB of address space for each thread."""
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_ARENA_MAX, 1)
 
@@ -107,7 +107,7 @@ def drop_capabilities() -> None:
 
 
 def unshare_mounts() -> None:
-    """Move this process to a mount namespace of its own, in a new user namespace unless it may mount already."""
+    """Move this process to a new mount namespace, and also to a new user namespace if it otherwise may not mount."""
     if _libc.unshare(CLONE_NEWNS) < 0:
         user, group = os.geteuid(), os.getegid()
         _check(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNS), "namespaces")
@@ -134,7 +134,7 @@ def mount_memory(folder: bytes, options: bytes, read_only: bool = False) -> None
 
 
 def remount_read_only(folder: bytes) -> None:
-    """Make a file system read-only that :func:`mount_memory` has mounted."""
+    """Forbid writing to the file system that :func:`mount_memory` has mounted on ``folder``."""
     flags = ctypes.c_ulong(_MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
     _check(_mount(None, folder, None, flags, None), "scratch file system")
 
@@ -188,6 +188,9 @@ def restrict_system_calls(program: FilterProgram) -> None:
 
 
 def ask_about_system_calls(program: FilterProgram) -> int:
-    """Apply a seccomp filter. Through the returned descriptor, another process decides what the filter leaves open."""
+    """Apply a seccomp filter. Another process decides about the calls that the filter answers with USER_NOTIF.
+
+    That process reads these calls from the returned descriptor.
+    """
     mode, flags = ctypes.c_uint(_SECCOMP_SET_MODE_FILTER), ctypes.c_uint(_SECCOMP_FILTER_FLAG_NEW_LISTENER)
     return _check(_syscall(_SECCOMP, mode, flags, ctypes.byref(program)), "seccomp")

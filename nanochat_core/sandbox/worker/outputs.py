@@ -10,9 +10,9 @@ def collector(
 ) -> Callable[[object], tuple[list[bytes], bool]]:
     """Return a function that collects the files of the current folder, and draws the code's figures and its value.
 
-    The function gets the value of the code. It returns names and contents (name, content, name, content, ...) of the
-    regular files with one of ``endings`` that are not in ``given`` or have changed, and whether files are missing
-    because of the limits. Files that cannot be read are left out.
+    The argument of the function is the value of the code. The function returns a list of files (name, content, name,
+    content, ...), and whether files are missing in the list because of the limits. The list has the regular files whose
+    names end with one of ``endings`` and whose content differs from ``given``. Files that cannot be read are left out.
     """
     folder = os.getcwd()
 

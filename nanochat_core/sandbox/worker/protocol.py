@@ -3,17 +3,17 @@
 The executor and the fork server exchange frames over a socket that keeps message boundaries. A frame is a list of byte
 fields. The first frame is the *setup*; the server answers ``READY``. Each further frame of the executor asks for one
 worker (number, scratch folder) and carries the descriptors of its pipes. The worker answers ``STARTED`` with a pidfd of
-itself, before it takes on the last layer of its isolation, the system-call filter. The kernel adds the worker's process
-id to this message. If there is no worker, the server answers ``FAILED`` with a reason. Later the server sends
-``EXITED`` with the wait status and the CPU seconds.
+itself, before it applies the last layer of its isolation, the system-call filter. The kernel adds the worker's process
+id to this message. If the server cannot fork, it answers ``FAILED`` with a reason. When a worker has ended, the server
+sends ``EXITED`` with the wait status and the CPU seconds.
 
 The server adds a descriptor to ``READY`` on which the executor decides whether a worker may start a thread. Without the
 descriptor, workers cannot start threads.
 
-The executor writes one frame, the *request*, to a worker's stdin, and then closes the pipe. The worker reads it once
-every layer of the isolation is active. It writes to the result pipe: ``BEGUN`` once the request has arrived, and then a
-claim about how the code ended. The code can forge the claim. Therefore the executor bounds the claim's size, never
-trusts the claim, and uses it only for the answer to this call.
+The executor writes one frame, the *request*, to a worker's stdin, and then closes the pipe. The worker reads the
+request once every layer of the isolation is active. Then it writes to the result pipe: ``BEGUN`` once the request has
+arrived, and later a *claim* about how the code ended. The code can forge the claim. Therefore the executor bounds the
+claim's size, never trusts the claim, and uses it only for the answer to this call.
 """
 
 import struct
@@ -34,7 +34,7 @@ MAX_ERROR_BYTES = 1000
 CLAIM_OVERHEAD = len(BEGUN) + _CLAIM_HEADER.size + MAX_ERROR_BYTES
 
 
-# In the claim of a call whose caller wants files, these come before the result and the files: length of the result, and
+# If the caller wants files, the claim has this header before the result and the files: the length of the result, and
 # whether files are missing because of the limits.
 _OUTPUT_HEADER = struct.Struct("!I?")
 
@@ -78,7 +78,7 @@ def pack_outputs(result: bytes, files: list[bytes], cut: bool) -> bytes:
 
 
 def unpack_outputs(data: bytes) -> tuple[bytes, list[bytes], bool]:
-    """Undo :func:`pack_outputs`. ``data`` can be forged; what cannot be read is left out and counts as missing."""
+    """Undo :func:`pack_outputs`. ``data`` can be forged; files that cannot be read from it count as missing."""
     if len(data) < _OUTPUT_HEADER.size:
         return b"", [], True
     length, cut = _OUTPUT_HEADER.unpack_from(data)

@@ -20,7 +20,7 @@ import protocol
 _REQUESTS, _RESULT = 0, 3
 _PyCF_ONLY_AST, _PyCF_ALLOW_TOP_LEVEL_AWAIT, _CO_COROUTINE = 0x400, 0x2000, 0x80
 _NAME = "<code>"
-# Without a limit, the traceback of an endless recursion can take longer than the call.
+# Without a limit, printing the traceback of an endless recursion can take longer than the call itself.
 _SHOWN_FRAMES = 1100
 _Module = type(sys)
 # Less than the default, because the stacks of all threads count as memory of the call.
@@ -30,7 +30,7 @@ _reserve = [bytes(1 << 20)]
 
 
 def warm_up() -> None:
-    """Use what every call uses, so that workers inherit it ready to use."""
+    """Run in the fork server what every call needs, so that workers inherit the loaded modules and filled caches."""
     builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")
     builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
     builtins.help = _sitebuiltins._Helper()
@@ -43,7 +43,7 @@ def warm_up() -> None:
 
 
 def serve() -> None:
-    """Run one call. Never returns. The worker is isolated already."""
+    """Run one call. Never returns. The caller must have isolated the worker."""
     text_format, output_bytes, file_bytes, max_files, endings, unchanged, argv, code, *files = protocol.unpack(
         _read_frame()
     )
@@ -131,11 +131,12 @@ def _run_and_report(
 
 
 def _evaluate(code: str, namespace: dict[str, object]) -> object:
-    """Execute ``code`` and return the value of the expression at its end; ``None`` if there is none.
+    """Execute ``code`` and return the value of the expression at its end; ``None`` if there is no such expression.
 
     Outside of functions, the code may use ``await``, ``async for`` and ``async with``.
     """
-    # Tracebacks show lines of the code. A time of None keeps the entry, although there is no such file.
+    # Tracebacks show lines of the code from this cache. With the modification time None, the cache keeps the entry
+    # although there is no such file.
     linecache.cache[_NAME] = len(code), None, [line + "\n" for line in code.split("\n")], _NAME
     tree = compile(code, _NAME, "exec", _PyCF_ONLY_AST | _PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     last = None
@@ -153,7 +154,7 @@ def _evaluate(code: str, namespace: dict[str, object]) -> object:
 
 
 def _run_coroutines(parts: list[types.CodeType], namespace: dict[str, object]) -> object:
-    """Like the loop at the end of :func:`_evaluate`, in an event loop."""
+    """Run the parts of the code one after the other, like :func:`_evaluate`, but in an event loop."""
     import asyncio  # most calls do not need it, and it takes long to import
 
     value: object = None
@@ -165,7 +166,7 @@ def _run_coroutines(parts: list[types.CodeType], namespace: dict[str, object]) -
 
 
 def _describe(error: BaseException) -> tuple[bytes, bytes]:
-    """The kind of a claim about an exception, and the line that says what went wrong."""
+    """The kind of the claim that reports an exception, and a line that says what went wrong."""
     name = type(error).__name__
     try:
         line = " ".join(f"{name}: {error}".split()) if str(error) else name

@@ -1,6 +1,7 @@
 """The fork server: an interpreter that is ready to run code and forks one isolated worker for each call.
 
-It has one thread, an empty environment, the imports that code usually needs, and no data of any call.
+The fork server has one thread and an empty environment. It has imported the modules that code usually needs, and never
+has data of a call.
 """
 
 import _socket
@@ -74,7 +75,7 @@ def _fork(
         control.send(protocol.pack([protocol.FAILED, number, str(error).encode()]))
         return
     if pid == 0:
-        workers.clear()  # a worker needs no data of the others
+        workers.clear()  # a worker needs no data of the other workers
         try:
             _become_worker(control, isolation, started, scratch, fds)
         except BaseException as error:

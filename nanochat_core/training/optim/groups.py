@@ -32,8 +32,9 @@ class OptimizerConfig:
     ) -> OptimizerConfig:
         """The same configuration with the learning rates of each kind of parameters multiplied by a factor.
 
-        Embeddings are the token and the value embeddings; scalars are all parameters outside matrices, embeddings and
-        head. A factor of 0 freezes the parameters, because weight decay is proportional to the learning rate.
+        Embeddings are the token and the value embeddings. Scalars are all parameters except matrices, embeddings and
+        head. A factor of 0 freezes the parameters, because the weight decay of a step is also proportional to the
+        learning rate.
         """
         return dataclasses.replace(
             self,
@@ -49,6 +50,9 @@ class OptimizerConfig:
 
 def parameter_groups(model: GPT, config: OptimizerConfig, *, batch_lr_scale: float = 1.0) -> list[dict[str, Any]]:
     """Returns a model's parameter groups for :class:`~nanochat_core.training.optim.optimizer.MuonAdamW`.
+
+    Each group is a dictionary with its ``kind`` (``muon`` or ``adamw``), its ``name``, its parameters ``params``, their
+    ``names``, and the settings of the rule, such as ``lr`` and ``weight_decay``.
 
     Matrices inside the blocks form one Muon group for each shape. The learning rate of a tall matrix is multiplied by
     ``sqrt(rows / columns)``. Its step then changes the layer's outputs as much as the step of a square matrix does.

@@ -1,11 +1,11 @@
 """The update rule of Muon (https://kellerjordan.github.io/posts/muon), with four later refinements.
 
 Problem: the gradient of a weight matrix has a few large singular values and many small ones. A step along the gradient
-therefore moves the matrix in a few directions and hardly in the other directions, although these may matter as much.
+therefore moves the matrix far in a few directions and hardly at all in the others, which may be just as important.
 
-Idea: take the step's directions from the gradient and make its size the same in all of them. With the singular value
-decomposition ``M = U S V^T`` of the momentum, Muon steps along ``U V^T``, the nearest (semi-)orthogonal matrix to
-``M``. This is steepest descent if the size of a step is measured by its spectral norm.
+Idea: take the directions of the step from the gradient, and make the step equally large in all directions. With the
+singular value decomposition ``M = U S V^T`` of the momentum, Muon steps along ``U V^T``, the nearest (semi-)orthogonal
+matrix to ``M``. This is steepest descent if the size of a step is measured by its spectral norm.
 
 Method: a decomposition is slow on a GPU, but matrix products are fast. An odd polynomial of a matrix is the same
 polynomial of its singular values and keeps ``U`` and ``V``:
@@ -17,12 +17,12 @@ The Polar Express (arXiv 2505.16932) gives the best coefficients for each polyno
 
 :func:`muon_update` computes, for the gradient ``G`` and the weights ``W`` of one matrix:
 
-1.  ``M <- momentum * M + (1 - momentum) * G``, then Nesterov's look ahead ``N = momentum * M + (1 - momentum) * G``.
+1.  ``M <- momentum * M + (1 - momentum) * G``, then Nesterov's look-ahead ``N = momentum * M + (1 - momentum) * G``.
 2.  Row equilibration (arXiv 2603.28254): each row of ``N`` is scaled to the mean of the rows' norms.
-3.  The Polar Express orthogonalizes ``N``. The result is the step ``U``.
-4.  NorMuon's variance reduction (arXiv 2510.05491): rows or columns of ``U`` with large steps are scaled down.
-5.  Cautious weight decay (arXiv 2510.12402): ``W <- W - lr * U - lr * weight_decay * W``, but the decay applies only to
-    the numbers of ``W`` that have the same sign as the number at the same place in ``U``.
+3.  The Polar Express orthogonalizes ``N``. The result is the step ``O``.
+4.  NorMuon's variance reduction (arXiv 2510.05491): rows or columns of ``O`` with large steps are scaled down.
+5.  Cautious weight decay (arXiv 2510.12402): ``W <- W - lr * O - lr * weight_decay * W``, but the decay applies only to
+    the elements of ``W`` that have the same sign as the element at the same place in ``O``.
 
 :class:`MuonShards` divides matrices of one shape, and their optimizer state, among the ranks.
 """
@@ -89,8 +89,8 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Each matrix is first divided by slightly more than its Frobenius norm, so that its singular values are at most 1.
     The result is rescaled to the Frobenius norm of an orthogonal matrix, ``sqrt(min(rows, columns))`` (arXiv
-    2602.21545). ``x`` is (n, rows, columns), and so is the result, in fp32. The matrix products have the given dtype.
-    The coefficients are made for bf16, and bf16 is precise enough.
+    2602.21545). ``x`` is (n, rows, columns), and the result has the same shape and is fp32. The matrix products are
+    computed in ``dtype``. The coefficients are made for bf16, which is precise enough.
     """
     rows, columns = x.shape[-2:]
     tall = rows > columns

@@ -50,7 +50,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def reduce(self) -> Tensor:
-        """Sums the gradients over the ranks. A call is optional: :meth:`step` otherwise sums the gradients itself.
+        """Sums the gradients over the ranks. Without this call, :meth:`step` sums the gradients itself.
 
         The result is a scalar: the Euclidean norm of the summed gradients of all parameters.
         """
@@ -100,6 +100,6 @@ class MuonAdamW:
             yield from unit.shards()
 
     def load_shards(self, read: ReadRows) -> None:
-        """Loads stored optimizer state by ``read``. Any number of ranks may have written that state."""
+        """Loads stored optimizer state with ``read``. Any number of ranks may have written that state."""
         for _, unit in self._units:
             unit.load(read)

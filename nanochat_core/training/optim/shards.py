@@ -104,7 +104,7 @@ class ParameterShards(ABC):
         return (shard for shard, stored in self._state() if stored)
 
     def load(self, read: ReadRows) -> None:
-        """Copies stored optimizer state into this rank's part; state that was not stored stays as it is."""
+        """Copies stored optimizer state into this rank's part. Tensors that were not stored remain unchanged."""
         for shard, _ in self._state():
             stored = read(shard.name, shard.start, shard.start + shard.tensor.size(0))
             if stored is not None:
@@ -116,7 +116,7 @@ class ParameterShards(ABC):
 
     @abstractmethod
     def update(self, group: dict[str, Any]) -> None:
-        """Updates this rank's part by its gradient, if there is one, and starts to gather the other parts.
+        """Updates this rank's part if it has a gradient, and starts to gather the parts of all ranks.
 
         ``group`` is the parameter group, with the settings of this step.
         """
