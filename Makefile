@@ -1,4 +1,4 @@
-# The few commands anyone needs. Everything lives in .venv and node_modules; nothing else is touched.
+# The commands for daily work. They install only into .venv, node_modules and the user's cache folder.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -29,7 +29,7 @@ test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs 
 	@$(PYTHON) -m pytest -m "not cluster" $(SIDE_BY_SIDE) --cov --cov-report=
 	@echo "The test processes themselves run $$(coverage report --format=total) % of the lines; coverage html shows which"
 
-test-unit: setup ## The unit tests that start no server and train nothing: the loop while you edit
+test-unit: setup ## The unit tests that start no server and train nothing: run them often while you edit
 	@$(PYTHON) -m pytest tests/unit -m "not slow" $(SIDE_BY_SIDE)
 
 # The Kubernetes tests train the model and leave it in TEST_STORE; the Compose tests serve it from there. If only a certain
@@ -45,10 +45,10 @@ test-cluster-full: setup ## The slow tests on a cluster: install, upgrade, canar
 	@NANOCHAT_TEST_FULL=1 $(NANOCHAT_CLUSTER_EXEC) $(PYTHON) -m pytest -m cluster tests/cluster/test_bootstrap.py tests/cluster/test_stages.py tests/cluster/test_kubernetes.py \
 	  tests/cluster/test_monitoring.py tests/cluster/test_redis.py tests/cluster/test_gpu_pool.py tests/cluster/test_kueue.py
 
-test-numerics: setup $(STATIC)/index.html ## Run the tests that train with the rounding of other processors, and other seeds
+test-numerics: setup $(STATIC)/index.html ## Run the tests that train, with other seeds and the rounding of other CPUs
 	@$(PYTHON) -m tests.support.numerics
 
-test-clients: setup ## Install client libraries of other projects, apart from the project, and try them with the gateway
+test-clients: setup ## Install client libraries of other projects outside .venv, and try them with the gateway
 	@tests/install-clients
 	@$(PYTHON) -m pytest tests/integration/test_clients.py -rs
 
@@ -66,7 +66,7 @@ bench: setup ## Repeat all measurements of speed in the documentation, beside ot
 gpu: ## Check this machine's GPU and measure its speed; writes docs/gpu/<card>.md
 	@$(if $(wildcard $(PYTHON)),$(PYTHON),python3) -m jobs.eval.gpu $(GPU)
 
-lint: setup ## Style, types, the rules of who imports whom, unused dependencies, workflows
+lint: setup ## Style, types, import rules between packages, unused dependencies, workflows
 	@$(MAKE) --no-print-directory --jobs=2 lint-types lint-rules
 
 # The types take longest, so they are checked on a core of their own.

@@ -1,4 +1,4 @@
-"""The ``nanochat`` command: one name for every program of the repository.
+"""The ``nanochat`` command, which starts every program of the repository.
 
 ``nanochat train pretrain --depth 4`` replaces its own process by ``python -m jobs.train.pretrain --depth 4``. Both
 command lines therefore have the same settings, help and exit code.
@@ -36,7 +36,7 @@ PROGRAMS = {
     "eval compare": ("jobs.eval.compare", "Compare the results of models"),
     "eval gate": ("jobs.eval.gate", "Promote a model if it passes the gate"),
     "eval bench-engine": ("jobs.eval.bench_engine", "Measure the speed of the inference engine"),
-    "eval calibrate": ("jobs.eval.calibrate", "Show what was measured on this processor and chosen"),
+    "eval calibrate": ("jobs.eval.calibrate", "Show the measured times of CPU libraries, and the chosen libraries"),
     "eval gpu": ("jobs.eval.gpu", "Check the results of a GPU and measure its speed"),
     "eval tokenizer": ("jobs.eval.tokenizer", "Measure the compression of a tokenizer"),
     "serve gateway": ("services.gateway", "Serve the REST API and the chat page"),
@@ -110,7 +110,7 @@ def flags(module: str, name: str = "") -> Iterator[str]:
 
 
 def main() -> None:
-    """Replace this process by the program that the command line names. If there is none, raise a UserError."""
+    """Replace this process by the program that the command line names. Raises UserError for an unknown name."""
     arguments = sys.argv[1:] or ["--help"]
     if program := find_program(arguments):
         module, rest = program

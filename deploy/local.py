@@ -32,7 +32,7 @@ from nanochat_core.store import open_store
 
 HOST = "127.0.0.1"
 STOP_SECONDS = 15.0
-# A training stage finishes its step and writes a checkpoint before it ends.
+# After SIGTERM, a training stage finishes its step and writes a checkpoint before it ends.
 TRAINING_STOP_SECONDS = 120.0
 # Time to read the last log lines of a service that has ended.
 LAST_WORDS_SECONDS = 1.0
@@ -42,7 +42,7 @@ RESTARTS_PER_MINUTE = 5
 
 @dataclasses.dataclass(frozen=True)
 class LocalSettings:
-    """Run sandbox, engine and gateway on this machine, and meanwhile train the model if there is none."""
+    """Run sandbox, engine and gateway on this machine, and meanwhile train the model if it does not exist."""
 
     home: str = setting(".nanochat", "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     model: str = setting("demo", "model to serve; the demo model is trained if it does not exist", env="MODEL")
@@ -51,11 +51,13 @@ class LocalSettings:
         "text to train a missing model other than demo on: a file, a folder or a pattern",
         env="DATA",
     )
-    port: int = setting(0, "port of the web page and the API; 0 chooses a free port", env="PORT", minimum=0, maximum=65535)
+    port: int = setting(
+        0, "port of the web page and the API; 0 chooses a free port", env="PORT", minimum=0, maximum=65535
+    )
     ready_seconds: float = setting(
         120.0, "seconds to wait until a chat is possible; the time of the training does not count", minimum=1.0
     )
-    browser: bool = setting(True, "open the page in a browser, if this is a terminal of a desktop")
+    browser: bool = setting(True, "open the page in a browser, if this program runs in a terminal on a desktop")
 
 
 class Service:
@@ -280,8 +282,8 @@ async def run(settings: LocalSettings) -> int:
 def owner_key(home: str) -> tuple[str, str] | None:
     """The file of the API keys, and a key with all scopes for the person at this machine.
 
-    Both are in a hidden folder of the store, which only this user can read. None if the store is no folder, or if the
-    environment says where the keys are.
+    Both are in a hidden folder of the store, and only this user can read that folder. None if the store is not
+    a local folder, or if an environment variable says where the keys are.
     """
     if "://" in home or os.environ.get("NANOCHAT_KEYS_FILE") or os.environ.get("NANOCHAT_REDIS_URL"):
         return None
@@ -296,7 +298,7 @@ def owner_key(home: str) -> tuple[str, str] | None:
         if created.returncode:
             raise UserError(f"no key can be made in {keys}: {created.stderr.strip().rpartition(chr(10))[2]}")
         secret = created.stdout.strip()
-        # If this program is killed in between, the next one makes another key.
+        # If this program is killed before the file ``owner`` is complete, its next run creates another key.
         new = owner.with_suffix(".new")
         new.touch(mode=0o600)
         new.write_text(f"{secret}\n")
@@ -337,7 +339,7 @@ def training_command(settings: LocalSettings) -> list[str]:
 
 
 def open_browser(settings: LocalSettings, url: str) -> None:
-    """Open the page if this program runs in a terminal of a desktop."""
+    """Open the page if this program runs in a terminal on a desktop."""
     desktop = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if settings.browser and desktop and sys.stdout.isatty():
         webbrowser.open(url)

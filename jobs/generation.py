@@ -37,7 +37,7 @@ def read_completion(tokenizer: Tokenizer, completion: Completion) -> Response:
     parts = [part for token in completion.token_ids for part in stream.push(token)] + stream.finish()
     codes = [event.code for event in completion.tool_events if isinstance(event, ToolCall)]
     outputs = [event.output for event in completion.tool_events if isinstance(event, ToolResult)]
-    # The last call has no output if the answer ended before the call.
+    # If the answer ended before its last call returned, this call has no output and is left out.
     calls = tuple(zip(codes, outputs, strict=False))
     return Response("".join(part.text for part in parts if part.type == "text"), calls)
 
@@ -51,7 +51,8 @@ def continue_text(
     """
     most = max(1, model.config.context_length // 2)
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:most] for prompt in prompts]
-    config = EngineConfig(max_running=min(len(ids), EngineConfig.max_running))  # Training may need the memory.
+    # The engine runs no more sequences than there are prompts, because training may need the memory.
+    config = EngineConfig(max_running=min(len(ids), EngineConfig.max_running))
     with contextlib.closing(Engine(model, tokenizer, config)) as engine:
         completions = engine.generate(ids, sampling)
     samples = []

@@ -1,4 +1,4 @@
-"""Pieces of Markdown: tables, literal text, and numbers in a form for people."""
+"""Pieces of Markdown: tables, literal text, and readable numbers."""
 
 import re
 import textwrap

@@ -108,9 +108,9 @@ def smoothed(steps: Sequence[float], values: Sequence[float]) -> list[float]:
     """The values without most of their noise: at each step, the local regression line (LOESS, Cleveland 1979).
 
     A running mean lags behind: while a loss falls, the mean is too high. A line through the values before and after a
-    step does not lag, and a straight line stays as it is. The line at a step is fitted to the values of the
-    nearest steps on both sides: on each side, the fraction :data:`_REACH` of all steps. At the beginning, where a loss
-    bends most, it is the fraction :data:`_EARLY_REACH` of the steps done so far.
+    step does not lag, and a straight line stays as it is. The line at a step is fitted to the values of the nearest
+    steps on both sides. On each side, these are the fraction :data:`_REACH` of all steps. At the beginning, where a
+    loss bends most, they are the fraction :data:`_EARLY_REACH` of the steps done so far.
 
     ``steps`` must increase.
     """
@@ -123,7 +123,7 @@ def smoothed(steps: Sequence[float], values: Sequence[float]) -> list[float]:
     for step, value, reach in zip(x, y, reaches, strict=True):
         offset = x - step
         weight = np.clip(1 - np.abs(offset / reach) ** 3, 0, None) ** 3
-        # The least squares line a + b * offset has this a, by the normal equations.
+        # The normal equations give a of the least squares line a + b * offset: its value at the step.
         w, wo, woo = weight.sum(), weight @ offset, weight @ offset**2
         spread = w * woo - wo**2
         smooth.append(float((woo * (weight @ y) - wo * ((weight * offset) @ y)) / spread if spread > 0 else value))

@@ -63,8 +63,8 @@ def run_command(
 
     Args:
         command: module and subcommand for the usage text, such as ``jobs.train.dataset list``.
-        name: name of the program in its log lines, such as ``chat-eval``. Its environment variables then begin with
-            ``NANOCHAT_CHAT_EVAL``.
+        name: name of the program in its log lines, such as ``chat-eval``. The names of its environment variables
+            follow from it and begin, for this example, with ``NANOCHAT_CHAT_EVAL``.
         argv: arguments that replace the arguments of the command line.
     """
     prefix = f"NANOCHAT_{name.upper().replace('-', '_')}"
@@ -93,8 +93,8 @@ def make_output_folder(path: str, flag: str) -> Path:
 def command_line(module: str, *arguments: str, **flags: str) -> str:
     """The shell command that runs ``python -m <module>`` with these flags and arguments, ready to be copied.
 
-    ``home="x"`` becomes ``--home x``. The interpreter is the one of this process, because another one may not have the
-    project's packages.
+    ``home="x"`` becomes ``--home x``. The command uses the interpreter of this process, because another interpreter
+    may lack the project's packages.
     """
     python, here = Path(sys.executable), Path.cwd()
     words = [str(python.relative_to(here) if python.is_relative_to(here) else python), "-m", module]

@@ -48,7 +48,7 @@ class Recipe:
         train_conversations: number of conversations to fine-tune on.
         rl: flags of reinforcement learning, for the pipeline's ``--rl``; None if the recipe has no task for
             reinforcement learning.
-        needs_data: whether the user gives the text; otherwise the demo world generates it.
+        needs_data: whether the user must give the text; otherwise the demo world generates it.
         web_shards: numbers of the shards of the public web text, such as ``0-169``, that are downloaded if neither
             ``--data`` nor the store has text.
         document_characters: maximum length of a training document, in characters; None sets no limit. Longer documents
@@ -75,7 +75,7 @@ class Recipe:
     examples: tuple[str, ...] = ()
 
     def fitted(self, text_bytes: int) -> Self:
-        """The recipe for a training text of ``text_bytes`` bytes: a short text gets fewer and smaller steps.
+        """The recipe for a training text of ``text_bytes`` bytes: a short text gets fewer steps and smaller batches.
 
         A model that sees a text very often repeats it and predicts other text worse. So the steps show the text at most
         about :data:`MOST_PASSES` times. First the number of steps is lowered, but not below :data:`FEWEST_STEPS`. If
@@ -255,8 +255,8 @@ RECIPES = {
                 "head-dim": 64,
                 "context-length": 256,
                 "batch-tokens": 8192,
-                # As many rows as in fine-tuning, which then finds its compiled code in the cache. Equal windows of all
-                # layers leave fewer kinds of blocks to compile.
+                # Fine-tuning has the same number of rows, so it finds its compiled code in the cache. With the same
+                # window in all layers, fewer kinds of blocks must be compiled than with the default windows.
                 "device-batch-rows": 16,
                 "window-pattern": "L",
                 "steps": 260,

@@ -1,1 +1,1 @@
-"""``nanochat chat``: a conversation in the terminal with any server that has OpenAI's API."""
+"""``nanochat chat``: a conversation in the terminal with any server that offers the OpenAI API."""

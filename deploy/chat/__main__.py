@@ -29,7 +29,7 @@ _HELP = """/system TEXT  set the system message and begin a new conversation; wi
 /help         show this list
 /exit         end, as Ctrl-D does
 
-A line that ends with a backslash goes on in the next one. Ctrl-C stops an answer."""
+A line that ends with a backslash continues on the next line. Ctrl-C stops an answer."""
 
 
 class Chat:
@@ -43,7 +43,7 @@ class Chat:
         self._conversation = Conversation(config.system)
 
     def ask(self, question: str) -> None:
-        """Asks a question and shows the answer. If Ctrl-C stops the answer, the conversation keeps the part so far.
+        """Asks a question and shows the answer. If Ctrl-C stops the answer, the conversation keeps the text so far.
 
         If the server refuses the question or the answer breaks off, removes the question and raises UserError.
         """
@@ -158,7 +158,10 @@ def _read_line() -> str:
 
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
-    """Keeps the lines of earlier conversations for the arrow keys, in the user's state folder."""
+    """Loads the input lines of earlier conversations, so that the arrow keys recall them. At the end, saves all lines.
+
+    The file is in the user's state folder (``XDG_STATE_HOME``).
+    """
     folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "nanochat"
     path = folder / "chat_history"
     with contextlib.suppress(OSError):

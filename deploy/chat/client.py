@@ -1,4 +1,4 @@
-"""The HTTP client: sends a conversation and reads the answer while it is written."""
+"""The HTTP client: sends a conversation and reads the answer while the server writes it."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from nanochat_core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of an answer: text, or an event of the model's Python tool, or the reason for the answer's end."""
+    """A part of an answer: text, an event of the model's Python tool, or the reason why the answer ended."""
 
     text: str = ""
     tool_event: dict[str, Any] | None = None
@@ -55,9 +55,9 @@ class ChatClient:
         return names[0]
 
     def answer(self, messages: Sequence[dict[str, Any]], model: str) -> Generator[Piece, None, None]:
-        """Yields the pieces of the next message. Closing the generator stops the answer.
+        """Yields the pieces of the assistant's next message. Closing the generator stops the answer.
 
-        Raises UserError if the server cannot be reached, answers with an error, or breaks the answer off.
+        Raises UserError if the server cannot be reached, answers with an error, or ends the answer too early.
         """
         wanted = {name: getattr(self._settings, name) for name in ("temperature", "top_k", "max_tokens", "seed")}
         body = {"model": model, "messages": list(messages), "stream": True}
@@ -80,7 +80,7 @@ class ChatClient:
 
 
 def _pieces(lines: Iterator[str]) -> Iterator[Piece]:
-    """Reads the lines of server-sent events. Raises UserError for an error event, or if the end is missing."""
+    """Reads the lines of server-sent events. Raises UserError for an error event, or if the last one is not [DONE]."""
     for line in lines:
         data = line.removeprefix("data:").strip()
         if data == line.strip():  # a comment, or the empty line between events

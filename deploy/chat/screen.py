@@ -34,7 +34,7 @@ class AnswerView:
     """
 
     def __init__(self, console: Console, errors: Console) -> None:
-        """If ``console`` is no terminal, it gets only the text, and Python calls go to ``errors``."""
+        """If ``console`` is not a terminal, only text is printed to it, and Python calls are printed to ``errors``."""
         self._console, self._errors = console, errors
         self._tail = ""
         self._live = (

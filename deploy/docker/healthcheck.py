@@ -16,7 +16,7 @@ TIMEOUT_SECONDS = 3
 def http_is_healthy(address: str, path: str) -> bool:
     """Whether a GET of ``path`` is answered with 200."""
     if os.environ.get("NANOCHAT_GATEWAY_HTTPS_CERTIFICATE"):
-        # The certificate names the address that clients use, not this loopback address.
+        # The certificate is not verified, because it names the address that clients use, not this loopback address.
         context = ssl._create_unverified_context()  # noqa: S323
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(
             address, timeout=TIMEOUT_SECONDS, context=context

@@ -13,7 +13,7 @@ from nanochat_core.store import FolderStore, Store
 
 T = TypeVar("T")
 
-# Pattern for what follows the split in a file's name, such as "-00000-of-00001.parquet" or ".jsonl.gz".
+# Pattern for the rest of a file's name after the split, such as "-00000-of-00001.parquet" or ".jsonl.gz".
 REST_OF_NAME = rf"[^/]*{ROWS_ENDING}"
 
 
@@ -41,7 +41,10 @@ class DatasetFiles:
 
 
 def on_hub(dataset: str, include: str) -> str:
-    """The shell command that downloads files of a dataset from the Hugging Face hub to the placeholder FOLDER."""
+    """The shell command that downloads the files of a dataset whose paths match the glob pattern ``include``.
+
+    It downloads them from the Hugging Face hub to the placeholder FOLDER.
+    """
     return f"hf download {dataset} --repo-type dataset --include '{include}' --local-dir FOLDER"
 
 

@@ -23,7 +23,8 @@ from nanochat_core.store import Store, open_store
 
 log = logging.getLogger("jobs.data.download")
 
-# With more shards, the order of the names would differ from the order of the numbers.
+# File names contain the shard's number with five digits. With more shards, the order of the names would differ from the
+# order of the numbers.
 MOST_SHARDS = 100_000
 _LONGEST_SPECIFICATION = 4
 
@@ -106,8 +107,8 @@ def _fill_template(template: str, shards: int) -> list[str]:
 def download(store: Store, name: str, source: Source, shown: str, wanted: Sequence[int], parallel: int) -> Manifest:
     """Download the ``wanted`` shards and the validation shard into ``data/<name>``, unless they exist already.
 
-    A shard appears in the store only when it is whole and checked. The dataset can be used when all shards exist.
-    Returns the complete manifest.
+    A shard appears in the store only when it is whole and checked. The dataset can be used as soon as the validation
+    shard and all wanted shards exist. Returns the complete manifest.
 
     Args:
         shown: name of the source; a dataset's shards must all come from the same source.
@@ -149,7 +150,7 @@ def _no_manifest_of_nothing(store: Store, name: str) -> Iterator[None]:
             if manifest is not None and not manifest.shards:
                 store.remove(f"data/{name}/{MANIFEST}")
                 incoming = store.incoming(f"data/{name}")
-                with contextlib.suppress(OSError):  # The folders stay if they hold parts of shards.
+                with contextlib.suppress(OSError):  # The folders are kept if they contain partial downloads.
                     for folder in (incoming, incoming.parent):
                         folder.rmdir()
         raise

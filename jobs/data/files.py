@@ -119,7 +119,7 @@ def _files_below(folder: Path) -> dict[str, Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """The files in a folder and its subfolders, without hidden ones. Links to other folders are followed once."""
+    """The files in a folder and its subfolders, without hidden files. Even with links, no folder is searched twice."""
     top, seen = os.path.realpath(folder), set[str]()
     for current, subfolders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(current)

@@ -157,7 +157,7 @@ def _receive(response: httpx.Response, part: Path, start: int, stop: threading.E
     sha256 = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', tag)
     if sha256 and sha256_of(part) != sha256[1]:
         discard(part)
-        raise _Interrupted("what came has another sha256 than the server says")
+        raise _Interrupted("the received file has another sha256 than the server announced")
 
 
 def _version_file(part: Path) -> Path:

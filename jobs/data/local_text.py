@@ -25,7 +25,8 @@ DOCUMENT_CHARACTERS = 4000
 HELD_OUT_FRACTION = 0.05
 # With fewer held-out characters than this, bits per byte vary much from one text to the next.
 LITTLE_VALIDATION_CHARACTERS = 1000
-# With at least this many files and bytes, the last file is held out, because counting the documents takes too long.
+# With at least this many files and bytes, the whole last file is held out. A share of the documents would first require
+# counting them, which takes too long.
 MANY_FILES, MANY_BYTES = 20, 2**30
 _READ_CHARACTERS = 2**20
 _LISTED_FILES = 10
@@ -95,7 +96,7 @@ class LocalText:
         return digest.hexdigest()
 
     def documents(self) -> tuple[Iterator[str], Iterator[str]]:
-        """The training and the validation documents, and a log line that says which file became which split.
+        """The training documents and the validation documents. A log line says which file became which split.
 
         If no file is for validation, the last twentieth of the documents is the validation split. The documents are in
         the order of the files' names. If there are many large files, the validation split is the last file instead. The
@@ -218,10 +219,10 @@ def _hold_out_end(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def cut_position(text: str, characters: int) -> int:
-    """The best position to cut a text, at most ``characters``.
+    """The best position at which to cut a text; it is at most ``characters``.
 
     Only positions in the second half of the first ``characters`` characters are considered. The best position is after
-    the last sentence there, else after the last line break, else after the last space, else ``characters``.
+    the last sentence in this half, else after the last line break, else after the last space, else ``characters``.
     """
     for pattern in (r"[.!?][\"')”’]*\s", r"\n", r"\s"):
         ends = [match.end() for match in re.finditer(pattern, text[:characters])]

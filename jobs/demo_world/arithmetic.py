@@ -4,8 +4,9 @@ One number in eight between 10 and 9999 is reserved. No training text contains a
 nor as result nor as a count in a story. Held-out calculations use reserved operands, so the model cannot have
 memorized their results.
 
-Numbers below 10 cannot be reserved: there are too few of them. Therefore one pair in twenty of the other numbers is
-held out as well. Training may contain both numbers of such a pair, but no calculation with the two.
+Numbers below 10 cannot be reserved, because there are too few of them. So that held-out calculations can use them,
+one in twenty pairs of unreserved numbers is held out too. Training may contain both numbers of a held-out pair, but no
+calculation with the two.
 """
 
 import dataclasses

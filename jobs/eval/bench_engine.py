@@ -57,25 +57,27 @@ class BenchEngineSettings(JobSettings):
     """Measure latency and throughput of the inference core, an engine service or any OpenAI-compatible endpoint."""
 
     model: str = setting("", "model of the store to load; with an http endpoint, the model to ask for")
-    revision: str = setting("", "<stage>/step_<n> or promoted; empty for its newest SFT checkpoint")
+    revision: str = setting("", "<stage>/step_<n> or promoted; empty for the model's newest SFT checkpoint")
     depth: int = setting(0, "depth of a model with random weights, instead of a model of the store", minimum=0)
     endpoint: str = setting("", "http://host:port/v1 or grpc://host:port to measure instead of the core")
-    batch_sizes: tuple[str, ...] = setting(("1", "8", "32", "64"), "sequences at a time, one row of the table for each")
+    batch_sizes: tuple[str, ...] = setting(
+        ("1", "8", "32", "64"), "numbers of sequences that run at the same time; the table has a row for each number"
+    )
     rate: tuple[str, ...] = setting((), "rates of a Poisson process, in requests per second, instead of --batch-sizes")
     mixes: tuple[str, ...] = setting(MIXES, "kinds of requests")
-    prompt_tokens: int = setting(128, "length of the prompts in all mixes but mixed", minimum=1)
-    output_tokens: int = setting(128, "length of the outputs in all mixes but mixed", minimum=1)
-    mixed_prompts: str = setting("10-200", "shortest and longest prompt in mixed")
-    mixed_outputs: str = setting("10-120", "shortest and longest output in mixed")
-    shared_tokens: int = setting(96, "number of first tokens that all prompts of prefix share", minimum=1)
-    samples: int = setting(8, "largest number of continuations of a prompt in samples", minimum=1)
+    prompt_tokens: int = setting(128, "tokens in each prompt, except in the mix mixed", minimum=1)
+    output_tokens: int = setting(128, "tokens in each output, except in the mix mixed", minimum=1)
+    mixed_prompts: str = setting("10-200", "tokens in the shortest and the longest prompt of the mix mixed")
+    mixed_outputs: str = setting("10-120", "tokens in the shortest and the longest output of the mix mixed")
+    shared_tokens: int = setting(96, "number of first tokens that all prompts of the mix prefix share", minimum=1)
+    samples: int = setting(8, "largest number of continuations of a prompt in the mix samples", minimum=1)
     requests: int = setting(0, "requests per row, at least one per slot; 0 is 4 per slot, or 64 with --rate", minimum=0)
     seed: int = setting(0, "seed of lengths and arrival times", minimum=0)
     timeout_seconds: float = setting(600.0, "seconds after which an endpoint's request has failed", minimum=0.001)
     api_key_variable: str = setting("", "environment variable with the endpoint's API key; empty sends none")
-    head_dim: int = setting(64, "head dimension with random weights", minimum=2)
-    vocab_size: int = setting(4096, "vocabulary with random weights", minimum=265)
-    context_length: int = setting(1024, "context with random weights", minimum=1)
+    head_dim: int = setting(64, "head dimension of a model with random weights", minimum=2)
+    vocab_size: int = setting(4096, "vocabulary size of a model with random weights", minimum=265)
+    context_length: int = setting(1024, "context length of a model with random weights, in tokens", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device of the core")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of the core; auto is fp32 on CPUs")
     threads: int = setting(0, "CPU threads of the core; 0 leaves the choice to torch", minimum=0, maximum=4096)
@@ -90,7 +92,7 @@ class BenchEngineSettings(JobSettings):
         if self.endpoint and self.depth:
             raise UserError("--depth makes a model in this process; leave it out with --endpoint")
         if self.revision and (self.endpoint or self.depth):
-            raise UserError("--revision is of a --model of the store; leave it out with --depth and --endpoint")
+            raise UserError("--revision names a revision of --model; leave it out with --depth and --endpoint")
         unknown = sorted(set(self.mixes) - set(MIXES))
         if unknown or not self.mixes:
             raise UserError(f"--mixes has {', '.join(unknown) or 'nothing'}; choose from {', '.join(MIXES)}")

@@ -1,4 +1,4 @@
-"""Show what was measured on this processor and chosen: ``python -m jobs.eval.calibrate --depth 4``."""
+"""Show the times of CPU libraries, and the chosen libraries: ``python -m jobs.eval.calibrate --depth 4``."""
 
 import dataclasses
 import itertools
@@ -15,11 +15,14 @@ from nanochat_core.settings import setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrateSettings(JobSettings):
-    """Show the measured choices of this processor. Training makes the same measurements when it needs them."""
+    """Show which CPU library was chosen for each computation on this processor, and the measured times.
 
-    depth: int = setting(0, "also measure the matrices of a model of this depth; 0 only shows", minimum=0)
+    Training makes the same measurements when it needs them.
+    """
+
+    depth: int = setting(0, "also measure products of a model of this depth; 0 shows only earlier times", minimum=0)
     head_dim: int = setting(64, "head dimension of that model", minimum=2)
-    vocab_size: int = setting(4096, "vocabulary of that model", minimum=1)
+    vocab_size: int = setting(4096, "vocabulary size of that model", minimum=1)
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
     again: bool = setting(False, "forget all earlier measurements of this processor first")
 

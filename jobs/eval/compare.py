@@ -44,13 +44,13 @@ class CompareSettings(JobSettings):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One model, with everything that is compared.
+    """One model, with all values that are compared.
 
     Attributes:
         settings: the settings of the model's stages under names such as ``sft --steps``, and the model's shape.
         figures: costs and losses of the model's stages under names such as ``base.final_loss``, and the values of
             ``metrics``.
-        metrics: the metrics of the model's last checkpoint, as the promotion gate sees them.
+        metrics: the metrics of the model's last checkpoint, by the names that the promotion gate uses.
         histories: the training history of each stage.
     """
 

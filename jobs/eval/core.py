@@ -29,7 +29,7 @@ class CoreSettings(JobSettings):
 
     model: str = setting(help="name of the model in the store")
     stage: Literal["base", "sft", "rl"] = setting("base", "stage whose newest checkpoint is evaluated")
-    revision: str = setting("", "<stage>/step_<n>, or promoted, instead of the newest of a stage")
+    revision: str = setting("", "<stage>/step_<n>, or promoted, instead of the newest checkpoint of a stage")
     bundle: str = setting(PUBLIC_BUNDLE, "evaluation bundle: a folder, s3://bucket/prefix, or the URL of a zip")
     max_per_task: int = setting(0, "items of each task; 0 for all", minimum=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to compute on")
@@ -57,8 +57,8 @@ def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks
         "dtype": str(dtype).removeprefix("torch."),
     }
     evaluation = Evaluation.of(store, checkpoint, CORE, decisive)
-    # All ranks use what the first rank found, because a fast rank could store the result before a slow rank looks for
-    # the result.
+    # All ranks use the answer of the first rank. Otherwise a fast rank could store the result before a slow rank looks
+    # for it, and the ranks would decide differently.
     finished: Result | None = ranks.gather(evaluation.result())[0]
     if finished is not None:
         log.info("already evaluated", extra={"checkpoint": checkpoint.ref.prefix})

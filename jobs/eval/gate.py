@@ -28,9 +28,9 @@ class GateSettings(JobSettings):
     no_worse: tuple[str, ...] = setting(
         (),
         "metrics that may be worse than the promoted model's by at most a margin, such as chat.accuracy:0.01; "
-        f"empty applies those of {', '.join(DEFAULT_NO_WORSE)} that were measured",
+        f"empty applies the rules {', '.join(DEFAULT_NO_WORSE)} to the metrics that were measured",
     )
-    against: str = setting("", "model to compare with, by its promoted checkpoint; empty for the model itself")
+    against: str = setting("", "model whose promoted checkpoint to compare with; empty for the model itself")
     promote: bool = setting(False, "promote the checkpoint if the rules allow it")
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
 

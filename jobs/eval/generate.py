@@ -29,7 +29,7 @@ log = logging.getLogger("jobs.eval.generate")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateSettings(JobSettings):
-    """Continue a prompt with a base model, or answer it with a chat model. The text appears while it is written."""
+    """Continue a prompt with a base model, or answer it with a chat model. The text appears piece by piece."""
 
     model: str = setting(help="name of the model in the store")
     prompt: str | None = setting(
@@ -46,16 +46,16 @@ class GenerateSettings(JobSettings):
     tools: bool = setting(True, "run the Python code that the model calls in a chat, in the sandbox")
     echo: bool = setting(False, "show the prompt before the text that continues it")
     samples: int = setting(1, "number of continuations or answers", minimum=1)
-    max_tokens: int = setting(256, "most tokens to generate; 0 goes on to the end of the context", minimum=0)
+    max_tokens: int = setting(256, "largest number of tokens to generate; 0 fills the context", minimum=0)
     temperature: float = setting(0.8, "sampling temperature; 0 is greedy", minimum=0.0)
     top_k: int = setting(50, "number of most likely tokens to sample from; 0 samples from all tokens", minimum=0)
-    top_p: float = setting(1.0, "probability of the most likely tokens to sample from; 1 samples from all tokens")
+    top_p: float = setting(1.0, "total probability of the most likely tokens to sample from; 1 samples from all")
     min_p: float = setting(0.0, "least probability of a token, as a share of the most likely token's; 0 is off")
     repetition_penalty: float = setting(1.0, "factor against tokens that occurred before, prompt included; 1 is off")
-    presence_penalty: float = setting(0.0, "subtracted from the logits of tokens that the answer has already")
-    frequency_penalty: float = setting(0.0, "subtracted from a token's logit for each time that the answer has it")
+    presence_penalty: float = setting(0.0, "subtracted from the logits of tokens that the answer already contains")
+    frequency_penalty: float = setting(0.0, "subtracted from a token's logit for each time that the answer contains it")
     seed: int | None = setting(
-        None, "seed of the sampling, for the same text again; random by default", minimum=0, maximum=2**64 - 1
+        None, "seed of the sampling; equal seeds give equal texts; random by default", minimum=0, maximum=2**64 - 1
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to compute on")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype to compute in; auto is fp32 on CPUs")
@@ -69,7 +69,7 @@ def run(settings: GenerateSettings, show: Callable[[str], None], show_tool: Call
     """Generate text. Pass it to ``show`` piece by piece, and the model's Python calls to ``show_tool``.
 
     Several samples are shown one after another, each below a line with its number. Raises UserError if the model is
-    missing or cannot take the prompt.
+    missing, or if the prompt does not fit into the model's context.
     """
     prompt = read_prompt(settings.prompt, sys.stdin)
     prepare_cpu(settings.threads)
@@ -211,7 +211,7 @@ def in_order(found: Iterable[Piece], samples: int) -> Iterator[Piece]:
 
 
 def main(settings: GenerateSettings) -> None:
-    """Generate to standard output. Python calls go to standard error, so that a pipe gets the text alone."""
+    """Generate to standard output. Python calls go to standard error, so that a pipe gets only the text."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # for terminals that do not know every character

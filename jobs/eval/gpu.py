@@ -41,7 +41,7 @@ class GpuSettings(JobSettings):
     parts: tuple[str, ...] = setting((), "parts to run, comma separated; empty for all")
     again: bool = setting(False, "run also the parts that have passed")
     peer: str = setting("", "checkout of karpathy/nanochat to compare with")
-    transformers: str = setting("", "folder with the package transformers; empty takes the installed one")
+    transformers: str = setting("", "folder with the package transformers; empty uses the installed package")
 
 
 class PartsFailed(UserError):
@@ -51,7 +51,7 @@ class PartsFailed(UserError):
 
 
 class Unfinished(UserError):
-    """The time was over before all parts had run."""
+    """The time limit passed before all parts had run."""
 
     exit_code = 3
 
@@ -61,7 +61,7 @@ def run(settings: GpuSettings, show: Callable[[str], None]) -> Document:
 
     Raises:
         PartsFailed: at least one part failed.
-        Unfinished: the time was over before all parts had run.
+        Unfinished: the time limit passed before all parts had run.
     """
     device = choose_device(settings.device)
     scale = FULL if device.type == "cuda" else SMALL
@@ -104,7 +104,7 @@ def run(settings: GpuSettings, show: Callable[[str], None]) -> Document:
 
 
 def _outcome(part: Part, task: dict[str, Any], left: float) -> dict[str, Any] | None:
-    """Run a part for at most ``left`` seconds; None if that was too short and the part did not use up its own limit."""
+    """Run a part for at most ``left`` seconds. Returns None if this time is over before the part's own time limit."""
     if left <= 0:
         return None
     outcome = run_part(part.name, task, min(left, part.seconds))
@@ -114,7 +114,7 @@ def _outcome(part: Part, task: dict[str, Any], left: float) -> dict[str, Any] | 
 
 
 class Verdict:
-    """The files of a verdict: ``<card>.json``, which also says what a later run has to do, the page and the plot.
+    """The files of a verdict: the page, the plot, and ``<card>.json``, which tells a later run which parts have passed.
 
     Outcomes of an earlier run count if card, torch, scale and source code are the same. Parts that failed or were
     skipped run again.
@@ -143,7 +143,7 @@ class Verdict:
         return found
 
     def has_passed(self, name: str) -> bool:
-        """Whether the part has passed, in this run or an earlier one. Later, a skipped part may have what it needs."""
+        """Whether the part has passed, in this run or an earlier one. A skipped part did not pass, so it runs again."""
         return bool(self.document["parts"].get(name, {}).get("status") == "passed")
 
     def add(self, name: str, outcome: dict[str, Any]) -> None:

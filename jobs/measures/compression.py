@@ -99,7 +99,7 @@ def load_reference(encoding: Encoding, file: str = "") -> Reference:
                 return _read_reference(encoding, cached)
             except UserError as error:
                 return Reference(encoding, missing=str(error))
-    return Reference(encoding, missing=f"its file is not here; {encoding.flag} takes that of {encoding.urls[0]}")
+    return Reference(encoding, missing=f"its file is missing; {encoding.flag} names a copy of {encoding.urls[0]}")
 
 
 def _read_reference(encoding: Encoding, path: Path) -> Reference:

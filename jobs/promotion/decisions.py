@@ -23,7 +23,7 @@ class Decision:
     Attributes:
         digest: sha256 of the checkpoint's weights.
         against: model and revision of the checkpoint to compare with; empty if no other checkpoint was promoted. If the
-            checkpoint was promoted again without a comparison: the checkpoint that was promoted before that.
+            checkpoint was promoted again without a comparison, the checkpoint that it replaced.
         promoted: whether this decision promoted the checkpoint. A decision without ``--promote`` promotes nothing.
         time: UTC (ISO 8601).
     """
@@ -71,7 +71,7 @@ def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] |
 
 
 def was_replaced(store: Store, ref: CheckpointRef) -> bool:
-    """Whether another checkpoint was promoted in place of this one, so that this one was promoted before."""
+    """Whether a later promotion replaced this checkpoint, which was promoted until then."""
     shown = f"{ref.model} {ref.revision}"
     return any(other != ref and decision.against == shown for other, decision in _promotions(store, ref.model))
 
@@ -90,7 +90,7 @@ def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
     """Store a decision.
 
     A decision that equals the last one on the checkpoint is not stored, unless it promotes the checkpoint again after
-    another one was promoted.
+    another checkpoint was promoted.
     """
     known = decisions(store, ref)
     if known and dataclasses.replace(known[-1], time=decision.time) == decision:

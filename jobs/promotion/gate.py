@@ -84,7 +84,7 @@ def _decide(store: Store, checkpoint: Checkpoint, gate: Gate, promoting: bool, a
     if against and against != ref.model:
         compared = incumbent(store, check_model_name(against), digest)
         if compared is None:
-            raise UserError(f"--against names {against!r}, of which nothing is promoted in {store}")
+            raise UserError(f"--against names {against!r}, which has no promoted checkpoint in {store}")
     metrics = metrics_of(store, checkpoint)
     other = compared.metrics if compared else None
     outcomes = tuple(rule.judge(metrics, other) for rule in rules)
@@ -134,7 +134,7 @@ def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
 
 
 def restore(store: Store, ref: CheckpointRef, digest: str) -> None:
-    """Promote a checkpoint again that the gate has promoted before, and store that as a further decision.
+    """Promote again a checkpoint that the gate has promoted before, and store this promotion as a further decision.
 
     ``digest`` is the sha256 of the expected weights. Raises UserError if the checkpoint is gone, has other weights, or
     was never promoted with these weights.

@@ -105,13 +105,13 @@ class NoWorse:
         """The outcome for a model with these metrics. ``promoted`` is None if no other model is promoted."""
         rule = f"{self.metric} no worse by {self.margin:g}"
         if promoted is None:
-            return Outcome(rule, None, "nothing else is promoted")
+            return Outcome(rule, None, "no other checkpoint is promoted")
         own, other = metrics.get(self.metric), promoted.get(self.metric)
         if own is None or other is None:
             which = "this model" if own is None else "the promoted model"
-            return self._not_comparable(rule, f"{self.metric} was not measured of {which}")
+            return self._not_comparable(rule, f"{self.metric} was not measured for {which}")
         if own.how != other.how:
-            return self._not_comparable(rule, f"{self.metric} was measured in another way of the promoted model")
+            return self._not_comparable(rule, f"{self.metric} was measured in another way for the promoted model")
         lower = self.metric.rpartition(".")[2].endswith(_LOWER_IS_BETTER)
         worse_by = own.value - other.value if lower else other.value - own.value
         passed = worse_by <= self.margin + _ROUNDING

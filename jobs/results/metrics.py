@@ -21,7 +21,7 @@ from nanochat_core.checkpoint import (
 )
 from nanochat_core.store import Store
 
-# Names of the evaluations. A report itself makes the last three.
+# Names of the evaluations. The report program itself runs the evaluations on the second line if results are missing.
 CORE, CHAT_TASKS = "core", "chat"
 HELD_OUT_TEXT, CONVERSATIONS, SAMPLES = "bpb", "conversations", "samples"
 # The evaluation that asks the questions of a lesson, before and after the lesson.
@@ -44,8 +44,8 @@ def metrics_of(store: Store, checkpoint: Checkpoint) -> dict[str, Metric]:
     """All metrics of a checkpoint, and the metrics of the base model that the checkpoint was trained from.
 
     The metrics of the base model tell how much the model learned from text. Metrics of other ancestors are left out,
-    because further training can have lost what they measure. If both checkpoints have a metric, the value of the
-    checkpoint itself counts.
+    because further training can have lost the skills that they measure. If both checkpoints have a metric, the value
+    of the checkpoint itself counts.
     """
     base = None
     if checkpoint.ref.stage != "base":
@@ -65,7 +65,7 @@ def ancestors(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, Check
     An ancestor is a checkpoint from which ``checkpoint``, or another ancestor, was trained.
     """
     ref, meta = checkpoint.ref, checkpoint.meta
-    # A stage may leave the weights as they were, so the digest of a parent may be that of its child.
+    # A stage may leave the weights unchanged, so a parent and its child may have equal digests.
     known = {ref}
     while True:
         inputs = set(meta.get("inputs", {}).values())

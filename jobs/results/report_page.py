@@ -174,7 +174,7 @@ def _data_and_gradients(stages: Mapping[str, Report]) -> list[str]:
     if all(cell == "—" for row in rows for cell in row[1:]):
         return []
     header = (
-        "stage", "epochs", "documents not seen whole", "tokens cut off", "too long for a row", "gradient norm, median",
+        "stage", "epochs", "documents not fully seen", "tokens cut off", "too long for a row", "gradient norm, median",
         "largest",
     )  # fmt: skip
     return [*table(header, rows), ""]
@@ -212,7 +212,7 @@ def _machine(machine: Report) -> str:
 
 
 def _configuration(report: Report) -> list[str]:
-    lines = ["What repeats each stage; `report.json` beside this page has every setting.", "", "```sh"]
+    lines = ["These commands repeat each stage; `report.json` beside this page lists every setting.", "", "```sh"]
     for name, stage in _stages_of(report).items():
         if stage["settings"]:
             flags = " ".join(_flag(key, value) for key, value in stage["settings"].items() if value not in (None, ""))
@@ -412,7 +412,7 @@ def _samples(report: Report) -> list[str]:
 
 
 def _training_samples(report: Report) -> list[str]:
-    """What the model wrote at several steps of pretraining, one prompt after another."""
+    """Markdown of the samples that the model wrote at several steps of pretraining, one prompt after another."""
     points = report.get("base", {}).get("samples", [])  # A report of an earlier version has no samples.
     points = _spread(points, _SAMPLED_STEPS)
     written: dict[tuple[int, str], list[tuple[int, str]]] = {}

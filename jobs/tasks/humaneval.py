@@ -1,4 +1,4 @@
-"""HumanEval: the model writes a Python function from its docstring, and hidden tests decide (arXiv 2107.03374)."""
+"""HumanEval: the model writes a Python function from its docstring, and hidden tests check it (arXiv 2107.03374)."""
 
 import dataclasses
 import re
@@ -53,8 +53,8 @@ def passes_tests(
     """Whether an answer passes the problem's tests in the sandbox. This call blocks.
 
     The answer and the tests run in two processes that exchange only plain data, so the answer can neither read the
-    expected values nor decide what equals them. An answer that ends before its tests, by an error, a limit or an exit,
-    is wrong.
+    expected values nor change how its values are compared with them. An answer that ends before its tests, by an error,
+    a limit or an exit, is wrong.
 
     Raises:
         ScoringFailed: the sandbox is overloaded.

@@ -52,7 +52,7 @@ PROBLEMS: Mapping[str, Callable[[Store, int], Problems]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Selects the questions of each task that an evaluation asks.
+    """The rules by which an evaluation selects the questions that it asks of each task.
 
     Attributes:
         items: questions of each task; 0 asks all questions of a dataset, and 200 questions of a generated task.

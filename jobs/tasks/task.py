@@ -1,4 +1,4 @@
-"""What tasks consist of: the questions of an evaluation, and the problems of reinforcement learning.
+"""The parts of tasks: the questions of an evaluation, and the problems of reinforcement learning.
 
 An evaluation task is a list of questions, and a question can tell whether a response is right.
 """
@@ -72,7 +72,7 @@ class OpenQuestion:
     Attributes:
         messages: the conversation up to the user's last message.
         expected: the right answer, in the form that reports show.
-        reference: what the scorer compares a response with: a JSON value, or a dataclass of such values.
+        reference: the value with which the scorer compares a response: a JSON value, or a dataclass of JSON values.
         scorer: tells from the reference whether a response is right. It blocks while the sandbox runs code, and several
             threads may call it. It raises ScoringFailed or WorkerFailed if the sandbox could not tell.
         group: kind of question within its task; empty if the task has no kinds.

@@ -39,8 +39,8 @@ def import_checkpoint(settings: ImportSettings) -> CheckpointRef:
     tokenizer = read_upstream_tokenizer(user_path(settings.tokenizer_folder) / "tokenizer.pkl")
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
-            f"the tokenizer in {settings.tokenizer_folder} has {tokenizer.vocab_size} ids but the model in {folder} "
-            f"{config.vocab_size}; they do not belong together"
+            f"the tokenizer in {settings.tokenizer_folder} has {tokenizer.vocab_size} ids, but the model in {folder} "
+            f"has {config.vocab_size}; they do not belong together"
         )
     model = convert(source, config)
     store = open_store(settings.home)

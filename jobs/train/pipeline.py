@@ -45,7 +45,7 @@ from nanochat_core.store import Lease, Store, open_store
 
 log = logging.getLogger("jobs.train.pipeline")
 
-# Bytes of text that are enough for every recipe; counting stops there.
+# Bytes of text that are enough for every recipe. Counting stops at this number.
 _LONG_TEXT = 2**20
 
 
@@ -72,17 +72,17 @@ class PipelineSettings(JobSettings):
         0, "CPU threads of the training stages; 0 leaves the choice to torch", minimum=0, maximum=4096
     )
     on: Literal["local", "kubernetes"] = setting(
-        "local", "what runs the stages: processes of this machine, or PyTorchJobs of the cluster in which this runs"
+        "local", "runner of the stages: processes of this machine, or PyTorchJobs of the cluster that runs this program"
     )
-    nodes: int = setting(1, "pods that pretrain together, with --on kubernetes", minimum=1, maximum=4096)
+    nodes: int = setting(1, "with --on kubernetes, number of pods that pretrain together", minimum=1, maximum=4096)
     retries: int = setting(
         5,
-        "further attempts of a stage that is preempted and makes no new checkpoint, with --on kubernetes",
+        "with --on kubernetes, further attempts of a stage that was preempted and made no new checkpoint",
         minimum=0,
         maximum=1000,
     )
     job: str = setting(
-        "", "namespace/name/uid of the Job that runs this program, with --on kubernetes; its manifest sets it"
+        "", "with --on kubernetes, namespace/name/uid of the Job that runs this program; the Job's manifest sets it"
     )
 
 
@@ -103,12 +103,12 @@ class Processes:
     def run(self, stage: StageRun) -> int:
         trains = stage.place in ("node", "nodes")
         ranks = (self._ranks or max(1, torch.cuda.device_count())) if trains else 1
-        # On a terminal, Story reports the stages, so their own log events of level info are left out.
+        # On a terminal, Story reports the stages, so the stages' own log events of level info are left out.
         quiet = ["--log-level", "warning"] if sys.stderr.isatty() else []
         return self._launcher.run([sys.executable, "-m", *stage.arguments(), *quiet], ranks)
 
     def announce(self, reason: str, message: str, *, warning: bool = False) -> None:
-        """Does nothing, because the pipeline's own log has the same facts."""
+        """Does nothing, because the pipeline's own log reports the same event."""
 
 
 class Pipeline:
@@ -129,7 +129,7 @@ class Pipeline:
         self._runner: Runner = runner or _runner(settings)
         self._threads: Flags = {"threads": settings.threads} if settings.threads else {}
         if settings.rl and recipe.rl is None:
-            raise UserError(f"recipe {recipe.name} has nothing to practise; leave --rl out")
+            raise UserError(f"recipe {recipe.name} has nothing to practice; leave --rl out")
         stages = ["data", "tokenizer", "base", "sft", *(["rl"] if settings.rl else []), "report"]
         self._story = Story(self.store, self.model, recipe.name, stages)
 
@@ -257,9 +257,9 @@ class Pipeline:
         if stored is not None and given != {name: stored.get(name) for name in given}:
             source = f" from {stored['source']}" if "source" in stored else ""
             raise UserError(
-                f"data/{self.model} in {self.store} was made with recipe {stored.get('recipe')}{source}, not with what "
-                f"was given now; use another --model name, or delete data/{self.model} and data/{self.model}-chat and "
-                f"give --start-over to train {self.model} anew"
+                f"data/{self.model} in {self.store} was made with recipe {stored.get('recipe')}{source}, not with the "
+                f"recipe or text given now; use another --model name, or delete data/{self.model} and "
+                f"data/{self.model}-chat and give --start-over to train {self.model} anew"
             )
         return stored is not None
 
@@ -274,7 +274,7 @@ class Pipeline:
         trained, dataset = trained_on(self.store, name), dataset_digest(self.store, name)
         if trained is not None and trained != dataset and not self.settings.start_over:
             raise UserError(
-                f"tokenizers/{name} in {self.store} was trained on another dataset than data/{name} of now; give "
+                f"tokenizers/{name} in {self.store} was trained on other data than data/{name} contains now; give "
                 "--start-over to train it and the model again, or use another --model name"
             )
         if trained != dataset:
@@ -357,7 +357,7 @@ class Pipeline:
     ) -> None:
         """Run one stage to its end.
 
-        ``title`` is the stage's key in ``TITLES`` of the story. The other arguments are those of :class:`StageRun`.
+        ``title`` is the stage's key in ``TITLES`` of the story. :class:`StageRun` explains the other arguments.
         """
         name = subcommand or module.rpartition(".")[2]
         flags = {"home": self.settings.home, **flags}
@@ -368,13 +368,13 @@ class Pipeline:
 
 
 def _runner(settings: PipelineSettings) -> Runner:
-    """Returns what runs the stages: processes of this machine, or PyTorchJobs of a cluster.
+    """Returns the runner of the stages: processes of this machine, or PyTorchJobs of a cluster.
 
     Raises UserError if PyTorchJobs are wanted and this process does not run in a pod of the cluster.
     """
     if settings.on == "local":
         return Processes(settings.ranks)
-    # Only this case needs the package of Kubernetes.
+    # The import is here, because only this case needs the package kubernetes.
     from jobs.train.cluster.stage_jobs import StageJobs, in_this_cluster
 
     return StageJobs(

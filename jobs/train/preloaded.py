@@ -1,6 +1,6 @@
 """Starts jobs as forks of one process that has already imported their modules.
 
-The imports take seconds. They are made once, while the pipeline makes its data, instead of in each stage.
+The imports take seconds. They happen once, while the pipeline makes its data, instead of in each stage.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 def preload(modules: Sequence[str]) -> None:
     """Start a process that imports the modules in the background. It ends when the current process ends."""
     _CONTEXT.set_forkserver_preload(list(modules))
-    # The new process, too, then ignores SIGINT. Otherwise Ctrl-C during its imports would print a traceback.
+    # The new process inherits that SIGINT is ignored. Otherwise Ctrl-C during its imports would print a traceback.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         multiprocessing.forkserver.ensure_running()

@@ -147,7 +147,7 @@ def plan_run(
 
 
 def input_digests(store: Store, dataset: str, tokenizer: Tokenizer, start: Start | None = None) -> dict[str, str]:
-    """Digests of what a base model is made from. If one changes, the model must be trained again.
+    """Digests of the inputs of a base model. If a digest changes, the model must be trained again.
 
     ``dataset`` has the form of the setting ``--dataset``, which may name several datasets.
     """

@@ -78,7 +78,7 @@ def fine_tune(settings: SftSettings, runtime: Runtime) -> CheckpointRef:
     context_length = settings.context_length or config.context_length
     if context_length > config.context_length:
         raise UserError(
-            f"--context-length is {context_length} and the base model's {config.context_length}; choose at most that"
+            f"--context-length is {context_length}, but the base model's is {config.context_length}; lower it"
         )
     rows = rows_per_batch(batch_tokens, context_length)
     stage = Stage("sft", settings, runtime, config, tokenizer, base)

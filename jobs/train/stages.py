@@ -1,4 +1,4 @@
-"""A stage of a pipeline, and the interface of what runs it, such as processes or pods."""
+"""A stage of a pipeline, and the interface of its runner, which runs it as processes or as pods."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,8 @@ class StageRun:
     Attributes:
         name: short name, such as ``pretrain``.
         subcommand: subcommand of the program ``module``; empty if it has none.
-        inputs: digests of what the stage is made from. Two runs with equal module, flags and inputs are the same work.
+        inputs: digests of the data and weights that the stage uses. Two runs with equal module, flags and inputs are
+            the same work.
         start_over: whether to delete the checkpoints that an earlier run of the stage made from other inputs.
         progress: the newest checkpoint that was made from ``inputs``; empty if there is none.
         done: whether the store has the result of the stage.
@@ -59,7 +60,7 @@ class Runner(Protocol):
         """From now on, SIGTERM and SIGINT end this process in an orderly way."""
 
     def settle(self) -> None:
-        """Wait until nothing runs any more that an earlier process of the same pipeline has started."""
+        """Wait for the end of all stages that an earlier process of the same pipeline has started."""
 
     def run(self, stage: StageRun) -> int:
         """Run a stage to its end, and return its exit code; 0 means that the stage is done."""

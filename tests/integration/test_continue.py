@@ -164,7 +164,7 @@ def test_a_fine_tuned_model_can_be_pretrained_further(jobs: Jobs) -> None:
         ({"depth": 3}, f"--depth is 3, but models/{NAME}/base/step_000021 was trained with 1; leave the flag out"),
         ({"context_length": 64}, "--context-length is 64, but"),
         ({"tokenizer": OTHER}, "was trained with another tokenizer, which it keeps; leave the flag out"),
-        ({"steps": 21}, "so a horizon of 21 steps has passed; raise it by --steps, --ratio or --target-flops"),
+        ({"steps": 21}, "which is at or after the planned end at step 21; raise --steps, --ratio or --target-flops"),
         ({"dataset": "none"}, "data/none"),
         ({"dataset": f"{NAME}:0,{OTHER}"}, f"gives {NAME} the weight 0; it must be above 0"),
         ({"dataset": f"{NAME},{NAME}"}, f"names {NAME} twice"),

@@ -183,7 +183,7 @@ def test_a_finished_evaluation_is_not_done_again_but_one_of_other_items_is(
         ({"model": "other"}, "model 'other' has no base checkpoint"),
         ({"stage": "rl"}, "model 'random' has no rl checkpoint"),
         ({"revision": "base/step_000009"}, "there is no checkpoint models/random/base/step_000009"),
-        ({"max_per_task": 2}, "take at least 3 per task"),
+        ({"max_per_task": 2}, "use at least 3 items per task"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_in_a_line(

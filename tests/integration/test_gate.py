@@ -140,7 +140,7 @@ def test_another_model_can_be_the_measure(store: Store) -> None:
     trained(store, FIRST, 0.9, depth=3)
     assert not asked(store, FIRST, Gate(), against="old").accepted
     assert asked(store, FIRST, Gate()).accepted
-    with pytest.raises(UserError, match="--against names 'none', of which nothing is promoted"):
+    with pytest.raises(UserError, match="--against names 'none', which has no promoted checkpoint"):
         asked(store, FIRST, Gate(), against="none")
 
 

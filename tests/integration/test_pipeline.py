@@ -285,7 +285,7 @@ def test_reinforcement_comes_after_fine_tuning_when_asked_for_and_is_what_is_pro
 
 def test_reinforcement_is_refused_before_anything_is_trained_where_there_is_nothing_to_practise(again: Again) -> None:
     shutil.rmtree(again.home / "models")
-    with pytest.raises(UserError, match="recipe small has nothing to practise; leave --rl out"):
+    with pytest.raises(UserError, match="recipe small has nothing to practice; leave --rl out"):
         again.run(rl=True)
     with pytest.raises(UserError, match="hf download openai/gsm8k"):
         again.run(dataclasses.replace(RECIPE, rl={"task": "gsm8k"}), rl=True)
@@ -385,7 +385,7 @@ def test_another_text_or_recipe_for_the_same_model_is_refused(again: Again, chan
         change(again)
     message = str(raised.value)
     assert f"data/{MODEL} in {again.home} was made with recipe small from " in message
-    assert "book.txt, not with what was given now; use another --model name" in message
+    assert "book.txt, not with the recipe or text given now; use another --model name" in message
     assert {path: path.stat().st_mtime_ns for path in again.home.rglob("*")} == before
 
 

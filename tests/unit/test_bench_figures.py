@@ -332,7 +332,7 @@ def test_the_core_gives_the_tokens_that_it_gives_without_the_benchmark() -> None
         ([], "give one of --model, --depth and --endpoint"),
         (["--model=x", "--depth=2"], "give one of --model, --depth and --endpoint"),
         (["--endpoint=http://x/v1", "--depth=2"], "--depth makes a model in this process"),
-        (["--depth=2", "--revision=sft/step_1"], "--revision is of a --model of the store"),
+        (["--depth=2", "--revision=sft/step_1"], "--revision names a revision of --model"),
         (["--depth=2", "--mixes=fixed,wild"], "--mixes has wild; choose from fixed, mixed, samples, prefix"),
         (["--depth=2", "--mixes=,"], "--mixes has nothing"),
         (["--depth=2", "--batch-sizes=1,0"], "--batch-sizes has '0'; use whole numbers"),

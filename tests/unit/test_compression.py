@@ -58,7 +58,7 @@ def test_bytes_and_tokens_are_counted(tmp_path: Path) -> None:
         "| --- | ---: | ---: | ---: | ---: |",
         "| sample | 11 | 1.22 | 1.22 | +0.0% |",
     ]
-    assert table[-1].startswith("GPT-4 is not compared: its file is not here; --gpt4-file takes that of https://")
+    assert table[-1].startswith("GPT-4 is not compared: its file is missing; --gpt4-file names a copy of https://")
 
 
 def counted(reference: Reference, text: str) -> int:

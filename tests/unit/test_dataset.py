@@ -278,7 +278,7 @@ def test_the_sha256_that_a_redirecting_server_names_is_checked(store: FolderStor
     good, other = "/shard_00001.parquet", "/shard_00004.parquet"
     right = hashlib.sha256(server.files[good]).hexdigest()
     script(server, FIRST, *[status(302, Location=other, X_Linked_Etag=f'"{right}"')] * http_download.ATTEMPTS)
-    with pytest.raises(UserError, match="what came has another sha256 than the server says"):
+    with pytest.raises(UserError, match="the received file has another sha256 than the server announced"):
         get(store, server)
     script(server, FIRST, status(302, Location=good, X_Linked_Etag=f'"{right}"'))
     get(store, server)

@@ -323,7 +323,7 @@ def test_a_state_that_lacks_a_packer_is_refused(text: TextDataset) -> None:
 
 def test_a_state_of_another_loader_is_refused(text: TextDataset) -> None:
     state = wide_loader(text, "text", rows=4).next_batch().state
-    with pytest.raises(UserError, match="of 4 packers, not of 8: the batch then had another number of rows"):
+    with pytest.raises(UserError, match="for 4 packers, but this run has 8: the run before had another number of rows"):
         wide_loader(text, "text", state=state)
 
 

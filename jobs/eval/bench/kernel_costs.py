@@ -1,8 +1,8 @@
-"""What each kernel of a step must read, write and compute on a GPU, and how long that takes at least.
+"""For each kernel of a step on a GPU: the bytes and FLOPs that it needs, and the least time that these take.
 
 A kernel takes at least as long as its bytes need at the card's memory bandwidth, and at least as long as its FLOPs need
-at the card's peak (Williams, Waterman and Patterson, "Roofline", CACM 2009). The sum over the kernels of a step is its
-lower limit, because the kernels run one after another. ``docs/roofline.md`` shows the results.
+at the card's peak (Williams, Waterman and Patterson, "Roofline", CACM 2009). The least time of a step is the sum over
+its kernels, because the kernels run one after another. ``docs/roofline.md`` shows the results.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ CARDS = (Card("H100", 989.4e12, 3.35e12, 450e9), Card("H200", 989.4e12, 4.8e12, 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """All launches of one kernel in a step, with their bytes to read and write and their FLOPs together."""
+    """All launches of one kernel in a step. ``bytes`` (read and written) and ``flops`` are sums over the launches."""
 
     name: str
     launches: int
@@ -42,19 +42,19 @@ class Kernel:
     flops: float = 0.0
 
     def seconds(self, card: Card) -> float:
-        """The least time on a card."""
+        """The least time on a card, in seconds."""
         return max(self.bytes / card.bandwidth, self.flops / card.flops)
 
 
 def seconds(kernels: Sequence[Kernel], card: Card) -> float:
-    """The least time of a step."""
+    """The least time of a step, in seconds."""
     return sum(kernel.seconds(card) for kernel in kernels)
 
 
 def decode_kernels(config: ModelConfig, batch: int, context: int) -> list[Kernel]:
     """The kernels of a step that decodes one token of each of ``batch`` sequences, in bf16 and as a CUDA graph.
 
-    ``context`` is the number of tokens that each sequence has, the new one included.
+    ``context`` is the number of tokens of each sequence, including the new token.
     """
     dim, kv, depth, vocab = config.dim, config.kv_dim, config.depth, config.padded_vocab_size
     seen = [min(context, window + 1) for window in config.windows]
@@ -62,7 +62,10 @@ def decode_kernels(config: ModelConfig, batch: int, context: int) -> list[Kernel
     splits = [-(-keys // _SPLIT) for keys in seen]
 
     def product(name: str, into: int, out: int, count: int, added: int = 0) -> Kernel:
-        """Products of all tokens with ``count`` weights; ``added`` numbers per token are added to the result."""
+        """Products of all tokens with ``count`` weights of shape (out, into).
+
+        ``added`` numbers per token are added to the result.
+        """
         moved = into * out + batch * (into + out + added)
         return Kernel(name, count, _BF16 * count * moved, 2.0 * count * batch * into * out)
 
@@ -103,7 +106,7 @@ def training_kernels(config: ModelConfig, tokens: int, micro_batches: int) -> li
     blocks, vocab, depth = config.block_matrix_parameters, config.padded_vocab_size, config.depth
     every = micro_batches * tokens
     attention = sum(12.0 * config.dim * min(window, config.context_length) for window in config.windows)
-    # The forward and the backward pass each read a weight in bf16 and cast it from fp32 before.
+    # The forward and the backward pass each read a weight in fp32, write it in bf16, and read it in bf16.
     casts = 2 * (_FP32 + 2 * _BF16)
     dim, kv = config.dim, config.kv_dim
     shapes = [(dim, dim), (dim, dim), (kv, dim), (kv, dim), (4 * dim, dim), (dim, 4 * dim)]
@@ -134,7 +137,8 @@ def training_kernels(config: ModelConfig, tokens: int, micro_batches: int) -> li
 def polar_express_flops(shape: tuple[int, int]) -> float:
     """FLOPs of Muon's orthogonalization of one matrix.
 
-    Each polynomial multiplies the matrix with its transpose, squares the product, and multiplies it with the matrix.
+    Each polynomial multiplies the matrix with its transpose, squares the product, and multiplies that square with the
+    matrix.
     """
     small, large = min(shape), max(shape)
     return len(POLAR_EXPRESS) * (4.0 * small * small * large + 2.0 * small**3)

@@ -18,7 +18,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.protos import engine_pb2, engine_pb2_grpc
 from nanochat_core.tokenizer import SPECIAL_TOKENS
 
-# Prompts for servers that take text consist of these common words. Most tokenizers encode each as one token.
+# Prompts for servers that take text consist of these common words. Most tokenizers encode each word as one token.
 _TEXT = (
     "time year people way day man thing woman life child world school state family student group country problem "
     "hand part place case week company system program question work government number night point home water room "

@@ -1,4 +1,4 @@
-"""The roofline of inference: the least that a model must read and compute, and the highest rates of this machine.
+"""The roofline of inference: the fewest bytes and FLOPs that a model needs, and the highest rates of this machine.
 
 A run's bytes and FLOPs are divided by the time of the run's steps. A comparison of these rates with the machine's rates
 tells how near the run comes to the hardware's limits (Williams, Waterman and Patterson, "Roofline", CACM 2009).
@@ -60,9 +60,9 @@ def least_costs(config: ModelConfig, item_bytes: int, counts: Sequence[TokenCoun
     prompt are computed together and read the prompt's keys and values once. Tokens in the prefix cache are not
     computed, and neither is the last token of a choice.
 
-    A token takes two FLOPs per weight of the blocks, and four per channel of each key that it attends to. If the model
-    samples after a token, the token also takes two FLOPs per weight of the head. A weight, key or value has
-    ``item_bytes`` bytes.
+    A token takes two FLOPs for each weight of the blocks, and four FLOPs for each channel of each key that it attends
+    to. If the model samples after a token, the token also takes two FLOPs for each weight of the head. Each number in
+    the weights, keys and values has ``item_bytes`` bytes.
     """
     blocks, head = config.block_matrix_parameters, config.dim * config.padded_vocab_size
     windows = np.array(config.windows)

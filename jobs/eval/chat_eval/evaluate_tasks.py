@@ -152,8 +152,8 @@ def generate(
 ) -> Iterator[tuple[int, tuple[Response, ...]]]:
     """Answer the questions at the indices ``numbers``. A question's answers are yielded when all of them are done.
 
-    An answer depends on the question, the seed and the index of the sample only, not on the other questions. A
-    question that leaves no room for an answer in the model's context gets no answers.
+    An answer depends only on its question, the seed and the index of the sample, and not on the other questions. If a
+    question leaves no room for an answer in the model's context, it gets no answers.
     """
     tools = ToolPolicy(enabled=task.tools)
     requests = []

@@ -12,7 +12,7 @@ from nanochat_core.tokenizer import Tokenizer
 
 @torch.inference_mode()
 def last_logits(model: GPT, prompts: Sequence[Sequence[int]], tokens: Sequence[int], max_tokens: int) -> Tensor:
-    """The logits of ``tokens`` at the position after each prompt: fp32 of shape (prompts, tokens) on the CPU.
+    """The logits of ``tokens`` as the next token after each prompt: (prompts, tokens) fp32, on the CPU.
 
     Prompts of similar length share a forward pass. They are padded at the end; attention is causal, so the padding
     changes no logits. A pass has at most ``max_tokens`` tokens, padding included; a longer prompt has a pass of its

@@ -16,7 +16,8 @@ Json = Any
 
 # ChatCORE is the mean over these tasks. If some of the tasks were not evaluated, ChatCORE is partial.
 CHAT_CORE_TASKS = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spelling")
-# A result quotes at most this many wrong and right answers per task. Wrong answers tell more about the model.
+# A result quotes at most this many wrong and right answers per task. Wrong answers tell more about the model than right
+# answers.
 _WRONG_EXAMPLES, _RIGHT_EXAMPLES = 20, 5
 
 
@@ -145,7 +146,7 @@ def quote(question: Question, graded: GradedAnswers) -> dict[str, Json]:
 
 
 def _examples(questions: Sequence[Question], graded: Sequence[GradedAnswers]) -> list[Json]:
-    """The first answer to some of the questions, wrong answers before right ones."""
+    """Quotes of some questions, each with its first answer. Wrong answers come before right answers."""
     quotes = [quote(question, answers) for question, answers in zip(questions, graded, strict=True) if answers.answers]
     wrong = [each for each in quotes if not each["right"]]
     return wrong[:_WRONG_EXAMPLES] + [each for each in quotes if each["right"]][:_RIGHT_EXAMPLES]

@@ -1,4 +1,4 @@
-"""What every part of the GPU verdict gets: the device, the sizes to measure, and the results of earlier parts."""
+"""The input of every part of the GPU verdict: the device, the sizes to measure, and the results of earlier parts."""
 
 import dataclasses
 import time
@@ -27,9 +27,9 @@ class Scale:
         train_steps: number of timed optimizer steps.
         batch_sizes: numbers of sequences that decode at a time.
         prefill_prompts: number of prompts, nearly as long as the context, whose prefill is timed.
-        budgets: for each measurement of the prefill, the most tokens that one step computes.
+        budgets: for each measurement of the prefill, the largest number of tokens that one step computes.
         rates: requests per second of the measurements under load.
-        loaded_requests: number of requests of such a measurement.
+        loaded_requests: number of requests in each measurement under load.
         attention_heads: number of heads in the comparison of attention backends.
         tests: pytest's expression that selects some of the tests that use a GPU.
     """
@@ -98,7 +98,8 @@ SMALL = Scale(
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """
+    """The device and the sizes of one part, and helpers that measure durations.
+
     Attributes:
         limits: the device's measured rates; None if they could not be measured.
         peer: checkout of karpathy/nanochat; None if there is none.
@@ -117,13 +118,13 @@ class Context:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def clock(self) -> float:
-        """The time in seconds after all queued work of the device is done."""
+        """Wait until the device has done all queued work, and return the time in seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def seconds(self, work: Callable[[], object], repeats: int) -> float:
-        """The mean duration of a call. Two calls before the measurement warm up."""
+        """The mean duration of a call of ``work`` in seconds. Two calls warm up before the measurement."""
         work()
         work()
         started = self.clock()

@@ -20,7 +20,7 @@ _WARM_UP_REQUESTS, _WARM_UP_OUTPUT = 8, 2
 
 
 def measure_inference(context: Context, depth: int) -> Result:
-    """Measure one model with random weights. Shares are of the device's measured bandwidth and FLOP/s."""
+    """Measure one model with random weights. Shares are relative to the device's measured bandwidth and FLOP/s."""
     scale = context.scale
     model = random_model(scale.model(depth), context.dtype, seed=0, device=context.device)
     most = max(scale.batch_sizes)
@@ -29,7 +29,7 @@ def measure_inference(context: Context, depth: int) -> Result:
         max_waiting=2 * max(most, scale.loaded_requests),
         token_budget=max(EngineConfig.token_budget, most),
         kv_cache_bytes=scale.cache_bytes,
-        # Random weights repeat themselves, so drafts would be right more often than with a trained model.
+        # A model with random weights repeats itself, so drafts would be right more often than with a trained model.
         speculative_tokens=0,
     )
     without_graphs = dataclasses.replace(decoding, cuda_graphs=False)
@@ -89,7 +89,7 @@ def _decode(context: Context, client: CoreClient, model: GPT, size: int) -> Resu
     summary = summarize(_run(client, shape, "fixed", size, Load(concurrency=size), seed=size))
     assert summary.inter_token_latency is not None
     step, steps = summary.inter_token_latency[0], shape.output - 1
-    # The first token comes with the prefill, so it counts as a part of a prompt that is in the cache.
+    # The first output token comes from the prefill step, so it counts as part of a prompt that is in the cache.
     counts = [TokenCounts(shape.prompt + 1, steps, cached=shape.prompt)] * size
     return {
         "batch": size,
@@ -100,7 +100,7 @@ def _decode(context: Context, client: CoreClient, model: GPT, size: int) -> Resu
 
 
 def _under_load(context: Context, model: GPT, config: EngineConfig) -> list[Result]:
-    """Prompts and outputs of different lengths that arrive at random times. Times are seconds, p50 and p95."""
+    """Measure requests of different lengths that arrive at random times. Times are in seconds, p50 and p95."""
     scale = context.scale
     shape, count, rows = _shape(4 * scale.prompt_tokens, scale.output_tokens), scale.loaded_requests, []
     with _client(context, model, config) as client:
@@ -118,7 +118,7 @@ def _under_load(context: Context, model: GPT, config: EngineConfig) -> list[Resu
 
 
 def _prefill(context: Context, model: GPT, config: EngineConfig, budget: int) -> Result:
-    """Prompts of nearly the whole context, all at once, with one token of output each.
+    """Measure prompts that fill nearly the whole context. All are sent at once, and each has one output token.
 
     A step computes at most ``budget`` tokens.
     """

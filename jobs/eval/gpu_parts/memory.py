@@ -22,8 +22,8 @@ def plan_memory(_context: Context) -> Result:
 def plan(config: ModelConfig, rows: int) -> Result:
     """Bytes that a model in bf16 takes.
 
-    ``saved_bytes`` is what the forward pass of a micro-batch of ``rows`` rows keeps for the backward pass if the model
-    is not compiled. A compiled model keeps less, because it computes cheap operations again.
+    ``saved_bytes`` is the memory that the forward pass of a micro-batch of ``rows`` rows keeps for the backward pass if
+    the model is not compiled. A compiled model keeps less, because its backward pass repeats cheap operations.
     """
     with FakeTensorMode():
         model = GPT(config, torch.bfloat16)

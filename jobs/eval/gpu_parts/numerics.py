@@ -13,13 +13,13 @@ from nanochat_core.device import DTYPES
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.model import GPT
 
-# The results of a small model show the same errors as those of a large model.
+# A small model shows the same errors as a large model.
 MODEL = ModelConfig.from_depth(4, vocab_size=512, head_dim=64, context_length=512)
 _PROMPT_LENGTHS, _OUTPUT_TOKENS = (5, 40, 300), 32
 # Largest difference of a log probability in fp32. Sums in another order change the last bits.
 _MOST_FP32 = 5e-3
-# In bf16, the engine may be at most this many times as far from fp32 as a plain forward pass in bf16. Errors are means
-# of squares.
+# In bf16, the engine's error may be at most this many times the error of a plain forward pass. Both are mean squares of
+# the differences from fp32.
 _MOST_BF16_RATIO = 2.0
 # Largest relative error of a gradient against fp32.
 _MOST_GRADIENT = {"bf16": 0.1, "fp8": 0.3}

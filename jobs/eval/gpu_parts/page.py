@@ -10,7 +10,7 @@ from jobs.plots import panels, shades, short
 
 Document = dict[str, Any]
 
-# What the shares of limits should reach at least: MFU of training, and bandwidth of decoding one sequence.
+# The goals: the MFU of training, and the share of the bandwidth that the decoding of one sequence uses.
 LEAST_MFU, LEAST_BANDWIDTH = 0.5, 0.7
 _SMALL = "**Tiny models show here that every part works. The speeds say nothing about a GPU or about real models.**"
 
@@ -27,8 +27,8 @@ def page(document: Document, names: Sequence[str], plot: str) -> str:
     lines = [
         f"# {document['card']}",
         "",
-        "`python -m jobs.eval.gpu` wrote this page. Shares are of the rates under Limits. MFU is of the card's peak in",
-        "bf16, or of the measured products if the table of peaks does not have the card.",
+        "`python -m jobs.eval.gpu` wrote this page. Shares are relative to the rates under Limits. MFU is relative",
+        "to the card's peak in bf16, or to the measured speed of matrix products if the table of peaks lacks the card.",
         "",
         f"torch {machine['torch']}, {machine['cores']} CPU cores, models of the scale `{document['scale']}`, source "
         f"`{document['source']}`.",

@@ -1,4 +1,4 @@
-"""The parts of the GPU verdict, in the order in which they run: what matters most comes first."""
+"""The parts of the GPU verdict, in the order in which they run: the most important parts come first."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from jobs.eval.gpu_parts.profiles import profile_kernels
 from jobs.eval.gpu_parts.subprograms import compare_engine, compare_training, compare_transformers, run_tests
 from jobs.eval.gpu_parts.training import compare_attention, measure_muon, measure_training
 
-# A CPU may be shared with other programs, so a part has much more time there than it needs.
+# A CPU may be shared with other programs, so a part may take much longer on a CPU than it needs.
 _CPU_SECONDS = 600
 
 

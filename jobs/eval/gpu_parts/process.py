@@ -37,7 +37,7 @@ def run_part(name: str, task: dict[str, Any], seconds: float) -> Result | None:
         path.write_text(json.dumps({"part": name, **task}))
         with Path(folder, "output").open("w+") as output:
             # The part may start processes itself, so it gets a process group, which can be ended as a whole.
-            process = subprocess.Popen(  # noqa: S603 - the command is ours
+            process = subprocess.Popen(  # noqa: S603 - this module builds the command
                 [sys.executable, "-m", __name__, str(path)],
                 cwd=ROOT,
                 stdout=output,
@@ -71,7 +71,7 @@ def outcome_of(task: dict[str, Any]) -> Result:
         return {"status": "passed", "result": part.measure(context)}
     except Unavailable as error:
         return {"status": "skipped", "reason": str(error)}
-    except Exception as error:  # whatever ends a part is its outcome
+    except Exception as error:  # any error of a part is its outcome
         trace = "".join(traceback.format_exception(error))
         return {"status": "failed", "reason": trace[-_REASON_CHARACTERS:]}
 

@@ -1,4 +1,4 @@
-"""Where the time goes: the kernels of a training step and of decoding, by their share of the device's time."""
+"""Profiles of a training step and of decoding: each kernel's share of the device's time."""
 
 import contextlib
 from collections.abc import Callable
@@ -46,8 +46,8 @@ def profile_kernels(context: Context) -> Result:
 def _profile(context: Context, work: Callable[[], object], repeats: int) -> Result:
     """Profile repeated calls.
 
-    ``busy_share`` is the kernels' time divided by the duration. The rest of the duration, the device waits for the
-    host.
+    ``busy_share`` is the kernels' time divided by the duration. During the rest of the duration, the device waits for
+    the host.
     """
     on_gpu = context.device.type == "cuda"
     work()

@@ -24,7 +24,7 @@ def run_tests(context: Context) -> Result:
     if importlib.util.find_spec("pytest") is None:
         raise Unavailable("pytest is not installed; install it, or put a folder with it on PYTHONPATH")
     files = [f"tests/unit/{name}" for name in TEST_FILES]
-    # The common settings of all tests need packages that a bare machine does not have.
+    # --noconftest: conftest.py imports packages that a bare machine does not have.
     command = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-r", "fE", "-k", context.scale.tests, *files]
     # Without a GPU, Triton interprets its kernels.
     output = run_python(command, {} if context.device.type == "cuda" else {"TRITON_INTERPRET": "1"})
@@ -33,7 +33,7 @@ def run_tests(context: Context) -> Result:
 
 
 def compare_engine(context: Context) -> Result:
-    """Our engine beside karpathy/nanochat's."""
+    """Measure this project's engine and karpathy/nanochat's engine."""
     if context.peer is None:
         raise Unavailable("give a checkout of karpathy/nanochat by --peer")
     cases = "single,samples-8,samples-64,samples-256" if context.scale is FULL else "single"
@@ -41,7 +41,7 @@ def compare_engine(context: Context) -> Result:
 
 
 def compare_transformers(context: Context) -> Result:
-    """Our engine beside the continuous batching of transformers."""
+    """Measure this project's engine and the continuous batching of transformers."""
     if context.transformers is None:
         raise Unavailable("transformers is not installed; install it, or name a folder with it by --transformers")
     sizes = ",".join(map(str, context.scale.batch_sizes))
@@ -51,7 +51,7 @@ def compare_transformers(context: Context) -> Result:
 
 
 def compare_training(context: Context) -> Result:
-    """Our training beside karpathy/nanochat's."""
+    """Measure the training of this project and of karpathy/nanochat."""
     if context.peer is None:
         raise Unavailable("give a checkout of karpathy/nanochat by --peer")
     flags = ["--peer", str(context.peer), "--seconds", "10" if context.scale is FULL else "1"]
@@ -59,7 +59,7 @@ def compare_training(context: Context) -> Result:
 
 
 def _comparison(context: Context, program: str, flags: Sequence[str]) -> Result:
-    """Run one round of a comparison. The result has the Markdown table or the lines that it prints at its end."""
+    """Run one round of the comparison ``program``. Returns the Markdown table or the last lines that it prints."""
     scale = context.scale
     shape = {
         "device": context.device.type,
@@ -77,7 +77,7 @@ def _comparison(context: Context, program: str, flags: Sequence[str]) -> Result:
 
 def run_python(arguments: Sequence[str], environment: dict[str, str]) -> str:
     """Run Python in the project's root and return its output. Raises ProgramFailed if it ends with an error."""
-    done = subprocess.run(  # noqa: S603 - the command is ours
+    done = subprocess.run(  # noqa: S603 - the callers build the command
         [sys.executable, *arguments],
         cwd=ROOT,
         env=os.environ | environment,

@@ -58,16 +58,17 @@ def trainable(model: GPT, device: torch.device, precision: str) -> GPT:
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether the device has products of fp8 numbers. torch has a slow version for CPUs."""
+    """Whether the device can multiply fp8 numbers. A CPU can, because torch has a slow implementation for CPUs."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def measure_training(context: Context, depth: int, precision: str) -> Result:
     """Tokens per second, model FLOPs utilization (MFU) and memory of training.
 
-    A step has one micro-batch here. Larger batches add up the gradients of several micro-batches, so the optimizer
-    counts less; ``tokens_per_second_global_batch`` is the speed with :data:`GLOBAL_BATCH` tokens per step. If the
-    memory is too small for the micro-batch, it is halved until it fits.
+    The measured step has one micro-batch. A larger batch adds up the gradients of several micro-batches, so the
+    optimizer takes a smaller share of its time. ``tokens_per_second_global_batch`` is the speed with
+    :data:`GLOBAL_BATCH` tokens per step, computed from the measured parts of a step. If the memory is too small for the
+    micro-batch, the micro-batch is halved until it fits.
 
     Raises Unavailable for fp8 on a GPU that does not multiply fp8 numbers.
     """
@@ -81,7 +82,7 @@ def measure_training(context: Context, depth: int, precision: str) -> Result:
             if not is_out_of_memory(error) or rows == 1:
                 raise
         rows //= 2
-        torch._dynamo.reset()  # the compiler keeps the model
+        torch._dynamo.reset()  # otherwise the compiler keeps the model in memory
         free_memory(context.device)
 
 
@@ -104,7 +105,7 @@ def _measure_training(context: Context, depth: int, precision: str, rows: int) -
     passes, updates = passes / context.scale.train_steps, updates / context.scale.train_steps
     accumulated = max(GLOBAL_BATCH // step.tokens, 1)
     whole = accumulated * step.tokens / (accumulated * passes + updates)
-    # A card that the table of peaks does not have is compared with its measured products.
+    # If the table of peaks lacks the card, the measured FLOP/s of matrix products replace its peak.
     peak = peak_flops(context.device) or (context.limits.flops_per_second if context.limits else None)
     return {
         "parameters": sum(parameter.numel() for parameter in step.model.parameters()),

@@ -47,7 +47,7 @@ CORE_TASKS = (
     "boolq",
     "bigbench_language_identification",
 )
-# The seed is fixed, so that every run with ``max_per_task`` takes the same items.
+# The seed is fixed, so that every run with the same ``max_per_task`` uses the same items.
 _SHUFFLE_SEED = 1337
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -149,8 +149,8 @@ def read_bundle(files: Store, max_per_task: int = 0) -> Bundle:
         items = items[: max_per_task or None]
         if len(items) <= shots:
             raise UserError(
-                f"{label} shows {shots} examples before each item, of which there are {len(items)} in all; "
-                f"take at least {shots + 1} per task"
+                f"{label} shows {shots} examples before each item, but has only {len(items)} items; "
+                f"use at least {shots + 1} items per task"
             )
         tasks.append(Task(label, kind, shots, baselines[label], tuple(items), hashlib.sha256(content).hexdigest()))
     if not tasks:

@@ -56,7 +56,7 @@ def _bring(url: str, store: Store, prefix: str, part: Path) -> None:
         while not ended.wait(_SHOW_SECONDS):
             log.info("downloading the bundle", extra={"megabytes": round(size(part) / 1e6, 1)})
 
-    # The download is in this thread, so that Ctrl-C ends it immediately.
+    # The download runs in this thread, so that Ctrl-C ends it immediately.
     with ThreadPoolExecutor(1) as executor:
         executor.submit(show_size)
         try:
@@ -92,7 +92,7 @@ def unpack(archive: Path, folder: Path, name: str) -> None:
             for member in members:
                 path = PurePosixPath(member.filename)
                 if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
-                    raise UserError(f"{name} holds {member.filename!r}, which leads out of it; it is not unpacked")
+                    raise UserError(f"{name} holds {member.filename!r}, a path out of its folder; it is not unpacked")
                 if stat.S_ISLNK(member.external_attr >> 16):
                     raise UserError(f"{name} holds the link {member.filename!r}; it is not unpacked")
                 if not path.is_relative_to(top):

@@ -3,8 +3,8 @@
 The options of a question often share most of their tokens: the examples and the question itself. A question becomes a
 common prefix and a tree after it. The paths of the tree are the options. Each token of the prefix and each node of the
 tree is computed once. Attention lets a node see the prefix and the node's ancestors, so every option has the same loss
-as alone. Questions of similar length form a batch. Logits are computed only at positions that predict a scored token.
-The last layer is computed only for the tree.
+as if it were scored alone. Questions of similar length form a batch. Logits are computed only at positions that predict
+a scored token. The last layer is computed only for the tree.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BLOCK = 256
 
 
 def right(question: Question, losses: Sequence[float]) -> bool:
-    """Whether a question is answered rightly.
+    """Whether a question is answered correctly.
 
     The option with the lowest loss must be the right one. In language modeling the model must predict every token.
 
@@ -141,7 +141,7 @@ class Tree:
 
     @classmethod
     def of(cls, options: Sequence[Option]) -> Tree:
-        """The tree of a question's options. An option's last token predicts no target, so it has no node here."""
+        """The tree of a question's options. An option's last token predicts no target, so it gets no node."""
         shared = common_length([option.ids for option in options])
         length = max(min(shared, *(option.start for option in options)) - 1, 0)
         children: dict[tuple[int, int], int] = {}
@@ -237,7 +237,7 @@ class TreeAttention:
     def _mask(self, window: int, dtype: torch.dtype) -> Tensor:
         """(batch, 1, nodes, prefix + nodes): 0 if the node sees the token, minus infinity otherwise."""
         if window not in self._masks:
-            # Softmax over a fully masked row is NaN, so rows of padding see the first token.
+            # Softmax over a fully masked row is NaN, so rows of padding attend to the first token.
             seen = np.zeros((self._batch, self._nodes, self._prefix + self._nodes), dtype=bool)
             seen[:, :, 0] = True
             for own, tree in zip(seen, self._trees, strict=True):

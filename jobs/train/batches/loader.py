@@ -189,8 +189,8 @@ class PackedLoader:
             )
         if state.get("of") != self._count:
             raise UserError(
-                f"the data position is one of {state.get('of')} packers, not of {self._count}: the batch then had "
-                "another number of rows; use the same batch size, or start over"
+                f"the data position is for {state.get('of')} packers, but this run has {self._count}: the run "
+                "before had another number of rows in a batch; use the same batch size, or start over"
             )
         missing = [packer.number for packer in self._packers if str(packer.number) not in state["packers"]]
         if missing:

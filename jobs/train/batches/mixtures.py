@@ -199,8 +199,8 @@ def repeated(rows: Sequence[int], weight: float) -> list[int]:
 def _held_out(name: str, count: int) -> list[int]:
     """Indices of the validation conversations: a random one from each part of the file, the same in every run.
 
-    One conversation of each part is taken because a file may be ordered by topic. The choice is random because, for
-    example, every tenth conversation may be of another kind.
+    Each part gives one conversation, because a file may be ordered by topic. The choice within a part is random,
+    because a file may have a regular pattern: for example, every tenth conversation may be of another kind.
     """
     if count < 2:
         raise UserError(f"{name} holds one conversation; at least two are needed, one of them for validation")

@@ -10,12 +10,12 @@ padded:
 
 - ``fill`` uses the start of the shortest document. The rest of a document that was cut goes back into the buffer. No
   text is lost and no position is wasted. This suits pretraining.
-- ``pad`` uses padding, which the loss does not count. A conversation longer than a row loses what lies after the row's
-  end. This suits conversations, whose ends mean little without their beginnings.
+- ``pad`` uses padding, which the loss does not count. A conversation longer than a row loses the part after the
+  row's end. This suits conversations, whose ends mean little without their beginnings.
 
-With the best-fit rule alone, a document may wait forever while documents arrive that fit better. Therefore a document
-begins the next row when it has waited for N rows, if the buffer has N documents. So no document waits for more than 2 N
-rows.
+With the best-fit rule alone, a document may wait forever while documents arrive that fit better. Therefore, if the
+buffer has N documents, a document that has waited for N rows begins the next row. So no document waits for more than
+2 N rows.
 """
 
 import bisect
@@ -45,7 +45,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Waiting:
-    """A document in the buffer since the packer's row ``since``. Its tokens from ``start`` on are not packed yet."""
+    """A document in the buffer since the packer's row ``since``. Its tokens before ``start`` are packed already."""
 
     document: Document
     start: int
@@ -139,7 +139,10 @@ class BestFitPacker:
         return 0 if self.when_full == "fill" else None
 
     def _pack(self, place: int, ids: np.ndarray, counted: np.ndarray) -> int:
-        """Copy a document into the rest of a row. Put back what does not fit. Return the number of copied tokens."""
+        """Copy a document into the rest of a row, ``ids`` and ``counted``. Return the number of copied tokens.
+
+        With ``fill``, the tokens that do not fit go back into the buffer.
+        """
         self._lengths.pop(place)
         waiting = self._buffer.pop(place)
         del self._waiting[waiting.document.number]
@@ -148,7 +151,7 @@ class BestFitPacker:
         taken = end - start
         ids[:taken], counted[:taken] = document.ids[start:end], document.counted[start:end]
         if start:
-            counted[0] = False  # This token was a target before the cut. Here it is only context.
+            counted[0] = False  # The piece before counted this token as a target, so here it is only context.
         if end < len(document.ids) and self.when_full == "fill":
             self.put(document, end - 1)  # The next piece begins with this piece's last token, as context.
         return taken

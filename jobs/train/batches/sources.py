@@ -13,8 +13,8 @@ from jobs.train.batches.packing import Document
 from nanochat_core.chat import Message, render_conversation
 from nanochat_core.tokenizer import Tokenizer
 
-# A set of at most this many characters is tokenized before training and kept in memory. Tokenizing takes one core about
-# 10 seconds, and the tokens take about one byte for each character.
+# A dataset of at most this many characters is tokenized before training and kept in memory. One core tokenizes it in
+# about 10 seconds, and the tokens need about one byte for each character.
 SMALL_CHARACTERS = 2**26
 _MAX_WORKERS = 8
 

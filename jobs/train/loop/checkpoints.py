@@ -54,7 +54,7 @@ class RunCheckpoints:
     def resume(self) -> RunState | None:
         """Load the newest intact checkpoint into model and optimizer. Returns None if there is no such checkpoint.
 
-        If any rank finds that a checkpoint is damaged, all ranks skip it. A whole checkpoint is never skipped. Raises
+        If any rank finds that a checkpoint is damaged, all ranks skip it. An intact checkpoint is never skipped. Raises
         UserError if the checkpoint has other settings or inputs, has no optimizer state, or is from a newer version of
         nanochat.
         """
@@ -154,8 +154,8 @@ class RunCheckpoints:
         old = [ref for ref in own[: -settings.keep] if ref not in kept and not (every and ref.step % every == 0)]
         incomplete = incomplete_checkpoints(self._store, model, self._config.stage)
         if served is not None and served in replaced:
-            # Engines that start later then wait for the next promotion, instead of failing because the checkpoint is
-            # missing.
+            # After the withdrawal, engines that start wait for the next promotion, instead of failing because the
+            # checkpoint is missing.
             withdraw(self._store, model)
             log.warning("the promoted revision is gone", extra={"model": model, "revision": served.revision})
         for ref in (*replaced, *old, *incomplete):
@@ -163,7 +163,7 @@ class RunCheckpoints:
         self._replaced = set()
 
     def _delete(self, ref: CheckpointRef) -> None:
-        """Delete a checkpoint, unless it is whole and this version cannot read it.
+        """Delete a checkpoint. Keep it if it is undamaged and this version cannot read it: a newer version wrote it.
 
         Raises LeaseLost if another program has taken over the model's name.
         """

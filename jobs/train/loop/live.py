@@ -1,4 +1,4 @@
-"""Writes the progress of a training stage to the store, so that the chat page can show the run meanwhile."""
+"""Writes the progress of a training stage to the store, so that the chat page can show the running stage."""
 
 import logging
 import math

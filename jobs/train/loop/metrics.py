@@ -36,7 +36,7 @@ STEP_SECONDS = Histogram(
 DATA_WAIT_SECONDS = Counter("nanochat_train_data_wait_seconds_total", "Time spent waiting for a batch", _STAGE)
 SKIPPED_STEPS = Counter(
     "nanochat_train_skipped_steps_total",
-    "Steps without an update because loss or gradient was not finite, or the gradient of a loss was zero",
+    "Steps without an update, because loss or gradient was not finite, or a loss had a zero gradient",
     _STAGE,
 )
 LOSS_SPIKES = Counter("nanochat_train_loss_spikes_total", "Steps with a loss far above the recent ones", _STAGE)

@@ -9,7 +9,7 @@ tokens to parameters, and index 12 for the reference model:
 2. Batch size: the best batch grows as a power of the horizon, ``B = 2^19 (D / D_12)^0.383`` tokens (arXiv 2505.13738),
    rounded to a power of two. The number of steps is ``D / B``.
 3. Learning rates: larger batches have less noisy gradients and allow larger rates, by the factor ``sqrt(B / 2^19)``
-   (arXiv 2205.10287). The parameter groups of smear and backout are exempt.
+   (arXiv 2205.10287). The parameters of smear and backout keep their rates, as in karpathy/nanochat.
 4. Weight decay: the weights are a moving average of updates over about ``1 / (learning rate * weight decay)`` steps,
    and this time should be a constant share of the run (arXiv 2405.13698). With the learning rates of rule 3 this gives
    ``weight decay = 0.28 sqrt(B / 2^19) D_12 / D``.
@@ -106,7 +106,7 @@ class Schedule:
 
     @property
     def constant_until(self) -> int:
-        """The number of steps before the warmdown. Up to this step, a run can still go on to any other horizon."""
+        """The number of steps before the warmdown. A checkpoint up to this step can go on to another horizon."""
         return math.floor(self.warmdown_start)
 
     def lr(self, step: int) -> float:

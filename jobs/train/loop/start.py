@@ -1,4 +1,4 @@
-"""Where a run starts: the checkpoint that ``--start-from`` names, and what a pretraining run takes over from it.
+"""The start of a run from the checkpoint that ``--start-from`` names.
 
 A pretraining run can do two things with the checkpoint of another run:
 
@@ -54,8 +54,8 @@ class Start:
         """Raise UserError if the checkpoint has already reached the planned horizon."""
         if plan.steps <= self.step:
             raise UserError(
-                f"the run goes on from {self.checkpoint.ref.prefix}, so a horizon of {plan.steps} steps has passed; "
-                "raise it by --steps, --ratio or --target-flops"
+                f"the run goes on from {self.checkpoint.ref.prefix}, which is at or after the planned end at step "
+                f"{plan.steps}; raise --steps, --ratio or --target-flops"
             )
 
 
@@ -131,8 +131,8 @@ def choose_start(store: Store, start: Checkpoint, inputs: Mapping[str, str], *, 
 
     The run goes on if the data are the same and the checkpoint is from before its run's warmdown. If the data are the
     same but the checkpoint is from the warmdown, the last checkpoint before the warmdown takes its place. Raises
-    UserError if there is no checkpoint before the warmdown. ``exact`` means that the user named a step: then no other
-    checkpoint replaces the given one.
+    UserError if there is no checkpoint before the warmdown. ``exact`` means that the user named a step. In
+    this case, no other checkpoint replaces the given checkpoint.
     """
     known = start.meta.get("inputs", {}) if start.ref.stage == "base" else {}
     if inputs != {name: known.get(name) for name in inputs}:

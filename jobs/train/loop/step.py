@@ -191,7 +191,7 @@ class TrainingStep:
     def _update(self, report: StepReport) -> None:
         if not report.gradient_norm:
             # The loss is zero too, so the batch teaches nothing, for example because all answers have equal rewards.
-            # Muon would still make a full step from its momentum alone.
+            # There is no update, because Muon would make a full step from its momentum alone.
             self._optimizer.zero_grad()
             return
         step = report.step - 1

@@ -70,7 +70,7 @@ class Trainer:
         return state is not None
 
     def start_from(self, base: Checkpoint, *, go_on: bool = False) -> None:
-        """Take over the optimizer's momenta of another run. The model must already have that run's weights.
+        """Take over the momenta of another run's optimizer. The model must already have that run's weights.
 
         With ``go_on``, the other run's step, data position, history and random numbers are taken over too. If ``base``
         has no optimizer state, nothing is taken over and the momenta start at zero.
@@ -96,7 +96,7 @@ class Trainer:
         """
         state, last_step = self.state, self.config.schedule.steps
         if state.step == last_step:
-            return self.config.checkpoint(last_step)  # The checkpoint that was resumed is the final one.
+            return self.config.checkpoint(last_step)  # The resumed checkpoint is the final checkpoint.
         first_step = state.step + 1
         self._checkpoints.replace_after(state.step)
         prefetched = self._open_batches(state.loader)

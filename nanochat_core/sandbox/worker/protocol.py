@@ -23,8 +23,8 @@ BEGUN = b"*"
 STARTED, FAILED, EXITED = b"s", b"f", b"x"
 
 # Where the scratch file systems of workers come from: the launcher has made a mount namespace in which workers can
-# mount them; the fork server makes such a namespace if it may; or there are none, and workers get folders.
-MOUNTS_EXIST, MOUNTS_IF_ALLOWED, NO_MOUNTS = b"e", b"a", b"n"
+# mount them; or the fork server makes such a namespace if it is allowed to, and otherwise workers get folders.
+MOUNTS_EXIST, MOUNTS_IF_ALLOWED = b"e", b"a"
 
 # The first byte of a claim is one of these kinds.
 VALUE, NOTHING, ERROR, MEMORY, DENIED, FILE_SIZE, NO_SPACE = _KINDS = tuple(bytes([byte]) for byte in b"vnemdsf")

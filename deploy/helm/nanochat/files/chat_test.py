@@ -1,6 +1,6 @@
 """Ask the chat service one question and fail if the answer is wrong or empty.
 
-Usage: ``chat_test.py URL PROMPT EXPECTED_TEXT``. The variable ``API_KEY`` may hold a key.
+Usage: ``chat_test.py URL PROMPT EXPECTED_TEXT``. The environment variable ``API_KEY`` may contain an API key.
 """
 
 import http.client
@@ -16,10 +16,10 @@ TIMEOUT_SECONDS = 120
 
 
 def connect(address: str) -> http.client.HTTPConnection:
-    """Open a connection. The certificate is not verified, because it names the address that clients outside use."""
+    """Open a connection. The certificate is not verified, because it names the gateway's public address."""
     url = urllib.parse.urlsplit(address)
     if url.scheme == "https":
-        context = ssl._create_unverified_context()  # noqa: S323 - the pods' network is the chart's own
+        context = ssl._create_unverified_context()  # noqa: S323 - the connection stays in the cluster
         return http.client.HTTPSConnection(url.netloc, timeout=TIMEOUT_SECONDS, context=context)
     return http.client.HTTPConnection(url.netloc, timeout=TIMEOUT_SECONDS)
 

@@ -38,8 +38,9 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- end -}}
 
 {{/*
-"true" if the component's pods should run on one node, because they mount a claim that only one node can use at a time. If an engine
-on one node waited for the model, a training on another node would wait for the claim for ever. Takes (list $ "component").
+"true" if the component's pods should run on one node, because they mount a claim that only one node can use at a time.
+An engine keeps the claim while it waits for the model. On another node, the training would wait for the claim, and the
+engine would wait for ever. Takes (list $ "component").
 */}}
 {{- define "nanochat.onOneNode" -}}
 {{- $root := index . 0 -}}
@@ -50,7 +51,7 @@ on one node waited for the model, a training on another node would wait for the 
 {{- end -}}
 {{- end -}}
 
-{{/* Pod fields of all pods. They meet the restricted Pod Security level. Takes (list $ "component"). */}}
+{{/* Fields that all pods have. They meet the restricted Pod Security level. Takes (list $ "component"). */}}
 {{- define "nanochat.podDefaults" -}}
 {{- $root := index . 0 -}}
 {{- $values := index $root.Values (index . 1) -}}
@@ -171,7 +172,7 @@ metadata:
     {{- include "nanochat.labels" . | nindent 4 }}
 spec:
   secretName: {{ include "nanochat.tlsSecret" . }}
-  # Callers compare the certificate with the name in their settings.
+  # Callers verify that the certificate contains the host name in their settings.
   dnsNames: [{{ $name }}]
   usages: [client auth, server auth]
   issuerRef: {name: {{ $root.Values.tls.certManager.issuer }}, kind: {{ $root.Values.tls.certManager.kind }}}
