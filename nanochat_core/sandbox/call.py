@@ -31,7 +31,7 @@ _RECEIVING_BYTES = 4 << 20
 # Largest number of bytes that a claim contains for a file in addition to the file's content: its name and two lengths.
 _FILE_OVERHEAD_BYTES = 5000
 
-# The pipes of stdout, of stderr and of the claim.
+# The pipes of stdout, of stderr, and of the claim, in which the worker reports the code's result.
 _Streams = tuple[Capture, Capture, Capture]
 
 

@@ -65,9 +65,10 @@ class Scorer:
         self._logits = GPU_CHUNK if self.device.type == "cuda" else CPU_CHUNK
 
     def score(self, questions: Sequence[Question]) -> list[list[float]]:
-        """The mean loss in nats over the scored tokens of each option of each question of a task.
+        """The mean loss over the scored tokens, for each option of each question of a task.
 
-        In language modeling the loss of a token is 0 if the token is the most likely one, and 1 otherwise.
+        The loss is in nats. For questions of the kind ``language_modeling``, it is 0 for a token that is the most
+        likely one, and 1 for any other token.
         """
         trees = [Tree.of(question.options) for question in questions]
         scores = [[math.nan] * len(question.options) for question in questions]

@@ -105,7 +105,9 @@ class PackedLoader:
             state: :attr:`Batch.state` of the last batch that was trained on: either this rank's state, or the merged
                 state of all ranks. None starts at the first document.
 
-        A rank without a row of its own, because there are more ranks than packers, gets one row without targets.
+        Each packer packs the documents of one or several rows and belongs to one rank. There are at most
+        :data:`MAX_PACKERS` packers. If there are more ranks than packers, a rank without a packer gets one row without
+        targets.
 
         Raises:
             UserError: the state is from a different loader.

@@ -1,1 +1,1 @@
-"""`POST /v1/responses`: OpenAI's Responses API on the same turns, engines and tools as chat completions."""
+"""`POST /v1/responses`: OpenAI's Responses API. It uses the same engines and tools as chat completions."""
