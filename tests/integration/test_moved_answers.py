@@ -93,7 +93,9 @@ async def test_every_answer_is_the_one_of_an_undisturbed_run(
     engines: list[EngineProcess], number: signal.Signals, reason: str
 ) -> None:
     requests = [(kind, seed) for seed in range(REPEATS) for kind in KINDS]
-    changes: dict[str, Any] = {"poll_seconds": 0.5, "health_timeout_seconds": 1.0, "queue_seconds": 120.0}
+    # On a busy machine, a process that runs may answer late. Only the test of a process that hangs needs a short limit.
+    limit = 1.0 if reason == "hung" else 20.0
+    changes: dict[str, Any] = {"poll_seconds": 0.5, "health_timeout_seconds": limit, "queue_seconds": 120.0}
     async with running_gateway(*(engine.address for engine in engines), **changes) as url:
         await until_up(url, 2)
         client = openai_client(url)
