@@ -141,6 +141,14 @@ class FakeCluster:
     def pods(self) -> list[Object]:
         return self._all("pods")
 
+    def leave_pod(self, pod: Object) -> None:
+        """Put the pod of a deleted PyTorchJob back, which the garbage collector has not seen yet."""
+        self._put("pods", pod)
+
+    def collect_pod(self, name: str) -> None:
+        """Delete a pod that :meth:`leave_pod` has put back."""
+        del self._objects["pods", name]
+
     def events(self) -> list[Object]:
         return self._all("events")
 

@@ -888,6 +888,13 @@ def test_flags_that_exclude_each_other_are_refused() -> None:
         TeachSettings(lesson=("demo", "facts.md"), until=1)
 
 
+def test_pytorch_jobs_are_refused_outside_of_a_cluster(store: Store, tmp_path: Path) -> None:
+    template = {"metadata": {"name": "lesson", "namespace": "n"}, "template": {"spec": {"containers": [{}]}}}
+    (tmp_path / "lesson.yaml").write_text(json.dumps(template))
+    with pytest.raises(UserError, match="only a pod of the cluster can create PyTorchJobs"):
+        Watch(WatchSettings(home=str(store), cluster_jobs=str(tmp_path / "lesson.yaml")))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_lesson_that_is_stopped_at_any_moment_counts_no_attempt_and_leaves_no_lease(
     store: Store, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
