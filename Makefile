@@ -41,9 +41,10 @@ test-cluster: setup ## Tests of images, compose, chart and jobs; needs make imag
 	  tests/cluster/test_sandbox.py
 	@NANOCHAT_TEST_STORE=$(TEST_STORE) $(PYTHON) -m pytest -m cluster tests/cluster/test_compose.py
 
-test-cluster-full: setup ## The slow tests on a cluster: install, upgrade, canary, deleted pods, alerts
+test-cluster-full: setup ## The slow tests on a cluster: install, upgrade, canary, deleted pods, lessons, alerts
 	@NANOCHAT_TEST_FULL=1 $(NANOCHAT_CLUSTER_EXEC) $(PYTHON) -m pytest -m cluster tests/cluster/test_bootstrap.py tests/cluster/test_stages.py tests/cluster/test_kubernetes.py \
-	  tests/cluster/test_monitoring.py tests/cluster/test_redis.py tests/cluster/test_gpu_pool.py tests/cluster/test_kueue.py
+	  tests/cluster/test_monitoring.py tests/cluster/test_redis.py tests/cluster/test_gpu_pool.py tests/cluster/test_kueue.py \
+	  tests/cluster/test_lessons_in_cluster.py
 
 test-numerics: setup $(STATIC)/index.html ## Run the tests that train, with other seeds and the rounding of other CPUs
 	@$(PYTHON) -m tests.support.numerics

@@ -9,7 +9,7 @@ from types import FrameType
 
 from jobs.program import run_program
 from jobs.teach.memory import lineage
-from jobs.teach.session import Machine, give_lessons, roll_back
+from jobs.teach.session import Machine, end_canceled, give_lessons, roll_back
 from jobs.teach.settings import TeachSettings
 from nanochat_core.checkpoint import check_model_name, load_meta, promoted
 from nanochat_core.device import prepare_cpu
@@ -48,15 +48,22 @@ def main(settings: TeachSettings) -> None:
     elif settings.cancel is not None:
         cancel_lesson(store, model, settings.cancel)
     else:
-        prepare_cpu(settings.threads)
         try:
             with _ended_by_signals():
-                number = _queued(store, model, settings)
-                lesson = give_lessons(store, model, Machine(settings.threads, settings.device), number)
+                lesson = _given(store, model, settings)
         except (StoreError, LeaseLost) as error:
             raise RetryableError(f"the lesson is not done; run again to go on: {error}") from error
         show_lesson(lesson, print)
         raise SystemExit(_EXIT.get(lesson.state, EXIT_FAILED))
+
+
+def _given(store: Store, model: str, settings: TeachSettings) -> Lesson:
+    """Bring a lesson to its end. Returns the lesson."""
+    if settings.end_canceled is not None:
+        return end_canceled(store, model, settings.end_canceled)
+    prepare_cpu(settings.threads)
+    number = settings.until or _queued(store, model, settings)
+    return give_lessons(store, model, Machine(settings.threads, settings.device), number)
 
 
 @contextlib.contextmanager

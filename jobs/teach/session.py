@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jobs.measures.machine import describe_machine
@@ -81,16 +81,44 @@ def give_lessons(store: Store, model: str, machine: Machine, until: int) -> Less
 
     If another program gives lessons to the model or trains it, this program waits until the other program has ended.
     """
+
+    def give(lease: Lease) -> None:
+        for queued in lessons(store, model):
+            if not queued.done and queued.number <= until:
+                _give(store, queued, machine, lease)
+
+    return _in_turn(store, model, until, give)
+
+
+def end_canceled(store: Store, model: str, number: int) -> Lesson:
+    """End a lesson that somebody has canceled and that no program gives any more. Returns the lesson.
+
+    If the lesson's model was promoted already, the lesson ends as promoted. If another program gives lessons to the
+    model or trains it, this program waits until the other program has ended.
+
+    Raises UserError if nobody has canceled the lesson.
+    """
+    if not is_canceled(store, read_lesson(store, model, number)):
+        raise UserError(f"lesson {number} of {model} is not canceled; --cancel cancels it")
+
+    def end(lease: Lease) -> None:
+        lesson = read_lesson(store, model, number)
+        if not lesson.done:
+            _ended(store, lesson, lease, "canceled", "")
+
+    return _in_turn(store, model, number, end)
+
+
+def _in_turn(store: Store, model: str, number: int, work: Callable[[Lease], None]) -> Lesson:
+    """Call ``work`` with the lease on the model until the lesson is done. Returns the lesson."""
     waited = False
-    while not (lesson := read_lesson(store, model, until)).done:
+    while not (lesson := read_lesson(store, model, number)).done:
         try:
             with Lease(store, f"models/{model}", "jobs.teach") as lease:
-                for queued in lessons(store, model):
-                    if not queued.done and queued.number <= until:
-                        _give(store, queued, machine, lease)
+                work(lease)
         except NameInUse as error:
             if not waited:
-                log.info("the lesson waits", extra={"lesson": until, "reason": str(error)})
+                log.info("the lesson waits", extra={"lesson": number, "reason": str(error)})
             waited = True
             time.sleep(_POLL_SECONDS)
     return lesson
@@ -158,10 +186,16 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
     recorded = read_lesson(store, lesson.model, lesson.number)
     if recorded.state == "damaged":
         return recorded
-    done = dataclasses.replace(recorded, state=state, reason=reason)
     if state == "queued":
         # A new start is no interruption, so the attempts are counted anew.
-        return _give(store, _written(store, done, lease, attempts=0), machine, lease)
+        anew = _written(store, recorded, lease, state=state, reason=reason, attempts=0)
+        return _give(store, anew, machine, lease)
+    return _ended(store, recorded, lease, state, reason)
+
+
+def _ended(store: Store, lesson: Lesson, lease: Lease, state: State, reason: str) -> Lesson:
+    """Record how a lesson ended before its result could be recorded."""
+    done = dataclasses.replace(lesson, state=state, reason=reason)
     if (decision := _promotion(store, done)) is not None:
         # The model was promoted before the error, so the lesson has not failed. Only a part of its record is missing.
         reason = f"promoted, but the record is not complete: {reason or 'the lesson was canceled too late'}"

@@ -23,6 +23,16 @@ class TeachSettings(JobSettings):
         None, "promote the model of this lesson again instead; 0 is the model before its first lesson", minimum=0
     )
     cancel: int | None = setting(None, "cancel this lesson instead, before the gate decides on it", minimum=1)
+    end_canceled: int | None = setting(
+        None,
+        "end this lesson, which was canceled and which no other program gives, instead; jobs.teach.watch does this",
+        minimum=1,
+    )
+    until: int = setting(
+        0,
+        "give the queued and interrupted lessons of the model up to this one, without a file; 0 gives all of them",
+        minimum=0,
+    )
     replay: str = setting(
         "", "mixture of conversations that the model must not forget; by default, the mixture of its fine-tuning"
     )
@@ -43,12 +53,14 @@ class TeachSettings(JobSettings):
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to train on")
 
     def __post_init__(self) -> None:
-        others = self.list + (self.roll_back is not None) + (self.cancel is not None)
+        numbers = (self.roll_back, self.cancel, self.end_canceled)
+        others = self.list + sum(number is not None for number in numbers)
         if others > 1:
-            raise UserError("--list, --roll-back and --cancel exclude each other")
-        if len(self.lesson) > 2 or (others and len(self.lesson) > 1):
+            raise UserError("--list, --roll-back, --cancel and --end-canceled exclude each other")
+        alone = others or self.until
+        if len(self.lesson) > 2 or (alone and len(self.lesson) > 1):
             raise UserError(
-                "name the model, and nothing else" if others else "name the model and one file to learn from"
+                "name the model, and nothing else" if alone else "name the model and one file to learn from"
             )
 
     @property

@@ -5,6 +5,8 @@ the store, and starts ``python -m jobs.teach`` for the queued lessons of a model
 needs more memory than there is therefore does not end this program, and no memory stays in use while no lesson waits.
 If this program is killed, the process that it has started ends its lessons, because it holds the lease of the model. A
 later process gives a lesson again that was interrupted.
+
+In a cluster, with ``--cluster-jobs``, each lesson is a PyTorchJob instead. Roll-backs are processes there, too.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import time
 from typing import Literal
 
 from jobs.program import JobSettings, run_program
-from nanochat_core.errors import EXIT_CANCELED, EXIT_FAILED, EXIT_REFUSED, RetryableError, UserError
+from jobs.teach.runners import ENDED, Ended, Processes, Runner, end, give_way
+from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.lessons.records import (
     MOST_ATTEMPTS,
     Lesson,
@@ -38,14 +40,9 @@ from nanochat_core.store import Lease, LeaseWatch, NameInUse, open_store
 
 log = logging.getLogger("jobs.teach")
 
-# Lessons give way to the services on the same processors.
-_NICENESS = 10
-_STOP_SECONDS = 10.0
 _ROLL_BACK_SECONDS = 300.0
 # Time between two attempts after a process that did not end its lesson. It doubles with each process in a row.
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0
-# Exit codes of processes that ended their lesson.
-_ENDED = (0, EXIT_REFUSED, EXIT_FAILED, EXIT_CANCELED)
 # Exit codes of processes that could not go on for a reason outside the lesson: the store is away, or somebody has
 # stopped the process.
 _RETRIED = (RetryableError.exit_code, 130, 143, -signal.SIGINT, -signal.SIGTERM)
@@ -58,24 +55,26 @@ class WatchSettings(JobSettings):
     threads: int = setting(0, "CPU threads of a lesson; 0 leaves the choice to torch", minimum=0, maximum=4096)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to train on")
     poll_seconds: float = setting(1.0, "time between two looks for new lessons", minimum=0.05, maximum=3600.0)
+    cluster_jobs: str = setting(
+        "", "file with the PodTemplate of the PyTorchJobs that give the lessons; without it, processes give them"
+    )
 
 
 class Watch:
-    """Gives the lessons of one store: at most one lesson at a time."""
+    """Gives the lessons of one store: at most one lesson of a model at a time."""
 
-    def __init__(self, settings: WatchSettings) -> None:
+    def __init__(self, settings: WatchSettings, runner: Runner | None = None) -> None:
+        """``runner`` runs the lessons; by default it is the one that the settings choose."""
         self._settings, self._store = settings, open_store(settings.home)
-        self._lesson: subprocess.Popen[bytes] | None = None
+        self._runner = runner or self._chosen_runner()
         # The lessons of each model that are done. They stay so, and reading all of them costs a request each on S3.
         self._done: dict[str, set[int]] = {}
         self._leases: dict[str, LeaseWatch] = {}
         # The damaged lessons, by model and number, with the reason.
         self._damaged: dict[tuple[str, int], str] = {}
-        # The model of the process, and the attempts of its queued lessons before the process began.
-        self._model, self._attempts = "", dict[int, int]()
-        # For each model: the processes in a row that did not end their lesson, and the time before which none begins.
+        # For each model: the programs in a row that did not end their lesson, and the time before which none begins.
         self._interrupted: dict[str, tuple[int, float]] = {}
-        self._unreadable = ""
+        self._problem = ""
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT. The next run gives an interrupted lesson again."""
@@ -87,28 +86,26 @@ class Watch:
                 time.sleep(self._settings.poll_seconds)
                 try:
                     self.look()
-                    self._unreadable = ""
-                except UserError as error:  # The store may be away for a moment.
-                    if str(error) != self._unreadable:
-                        log.warning("the lessons cannot be read", extra={"reason": str(error)})
-                    self._unreadable = str(error)
+                    self._problem = ""
+                except UserError as error:  # The store or the API server may be away for a moment.
+                    if str(error) != self._problem:
+                        log.warning("no lesson can begin", extra={"reason": str(error)})
+                    self._problem = str(error)
         except KeyboardInterrupt:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
         finally:
-            if self._lesson is not None:
-                _end(self._lesson)
+            self._runner.stop()
 
     def look(self) -> None:
-        """Roll back where somebody asks for it, and begin the next lesson if none is being given."""
+        """Roll back where somebody asks for it, and begin the next lessons that can begin."""
         models = taught_models(self._store)
         for model in models:
             self._roll_back(model)
-        if self._lesson is not None:
-            if (code := self._lesson.poll()) is None:
-                return
-            self._lesson = None
-            self._ended(code)
+        for ended in self._runner.ended():
+            self._ended(ended)
+        if self._runner.busy:
+            return
         queued, damaged = list[Lesson](), dict[tuple[str, int], str]()
         self._done = {model: self._done.get(model, set()) for model in models}
         for model, done in self._done.items():
@@ -122,35 +119,34 @@ class Watch:
         for key in damaged.keys() - self._damaged.keys():
             log.warning("a lesson is damaged and left out", extra={"lesson": key[1], "reason": damaged[key]})
         self._damaged = damaged
-        free = [
-            lesson for lesson in queued if not self._is_paused(lesson.model) and not self._in_training(lesson.model)
-        ]
-        if free:
-            model = min(free, key=lambda lesson: (lesson.created, lesson.model, lesson.number)).model
-            self._model, self._attempts = model, {each.number: each.attempts for each in queued if each.model == model}
-            self._lesson = self._start(model)
+        trained = {model for model in {lesson.model for lesson in queued} if self._in_training(model)}
+        waiting = [lesson for lesson in queued if lesson.model not in trained]
+        self._runner.begin(waiting, {lesson.model for lesson in waiting if self._is_paused(lesson.model)})
 
-    def _ended(self, code: int) -> None:
-        """Decide from the exit code of a process what becomes of its lessons."""
-        if code in _ENDED:
-            self._interrupted.pop(self._model, None)
+    def _ended(self, ended: Ended) -> None:
+        """Decide from the exit code of a program what becomes of its lessons."""
+        model, code = ended.model, ended.exit_code
+        if code in ENDED:
+            self._interrupted.pop(model, None)
             return
-        count = self._interrupted.get(self._model, (0, 0.0))[0]
+        count = self._interrupted.get(model, (0, 0.0))[0]
         pause = min(_PAUSE_SECONDS * 2 ** min(count, 10), _LONGEST_PAUSE_SECONDS)
-        self._interrupted[self._model] = count + 1, time.monotonic() + pause
-        log.warning("a lesson was interrupted", extra={"model": self._model, "exit_code": code, "pause": pause})
+        self._interrupted[model] = count + 1, time.monotonic() + pause
+        fields = {"model": model, "exit_code": code, "pause": pause, "reason": ended.reason or None}
+        log.warning("a lesson was interrupted", extra=fields)
         if code not in _RETRIED:
-            with contextlib.suppress(NameInUse, NoLesson):  # another program gives the lesson
-                self._count(code)
+            self._runner.settle(model, lambda: self._count(ended))
 
-    def _count(self, code: int) -> None:
-        """Count the attempt of a process that died before it could do so itself, and end a lesson that never begins.
+    def _count(self, ended: Ended) -> None:
+        """Count the attempt of a program that died before it could do so itself, and end a lesson that never begins.
 
-        A lesson that has begun is not ended here. Its model may be promoted already, and the next process sees that.
+        A lesson that has begun is not ended here. Its model may be promoted already, and the next program sees that.
         """
-        with Lease(self._store, f"models/{self._model}", "jobs.teach"):
-            for number, attempts in sorted(self._attempts.items()):
-                lesson = read_lesson(self._store, self._model, number)
+        code = ended.exit_code
+        # Without the lease, another program gives the lesson.
+        with contextlib.suppress(NameInUse, NoLesson), Lease(self._store, f"models/{ended.model}", "jobs.teach"):
+            for number, attempts in sorted(ended.attempts.items()):
+                lesson = read_lesson(self._store, ended.model, number)
                 if lesson.done:
                     continue
                 if lesson.attempts == attempts:
@@ -179,7 +175,7 @@ class Watch:
         try:
             _, said = process.communicate(timeout=_ROLL_BACK_SECONDS)
         except subprocess.TimeoutExpired:
-            _end(process)
+            end(process)
             said = b"it took too long"
         if process.returncode == 0:
             done = dataclasses.replace(asked, state="done")
@@ -191,21 +187,41 @@ class Watch:
         finish_roll_back(self._store, model, done, version)
 
     def _start(self, model: str, *flags: str, stderr: int | None = None) -> subprocess.Popen[bytes]:
-        home, device, threads = self._settings.home, self._settings.device, str(self._settings.threads)
-        command = [sys.executable, "-m", "jobs.teach", model, "--home", home, "--device", device, "--threads", threads]
-        process = subprocess.Popen([*command, *flags], stdin=subprocess.DEVNULL, stderr=stderr)  # noqa: S603
+        command = [sys.executable, *self._arguments(model, *flags)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr)  # noqa: S603
         if not flags:
-            os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+            give_way(process)
         return process
 
+    def _arguments(self, model: str, *flags: str) -> list[str]:
+        home, device, threads = self._settings.home, self._settings.device, str(self._settings.threads)
+        return ["-m", "jobs.teach", model, "--home", home, "--device", device, "--threads", threads, *flags]
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    def _chosen_runner(self) -> Runner:
+        """Raises UserError if PyTorchJobs are wanted and this process does not run in a pod of the cluster."""
+        file = self._settings.cluster_jobs
+        if not file:
+            return Processes(lambda model: self._start(model))
+        # Only this case needs the package of Kubernetes.
+        from jobs.teach.lesson_jobs import LessonJobs, read_template
+        from jobs.train.cluster.api import Api, client_of_pod
+
+        namespace = str(read_template(file)["metadata"]["namespace"])
+        return LessonJobs(
+            self._store,
+            Api(client_of_pod(), namespace, patience=0.0),
+            template=lambda: read_template(file),
+            arguments=self.lesson_arguments,
+            end_canceled=self.end_canceled,
+        )
+
+    def lesson_arguments(self, lesson: Lesson) -> list[str]:
+        """The command that gives a lesson, for another machine with the same store."""
+        return ["python", *self._arguments(lesson.model, "--until", str(lesson.number))]
+
+    def end_canceled(self, lesson: Lesson) -> subprocess.Popen[bytes]:
+        """Start a process that ends a canceled lesson which no other program gives."""
+        return self._start(lesson.model, "--end-canceled", str(lesson.number))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from jobs.promotion.decisions import decisions
 from jobs.teach import session, training
 from jobs.teach.curriculum import Curriculum
-from jobs.teach.session import Machine, give_lessons, roll_back, taught_ref
+from jobs.teach.session import Machine, end_canceled, give_lessons, roll_back, taught_ref
 from jobs.teach.training import Trained
 from jobs.train.loop.runtime import Runtime
 from jobs.train.loop.stage import StageSettings
@@ -278,6 +278,40 @@ def test_a_lesson_can_be_canceled_until_the_gate_decides(
     assert promoted(store, MODEL) == (taught_ref(lesson) if state == "promoted" else SFT)
     with pytest.raises(UserError, match=f"lesson 1 of {MODEL} is {state} already"):
         cancel_lesson(store, MODEL, 1)
+
+
+def test_a_canceled_lesson_that_no_program_gives_any_more_ends_without_training(store: WatchedStore) -> None:
+    queue(store, "Rex.")
+    with pytest.raises(UserError, match="lesson 1 of tiny is not canceled"):
+        end_canceled(store, MODEL, 1)
+    killed_before(store, 1, lambda key: key == f"models/{MODEL}/PROMOTED")
+    cancel_lesson(store, MODEL, 1)
+    lesson = end_canceled(store, MODEL, 1)
+    assert (lesson.state, bool(lesson.finished)) == ("canceled", True)
+    assert (read_lesson(store, MODEL, 1), promoted(store, MODEL)) == (lesson, SFT)
+    assert end_canceled(store, MODEL, 1) == lesson
+
+
+def test_a_lesson_that_is_canceled_after_its_promotion_ends_as_promoted(store: WatchedStore) -> None:
+    queue(store, "Rex.")
+    second = queue(store, "Max.")
+    killed_before(store, 2, after_promotion(store))
+    cancel_lesson(store, MODEL, 2)
+    lesson = end_canceled(store, MODEL, 2)
+    assert (lesson.state, promoted(store, MODEL)) == ("promoted", taught_ref(second))
+    assert lesson.digest == weights_digest(store, taught_ref(second))
+    assert lesson.reason == "promoted, but the record is not complete: the lesson was canceled too late"
+
+
+def test_a_canceled_lesson_waits_for_the_program_that_gives_it(
+    store: WatchedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue(store, "Rex.")
+    cancel_lesson(store, MODEL, 1)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Lease(store, f"models/{MODEL}", "jobs.teach"))
+        monkeypatch.setattr(session.time, "sleep", lambda _: stack.close())
+        assert end_canceled(store, MODEL, 1).state == "canceled"
 
 
 def test_two_programs_give_each_lesson_once(store: WatchedStore, monkeypatch: pytest.MonkeyPatch) -> None:

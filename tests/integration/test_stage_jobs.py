@@ -200,7 +200,7 @@ class World:
                 if ended.code != 143:
                     return f"exit code {ended.code}"
             if (job := self.cluster.job()) is None:
-                assert self.cluster.stage_jobs() == []
+                assert self.cluster.pytorch_jobs() == []
                 self.apply_again()
             elif job["spec"].get("suspend"):
                 self.cluster.suspend_job(False)
@@ -223,12 +223,12 @@ def test_each_stage_is_one_pytorch_job_with_what_it_needs(make: Make, recorded: 
     assert world.run() == "done"
     assert artifacts(world.home) == recorded.artifacts
     assert world.cluster.created == [f"{JOB}-{stage}-1" for stage in STAGES]
-    tokenizer, pretrain, sft, report = sorted(world.cluster.stage_jobs(), key=lambda job: STAGES.index(stage_of(job)))
+    tokenizer, pretrain, sft, report = sorted(world.cluster.pytorch_jobs(), key=lambda job: STAGES.index(stage_of(job)))
     shape = [(replicas(job), job["spec"]["nprocPerNode"]) for job in (tokenizer, pretrain, sft, report)]
     assert shape == [([1], "1"), ([1, 1], "8"), ([1], "8"), ([1], "1")]
     assert arguments(pretrain)[:4] == ["python", "-m", "jobs.train.cluster.pod", "jobs.train.pretrain"]
     assert arguments(report)[:3] == ["python", "-m", "jobs.eval.report"]
-    for job in world.cluster.stage_jobs():
+    for job in world.cluster.pytorch_jobs():
         assert job["metadata"]["ownerReferences"][0]["uid"] == UID
         assert job["metadata"]["labels"]["app.kubernetes.io/component"] == "train"
         assert all(r["restartPolicy"] == "Never" for r in job["spec"]["pytorchReplicaSpecs"].values())
@@ -366,7 +366,7 @@ def test_a_job_that_is_deleted_takes_its_stages_along(make: Make, recorded: Reco
     world = make(world=["", "", "canceled"])
     with pytest.raises(SystemExit):
         world.run_once()
-    assert world.cluster.stage_jobs() == []
+    assert world.cluster.pytorch_jobs() == []
     world.apply_again()
     assert world.run() == "done"
     assert artifacts(world.home) == recorded.artifacts

@@ -50,6 +50,7 @@ dashboards: {enabled: true}
 """
 KEDA = "engine: {keda: {enabled: true, minReplicas: 0, prometheusUrl: 'http://prometheus.monitoring:9090'}}"
 REDIS = "redis: {enabled: true, podAnnotations: {a: b}}"
+LESSON_JOBS = "teacher: {enabled: true, runner: pytorchjob, queue: training, extraEnv: {A: b}}"
 OWN_CLAIM = "store: {pvc: {existingClaim: '', storageClass: fast}}"
 # For each kind of release, the values of the chart as YAML.
 VALUES = {
@@ -58,6 +59,7 @@ VALUES = {
     "own claim": OWN_CLAIM,
     "keda": KEDA,
     "redis": REDIS,
+    "lessons as PyTorchJobs": LESSON_JOBS,
     # The chart refuses an S3 store without the bucket.
     **{
         name: (CHART / f"environments/{name}.yaml").read_text().replace("s3: {", "s3: {url: s3://bucket/prefix, ")

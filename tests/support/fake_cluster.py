@@ -54,13 +54,13 @@ class Killed(BaseException):
 
 
 class FakeCluster:
-    """One namespace in which a manifest with a Job, its Role and its PodTemplates is applied.
+    """One namespace in which a manifest with a Role and, if there are any, a Job and PodTemplates is applied.
 
     Attributes:
-        job_name: name of the Job.
+        job_name: name of the Job; empty if there is none.
         allowed: verbs and resources of the Role that the client has used.
         works: called with a PyTorchJob and the share of the work that its pods have done: ``"end"`` (all of the work),
-            ``"some"`` or ``"nothing"``.
+            ``"some"`` or ``"nothing"``; or with the fault ``exit <code>`` of its pod.
         created: names of all PyTorchJobs that were ever created.
         faults: what has happened, in order.
     """
@@ -85,9 +85,11 @@ class FakeCluster:
         self._history: list[tuple[int, Object]] = []
         self._objects: dict[tuple[str, str], Object] = {}
         by_kind = {kind: [d for d in manifest if d["kind"] == kind] for kind in ("Job", "Role", "PodTemplate")}
-        (self._manifest,), (self._role,) = by_kind["Job"], by_kind["Role"]
-        self.job_name = self._manifest["metadata"]["name"]
-        self.apply_job(UID)
+        (self._role,) = by_kind["Role"]
+        self.job_name = ""
+        for self._manifest in by_kind["Job"]:
+            self.job_name = self._manifest["metadata"]["name"]
+            self.apply_job(UID)
         for template in by_kind["PodTemplate"]:
             self._put("podtemplates", template)
 
@@ -102,9 +104,9 @@ class FakeCluster:
         if self.job() is None:
             return
         owner = self._objects.pop(("jobs", self.job_name))["metadata"]["uid"]
-        for job in self.stage_jobs():
+        for job in self.pytorch_jobs():
             if owner in [reference["uid"] for reference in job["metadata"]["ownerReferences"]]:
-                self._delete_stage_job(job["metadata"]["name"])
+                self.delete_pytorch_job(job["metadata"]["name"])
 
     def hold_name(self, name: str, moments: int) -> None:
         """Create a finished PyTorchJob of a deleted Job, and delete it after ``moments`` waits of the client."""
@@ -125,11 +127,27 @@ class FakeCluster:
         job["spec"]["suspend"] = suspended
         self._put("jobs", job)
 
+    def suspend_pytorch_job(self, name: str, suspended: bool) -> None:
+        job = self._objects["pytorchjobs", name]
+        job["spec"]["runPolicy"]["suspend"] = suspended
+        self._put("pytorchjobs", job)
+
     def job(self) -> Object | None:
         return self._objects.get(("jobs", self.job_name))
 
-    def stage_jobs(self) -> list[Object]:
+    def pytorch_jobs(self) -> list[Object]:
         return self._all("pytorchjobs")
+
+    def pods(self) -> list[Object]:
+        return self._all("pods")
+
+    def leave_pod(self, pod: Object) -> None:
+        """Put the pod of a deleted PyTorchJob back, which the garbage collector has not seen yet."""
+        self._put("pods", pod)
+
+    def collect_pod(self, name: str) -> None:
+        """Delete a pod that :meth:`leave_pod` has put back."""
+        del self._objects["pods", name]
 
     def events(self) -> list[Object]:
         return self._all("events")
@@ -140,13 +158,13 @@ class FakeCluster:
                 del self._objects["events", event["metadata"]["name"]]
 
     def unfinished(self) -> list[Object]:
-        return [job for job in self.stage_jobs() if not {"Succeeded", "Failed"} & self.conditions(job)]
+        return [job for job in self.pytorch_jobs() if not {"Succeeded", "Failed"} & self.conditions(job)]
 
     @staticmethod
     def conditions(job: Object) -> set[str]:
         return {c["type"] for c in job.get("status", {}).get("conditions", ()) if c["status"] == "True"}
 
-    def _delete_stage_job(self, name: str) -> None:
+    def delete_pytorch_job(self, name: str) -> None:
         """Delete a PyTorchJob. Its pods are told to end, and are gone a moment later."""
         job = self._objects.pop(("pytorchjobs", name))
         for pod in self._pods(name):
@@ -193,8 +211,8 @@ class FakeCluster:
             self._held[name] -= 1
             if not self._held[name]:
                 del self._held[name]
-                self._delete_stage_job(name)
-        for job in self.stage_jobs():
+                self.delete_pytorch_job(name)
+        for job in self.pytorch_jobs():
             if (name := job["metadata"]["name"]) in self._queued:
                 self._queued[name] -= 1
                 if not self._queued[name]:
@@ -208,7 +226,7 @@ class FakeCluster:
             self.slow_end = True
         if fault == "stage deleted" and (jobs := self.unfinished()):
             self._happened(fault)
-            self._delete_stage_job(jobs[0]["metadata"]["name"])
+            self.delete_pytorch_job(jobs[0]["metadata"]["name"])
         if fault in ("suspended", "canceled") and self.job() is not None:
             self._happened(fault)
             if fault == "canceled":
@@ -216,7 +234,7 @@ class FakeCluster:
             else:
                 self.suspend_job(True)
             raise SystemExit(143)
-        for job in self.stage_jobs():
+        for job in self.pytorch_jobs():
             self._reconcile(job, fault)
 
     def _happened(self, fault: str) -> None:
@@ -238,12 +256,15 @@ class FakeCluster:
                 self._set_condition(job, "Suspended")
             return
         if not pods:
+            made = [
+                _pod(f"{name}-{replica.lower()}-{number}", name, spec["template"]["metadata"])
+                for replica, spec in job["spec"]["pytorchReplicaSpecs"].items()
+                for number in range(spec["replicas"])
+            ]
             others = [pod for pod in self._all("pods") if pod["status"]["phase"] in ("Pending", "Running")]
-            assert not others, "two attempts run at the same time"
-            for replica, spec in job["spec"]["pytorchReplicaSpecs"].items():
-                for number in range(spec["replicas"]):
-                    labels = spec["template"]["metadata"]["labels"]
-                    self._put("pods", _pod(f"{name}-{replica.lower()}-{number}", name, labels))
+            assert _writes_to(made[0]) not in map(_writes_to, others), "two attempts run at the same time"
+            for pod in made:
+                self._put("pods", pod)
             self._set_condition(job, "Created")
         elif any(pod["status"]["phase"] == "Pending" for pod in pods):
             for pod in pods:
@@ -261,6 +282,9 @@ class FakeCluster:
             self._fail(job, pods, fault, {"exitCode": 138})
         elif fault == "mistake":
             self._fail(job, pods, fault, {"exitCode": 1})
+        elif fault.startswith("exit "):
+            self.works(job, fault)
+            self._fail(job, pods, fault, {"exitCode": int(fault.removeprefix("exit "))})
         elif fault == "out of memory":
             self._fail(job, pods, fault, {"exitCode": 137, "reason": "OOMKilled"})
         else:
@@ -319,7 +343,12 @@ class FakeCluster:
         _, _, path = url.path.partition(f"/namespaces/{NAMESPACE}/")
         plural, _, name = path.partition("/")
         query = dict(urllib.parse.parse_qsl(url.query))
-        verb = {"POST": "create", "PATCH": "patch", "GET": "get" if name else "watch" if query.get("watch") else "list"}
+        verb = {
+            "POST": "create",
+            "PATCH": "patch",
+            "DELETE": "delete",
+            "GET": "get" if name else "watch" if query.get("watch") else "list",
+        }
         if not self._is_allowed(verb[method], plural, name):
             message = f"the service account cannot {verb[method]} {plural} {name}"
             return _response(403, {"kind": "Status", "reason": "Forbidden", "message": message})
@@ -344,6 +373,11 @@ class FakeCluster:
             return _response(200, {"kind": "List", "metadata": {"resourceVersion": str(self._version)}, "items": items})
         if (plural, name) not in self._objects:
             return _response(404, {"kind": "Status", "reason": "NotFound", "message": f"{plural} {name} not found"})
+        if method == "DELETE":
+            if body["preconditions"]["uid"] != self._objects[plural, name]["metadata"]["uid"]:
+                return _response(409, {"kind": "Status", "reason": "Conflict", "message": "another uid"})
+            self.delete_pytorch_job(name)
+            return _response(200, {"kind": "Status"})
         if method == "PATCH":
             return _response(200, self._put(plural, _merged(self._objects[plural, name], body)))
         return _response(200, self._objects[plural, name])
@@ -376,9 +410,15 @@ class FakeCluster:
         return _response(200, lines)
 
 
-def _pod(name: str, job: str, labels: Object) -> Object:
-    labels = labels | {"training.kubeflow.org/job-name": job}
-    return {"metadata": {"name": name, "labels": labels}, "status": {"phase": "Pending"}}
+def _pod(name: str, job: str, metadata: Object) -> Object:
+    labels = metadata["labels"] | {"training.kubeflow.org/job-name": job}
+    return {"metadata": metadata | {"name": name, "labels": labels}, "status": {"phase": "Pending"}}
+
+
+def _writes_to(pod: Object) -> tuple[str | None, str | None]:
+    """The pipeline's Job and the lesson's model, which tell what a pod writes to."""
+    metadata = pod["metadata"]
+    return metadata["labels"].get("nanochat/job"), metadata.get("annotations", {}).get("nanochat/model")
 
 
 def _ended(phase: str, terminated: Object | None) -> Object:

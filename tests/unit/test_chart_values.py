@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs.teach.lesson_jobs import lesson_job
+from nanochat_core.lessons.records import Lesson, Plan
 from services.gateway.settings import GatewaySettings
 from tests.support.chart import CHART, ENVIRONMENTS, needs_helm, one, rendered, template, with_environments
+from tests.support.lesson_cluster import RULES
 
 pytestmark = needs_helm
+
+LESSON = Lesson("demo", 7, "queued", "ada", "own.md", "", {}, Plan())
 
 
 @pytest.mark.parametrize(
@@ -207,6 +212,110 @@ def test_lessons_need_a_pod_that_gives_them_and_a_gateway_that_sees_nothing_else
         env = {each["name"]: each for each in container["env"]}
         secrets[component] = env["AWS_ACCESS_KEY_ID"]["valueFrom"]["secretKeyRef"]["name"]
     assert secrets == {"gateway": "few", "teacher": "all"}
+
+
+LESSON_JOBS = ("teacher.enabled=true", "teacher.runner=pytorchjob")
+
+
+def lesson_template(objects: list[Any]) -> Any:
+    return yaml.safe_load(one(objects, "ConfigMap", "lesson")["data"]["podtemplate.yaml"])
+
+
+def test_lessons_as_pytorch_jobs_run_in_the_pod_in_which_they_would_run_otherwise() -> None:
+    own = [f"teacher.{name}" for name in ("resources.limits.memory=9Gi", "nodeSelector.disk=fast", "extraEnv.A=b")]
+    own += ["teacher.podAnnotations.team=x", "store.type=s3", "store.s3.url=s3://b/p", "store.s3.existingSecret=k"]
+    process = one(rendered("teacher.enabled=true", *own), "Deployment", "teacher")["spec"]["template"]
+    objects = rendered(*LESSON_JOBS, "teacher.queue=training", *own)
+    template = lesson_template(objects)
+    assert template["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "training"
+    assert template["metadata"]["namespace"] == "default"
+    pod = template["template"]
+    (lesson,), (container,) = pod["spec"].pop("containers"), process["spec"].pop("containers")
+    assert (lesson.pop("name"), lesson["env"].pop(0)["valueFrom"]["resourceFieldRef"]["containerName"]) == (
+        "pytorch",
+    ) * 2
+    del container["name"], container["args"], container["env"][0]
+    assert lesson == container
+    assert pod["metadata"]["annotations"] == process["metadata"]["annotations"] == {"team": "x"}
+    for name in ("serviceAccountName", "topologySpreadConstraints"):  # these name the component
+        assert pod["spec"].pop(name) != process["spec"].pop(name)
+    assert pod["spec"] == process["spec"]
+    assert "kueue.x-k8s.io/queue-name" not in lesson_template(rendered(*LESSON_JOBS))["metadata"]["labels"]
+
+
+def test_only_the_pod_that_creates_the_pytorch_jobs_has_rights_in_the_cluster() -> None:
+    assert not [each for each in rendered("teacher.enabled=true") if each["kind"].startswith("Role")]
+    objects = rendered(*LESSON_JOBS)
+    role, binding = (one(objects, kind, "teacher") for kind in ("Role", "RoleBinding"))
+    assert role["rules"] == RULES
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert [subject["name"] for subject in binding["subjects"]] == ["n-nanochat-teacher"]
+    specs = {
+        each["metadata"]["labels"]["app.kubernetes.io/component"]: each["spec"]["template"]["spec"]
+        for each in objects
+        if each["kind"] in ("Deployment", "Job")
+    } | {"lesson": lesson_template(objects)["template"]["spec"]}
+    assert {name: spec["automountServiceAccountToken"] for name, spec in specs.items()} == {
+        name: name == "teacher" for name in specs
+    }
+    assert specs["teacher"]["serviceAccountName"] == "n-nanochat-teacher"
+    assert specs["lesson"]["serviceAccountName"] == "n-nanochat-lesson"
+    accounts = {each["metadata"]["name"]: each for each in objects if each["kind"] == "ServiceAccount"}
+    assert accounts["n-nanochat-lesson"]["automountServiceAccountToken"] is False
+
+
+def test_the_pod_that_creates_the_pytorch_jobs_reads_their_template_and_is_small() -> None:
+    objects = rendered(*LESSON_JOBS, "teacher.controller.nodeSelector.kind=small", "teacher.nodeSelector.kind=gpu")
+    spec = one(objects, "Deployment", "teacher")["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    (flag,) = container["args"][3:]
+    folder, _, file = flag.removeprefix("--cluster-jobs=").rpartition("/")
+    (volume,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == folder]
+    (name,) = [each["configMap"]["name"] for each in spec["volumes"] if each["name"] == volume]
+    config = one(objects, "ConfigMap", "lesson")
+    assert (name, [file]) == (config["metadata"]["name"], list(config["data"]))
+    assert (spec["nodeSelector"], container["resources"]["requests"]["cpu"]) == ({"kind": "small"}, "50m")
+    assert lesson_template(objects)["template"]["spec"]["nodeSelector"] == {"kind": "gpu"}
+
+
+@pytest.mark.parametrize("store", [(), ("store.type=s3", "store.s3.url=s3://b/p", "networkPolicy.s3Ports={9000}")])
+def test_a_lesson_reaches_the_store_alone_and_the_pod_that_creates_it_also_the_api_server(
+    store: tuple[str, ...],
+) -> None:
+    def ports(component: str) -> set[int]:
+        policy = one(rendered(*LESSON_JOBS, *store), "NetworkPolicy", component)["spec"]
+        assert (policy["ingress"], policy["policyTypes"]) == ([], ["Ingress", "Egress"])
+        assert policy["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == component
+        return {port["port"] for rule in policy["egress"] for port in rule["ports"]}
+
+    reached = {53, 9000} if store else set()
+    assert ports("lesson") == reached
+    assert ports("teacher") == reached | {443, 6443}
+    api = "networkPolicy.apiServerTo[0].ipBlock.cidr=192.0.2.1/32"
+    rules = one(rendered(*LESSON_JOBS, *store, api), "NetworkPolicy", "teacher")["spec"]["egress"]
+    assert [rule["to"] for rule in rules if rule["ports"][0]["port"] == 443] == [
+        [{"ipBlock": {"cidr": "192.0.2.1/32"}}]
+    ]
+
+
+def test_a_lesson_stays_near_a_volume_for_one_node() -> None:
+    spec = lesson_template(rendered(*LESSON_JOBS))["template"]["spec"]
+    (term,) = spec["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    (expression,) = term["podAffinityTerm"]["labelSelector"]["matchExpressions"]
+    assert {"engine", "teacher", "lesson"} <= set(expression["values"])
+    assert "affinity" not in lesson_template(rendered(*LESSON_JOBS, "store.pvc.existingClaim=mine"))["template"]["spec"]
+
+
+def test_the_program_makes_a_valid_pytorch_job_from_the_template_of_the_chart() -> None:
+    job = lesson_job(lesson_template(rendered(*LESSON_JOBS)), LESSON, ["python", "-m", "jobs.teach", "demo"])
+    assert job["metadata"]["name"] == "n-nanochat-lesson-demo-7"
+    template = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]
+    assert template["spec"]["containers"][0]["args"] == ["python", "-m", "jobs.teach", "demo"]
+    assert template["metadata"]["labels"]["app.kubernetes.io/component"] == "lesson", "the network policy selects it"
+
+
+def test_a_runner_that_does_not_exist_is_refused() -> None:
+    assert template("teacher.runner=pytorch").returncode != 0
 
 
 OWNERS = [("Job", "bootstrap"), ("Deployment", "engine")]

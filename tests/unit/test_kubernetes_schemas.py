@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.chart import VALUES, needs_helm, rendered
+from jobs.teach.lesson_jobs import lesson_job
+from nanochat_core.lessons.records import Lesson, Plan
+from tests.support.chart import VALUES, needs_helm, one, rendered
 
 schemas = pytest.importorskip("kubernetes_validate.utils", reason="kubernetes-validate is not installed")
 
@@ -84,6 +86,14 @@ def test_a_release_is_valid(values: str, tmp_path: Path) -> None:
     objects = rendered(flags=("--values", str(tmp_path / "values.yaml")))
     assert {"Deployment", "Service", "NetworkPolicy", "Pod"} <= {each["kind"] for each in objects}
     assert problems(objects) == []
+
+
+@needs_helm
+def test_the_pods_of_lessons_are_valid() -> None:
+    objects = rendered("teacher.enabled=true", "teacher.runner=pytorchjob", "teacher.queue=training")
+    template = yaml.safe_load(one(objects, "ConfigMap", "lesson")["data"]["podtemplate.yaml"])
+    lesson = Lesson("demo", 7, "queued", "ada", "own.md", "", {}, Plan())
+    assert problems([template, lesson_job(template, lesson, ["python"])]) == []
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)

@@ -855,6 +855,46 @@ def test_the_exit_code_says_how_a_lesson_ended(
     assert ended.value.code == code
 
 
+def test_the_program_gives_the_lessons_up_to_a_number(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+
+    def give(_store: Store, _model: str, _machine: Machine, until: int) -> Lesson:
+        asked.append(until)
+        return dataclasses.replace(lesson, state="promoted")
+
+    monkeypatch.setattr(program, "give_lessons", give)
+    for flags in ({}, {"until": 1}):
+        with pytest.raises(SystemExit):
+            program.main(TeachSettings(home=str(store), lesson=("demo",), **flags))
+    assert asked == [2, 1]
+
+
+def test_the_program_ends_a_canceled_lesson_without_giving_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "give_lessons", lambda *_: pytest.fail("the lesson was given"))
+    add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    cancel_lesson(store, "demo", 1)
+    with pytest.raises(SystemExit) as ended:
+        program.main(TeachSettings(home=str(store), lesson=("demo",), end_canceled=1))
+    assert ended.value.code == 5
+    assert read_lesson(store, "demo", 1).state == "canceled"
+
+
+def test_flags_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(UserError, match="exclude each other"):
+        TeachSettings(lesson=("demo",), cancel=1, end_canceled=1)
+    with pytest.raises(UserError, match="name the model, and nothing else"):
+        TeachSettings(lesson=("demo", "facts.md"), until=1)
+
+
+def test_pytorch_jobs_are_refused_outside_of_a_cluster(store: Store, tmp_path: Path) -> None:
+    template = {"metadata": {"name": "lesson", "namespace": "n"}, "template": {"spec": {"containers": [{}]}}}
+    (tmp_path / "lesson.yaml").write_text(json.dumps(template))
+    with pytest.raises(UserError, match="only a pod of the cluster can create PyTorchJobs"):
+        Watch(WatchSettings(home=str(store), cluster_jobs=str(tmp_path / "lesson.yaml")))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_lesson_that_is_stopped_at_any_moment_counts_no_attempt_and_leaves_no_lease(
     store: Store, monkeypatch: pytest.MonkeyPatch, number: signal.Signals

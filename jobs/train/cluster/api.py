@@ -1,4 +1,4 @@
-"""The calls to the Kubernetes API that a pipeline needs. They wait while the API server does not answer."""
+"""The calls to the Kubernetes API that programs need. They wait while the API server does not answer."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import urllib3
-from kubernetes import watch
+from kubernetes import config, watch
 from kubernetes.client import ApiClient, ApiException, CoreV1Api, CustomObjectsApi
 
 from jobs.train.cluster.manifest import Object
@@ -28,8 +28,8 @@ _MERGE = "application/merge-patch+json"
 class Api:
     """One namespace of a cluster. Objects are JSON objects with all fields, also those unknown to the client library.
 
-    Every call raises UserError if the server refuses it, and RetryableError if the server has not answered for
-    :data:`PATIENCE_SECONDS`.
+    Every call raises UserError if the server refuses it, and RetryableError if the server has not answered for as long
+    as the object has patience.
     """
 
     def __init__(
@@ -37,15 +37,20 @@ class Api:
         client: ApiClient,
         namespace: str,
         *,
+        patience: float = PATIENCE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        """
+        Args:
+            patience: seconds for which a call is repeated while the server does not answer; 0 tries it once.
+        """
         # The library's own types describe only objects that it has converted to its classes.
         self._objects: Any = CustomObjectsApi(client)
         self._core: Any = CoreV1Api(client)
         self._jobs = ("batch", "v1", namespace, "jobs")
-        self._stages = ("kubeflow.org", "v1", namespace, "pytorchjobs")
-        self._namespace, self._clock, self._sleep = namespace, clock, sleep
+        self._pytorch_jobs = ("kubeflow.org", "v1", namespace, "pytorchjobs")
+        self._namespace, self._patience, self._clock, self._sleep = namespace, patience, clock, sleep
 
     def job(self, name: str) -> Object:
         """The Job of this name."""
@@ -65,21 +70,37 @@ class Api:
         found = self._core_object("list pods", self._core.list_namespaced_pod, label_selector=selector)
         return list(found["items"])
 
-    def stage_jobs(self, selector: str) -> tuple[list[Object], str]:
+    def pytorch_jobs(self, selector: str) -> tuple[list[Object], str]:
         """The PyTorchJobs that the labels select, and the resource version of this list."""
         found = self._call(
-            "list PyTorchJobs", self._objects.list_namespaced_custom_object, *self._stages, label_selector=selector
+            "list PyTorchJobs",
+            self._objects.list_namespaced_custom_object,
+            *self._pytorch_jobs,
+            label_selector=selector,
         )
         return found["items"], found["metadata"]["resourceVersion"]
 
-    def create_stage_job(self, job: Object) -> bool:
+    def create_pytorch_job(self, job: Object) -> bool:
         """Create a PyTorchJob. The result is False if a PyTorchJob of this name exists already."""
         what = f"create PyTorchJob {job['metadata']['name']}"
-        return self._create(what, self._objects.create_namespaced_custom_object, *self._stages, job)
+        return self._create(what, self._objects.create_namespaced_custom_object, *self._pytorch_jobs, job)
 
-    def patch_stage_job(self, name: str, patch: Object) -> None:
+    def patch_pytorch_job(self, name: str, patch: Object) -> None:
         """Change fields of a PyTorchJob, unless it is gone."""
-        self._patch(self._stages, name, patch)
+        self._patch(self._pytorch_jobs, name, patch)
+
+    def delete_pytorch_job(self, name: str, uid: str) -> None:
+        """Delete a PyTorchJob and its pods, unless it is gone or another one has its name now."""
+        which = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
+
+        def attempt(*arguments: Any, **options: Any) -> None:
+            try:
+                self._objects.delete_namespaced_custom_object(*arguments, body=which, **options)
+            except ApiException as error:
+                if error.status not in (_NOT_FOUND, _CONFLICT):
+                    raise
+
+        self._call(f"delete PyTorchJob {name}", attempt, *self._pytorch_jobs, name)
 
     def create_event(self, event: Object) -> None:
         """Write an Event unless it exists already."""
@@ -95,7 +116,7 @@ class Api:
         try:
             for _event in watch.Watch().stream(  # type: ignore[no-untyped-call]
                 self._objects.list_namespaced_custom_object,
-                *self._stages,
+                *self._pytorch_jobs,
                 label_selector=selector,
                 resource_version=version,
                 timeout_seconds=max(1, int(seconds)),
@@ -155,7 +176,7 @@ class Api:
 
     def _call(self, what: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """The result of a call, which is repeated with growing delays while its failure may be temporary."""
-        deadline, delay = self._clock() + PATIENCE_SECONDS, 1.0
+        deadline, delay = self._clock() + self._patience, 1.0
         while True:
             try:
                 return call(*arguments, _request_timeout=_REQUEST_SECONDS, **options)
@@ -170,6 +191,18 @@ class Api:
             log.warning("the API server does not answer", extra={"call": what, "problem": problem, "again_in": delay})
             self._sleep(delay)
             delay = min(2 * delay, _LONGEST_DELAY)
+
+
+def client_of_pod() -> ApiClient:
+    """A client with the rights of this pod's service account.
+
+    Raises UserError if this process does not run in a pod with a service account.
+    """
+    try:
+        config.load_incluster_config()  # type: ignore[no-untyped-call]
+    except config.ConfigException as error:
+        raise UserError(f"only a pod of the cluster can create PyTorchJobs: {error}") from error
+    return ApiClient()
 
 
 def _message(error: ApiException) -> str:

@@ -1,12 +1,13 @@
-"""The objects that a pipeline creates: one PyTorchJob for each attempt of a stage, and Events.
+"""The objects that programs create in a cluster: PyTorchJobs, such as one for each attempt of a stage, and Events.
 
-Everything about a pod (image, resources, node selector, volumes) comes from a PodTemplate of the cluster. Labels and
-annotations of the PodTemplate itself become those of the PyTorchJob, for example the name of a queue of Kueue.
+Everything about a pod (image, resources, node selector, volumes) comes from a PodTemplate. Labels and annotations of
+the PodTemplate itself become those of the PyTorchJob, for example the name of a queue of Kueue.
 """
 
 import copy
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from jobs.train.stages import StageRun
@@ -18,13 +19,15 @@ Object = dict[str, Any]
 OWNER_LABEL, STAGE_LABEL, WORK_LABEL = "nanochat/owner", "nanochat/stage", "nanochat/work"
 # A label of pods. It has the name of the Job instead of its uid, so it also finds pods of an earlier Job of this name.
 JOB_LABEL = "nanochat/job"
+# The training operator's label of pods, with the name of their PyTorchJob.
+POD_LABEL = "training.kubeflow.org/job-name"
 # Annotations that describe a PyTorchJob. STATUS is an annotation of the pipeline's Job.
 ATTEMPT, PROGRESS, SUSPENDED, STATUS = (f"nanochat/{name}" for name in ("attempt", "progress", "suspended", "status"))
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 GPU = "nvidia.com/gpu"
 # The training operator looks for the container of this name.
 CONTAINER = "pytorch"
-_LONGEST_NAME = 63
+LONGEST_NAME = 63
 _LONGEST_POD_SUFFIX = len("-worker-9999")
 _KUBECTL = "kubectl.kubernetes.io/"
 
@@ -72,39 +75,54 @@ def stage_job(
     Raises UserError if the name would be too long, or the template has no container of the name ``pytorch``.
     """
     name = f"{owner.name}-{stage.name}-{attempt}"
-    if len(name) + _LONGEST_POD_SUFFIX > _LONGEST_NAME:
+    if len(name) + _LONGEST_POD_SUFFIX > LONGEST_NAME:
         raise UserError(f"the name of the Job {owner.name} is too long for its stages' pods, such as {name}-master-0")
+    if stage.place in ("node", "nodes"):
+        processes = processes or gpus_of(template) or 1
+    else:
+        processes = 1
+    ranks = ["jobs.train.cluster.pod"] if pods * processes > 1 else []
+    job = pytorch_job(template, name, ["python", "-m", *ranks, *stage.arguments()], pods=pods, processes=processes)
+    job["metadata"]["labels"] |= {OWNER_LABEL: owner.uid, STAGE_LABEL: stage.name, WORK_LABEL: stage.digest}
+    job["metadata"]["annotations"] |= {ATTEMPT: str(attempt), PROGRESS: stage.progress()}
+    job["metadata"]["ownerReferences"] = [owner.reference]
+    for replica in job["spec"]["pytorchReplicaSpecs"].values():
+        replica["template"]["metadata"]["labels"][JOB_LABEL] = owner.name
+    return job
+
+
+def gpus_of(template: Object) -> int:
+    """Number of GPUs in the limits of a PodTemplate's pods."""
+    return int(_container(template, template["template"]).get("resources", {}).get("limits", {}).get(GPU, 0))
+
+
+def pytorch_job(template: Object, name: str, arguments: Sequence[str], *, pods: int = 1, processes: int = 1) -> Object:
+    """A PyTorchJob whose pods are made from a PodTemplate.
+
+    Args:
+        arguments: the command that the pods run.
+        pods: number of pods that work together.
+        processes: ranks of each pod.
+
+    Raises UserError if the template has no container of the name ``pytorch``.
+    """
     pod = copy.deepcopy(template["template"])
     # The API server has added a default restartPolicy, and the operator warns of a pod with a restartPolicy.
     pod["spec"].pop("restartPolicy", None)
     pod_metadata = pod.setdefault("metadata", {})
     pod_metadata.pop("creationTimestamp", None)
-    pod_metadata["labels"] = pod_metadata.get("labels", {}) | {JOB_LABEL: owner.name}
-    container = next((c for c in pod["spec"]["containers"] if c["name"] == CONTAINER), None)
-    if container is None:
-        raise UserError(f"PodTemplate {template['metadata']['name']} has no container of the name pytorch")
-    if stage.place in ("node", "nodes"):
-        processes = processes or int(container.get("resources", {}).get("limits", {}).get(GPU, 1))
-    else:
-        processes = 1
-    ranks = ["jobs.train.cluster.pod"] if pods * processes > 1 else []
-    container["args"] = ["python", "-m", *ranks, *stage.arguments()]
+    pod_metadata.setdefault("labels", {})
+    _container(template, pod)["args"] = list(arguments)
     replica = {"replicas": 1, "restartPolicy": "Never", "template": pod}
     replicas = {"Master": replica}
     if pods > 1:
         replicas["Worker"] = copy.deepcopy(replica) | {"replicas": pods - 1}
     metadata = template["metadata"]
-    passed_on = {key: value for key, value in metadata.get("annotations", {}).items() if not key.startswith(_KUBECTL)}
+    annotations = {key: value for key, value in metadata.get("annotations", {}).items() if not key.startswith(_KUBECTL)}
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
-        "metadata": {
-            "name": name,
-            "labels": metadata.get("labels", {})
-            | {OWNER_LABEL: owner.uid, STAGE_LABEL: stage.name, WORK_LABEL: stage.digest},
-            "annotations": passed_on | {ATTEMPT: str(attempt), PROGRESS: stage.progress()},
-            "ownerReferences": [owner.reference],
-        },
+        "metadata": {"name": name, "labels": dict(metadata.get("labels", {})), "annotations": annotations},
         "spec": {
             "nprocPerNode": str(processes),
             # The operator never restarts a failed pod: if one rank fails, all ranks start anew, as the next attempt.
@@ -113,6 +131,14 @@ def stage_job(
             "pytorchReplicaSpecs": replicas,
         },
     }
+
+
+def _container(template: Object, pod: Object) -> Object:
+    """The container of a pod in which the operator starts the program. ``template`` is the pod's PodTemplate."""
+    found: Object | None = next((c for c in pod["spec"]["containers"] if c["name"] == CONTAINER), None)
+    if found is None:
+        raise UserError(f"PodTemplate {template['metadata']['name']} has no container of the name {CONTAINER}")
+    return found
 
 
 def event(owner: Owner, reason: str, message: str, time: str, *, warning: bool = False) -> Object:

@@ -1,4 +1,8 @@
-"""How the pods of a stage ended: whether another attempt may succeed, or somebody must correct a mistake first."""
+"""How pods ended, and why they wait.
+
+For the pods of a stage, :func:`outcome_of` tells whether another attempt may succeed, or somebody must correct a
+mistake first.
+"""
 
 import dataclasses
 import datetime
@@ -45,19 +49,47 @@ def outcome_of(pods: Sequence[Object]) -> Outcome:
     """
     preempted = []
     for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])):
-        name, ended = pod["metadata"]["name"], _terminated(pod)
-        if disruption := _disruption(pod):
-            preempted.append(f"{name} was stopped: {disruption}")
-        elif ended is None:
-            if pod["status"].get("phase") == "Failed":
-                preempted.append(f"{name} was stopped: {pod['status'].get('reason', 'no reason is known')}")
-        elif ended.get("reason") == _OUT_OF_MEMORY:
-            return Outcome(2, f"{name} needed more memory than its limit; raise the limit in its PodTemplate")
-        elif 0 < (code := int(ended["exitCode"])) <= _LARGEST_MISTAKE:
-            return Outcome(code, f"{name} ended with exit code {code}; kubectl logs {name} says why")
-        elif code:
-            preempted.append(f"{name} ended with exit code {code}")
+        name, end = pod["metadata"]["name"], pod_end(pod)
+        if end is None:
+            continue
+        if end.out_of_memory:
+            return Outcome(2, f"{name} {end.reason}; raise the limit in its PodTemplate")
+        if end.exit_code is not None and 0 < end.exit_code <= _LARGEST_MISTAKE:
+            return Outcome(end.exit_code, f"{name} {end.reason}; kubectl logs {name} says why")
+        if end.exit_code != 0:
+            preempted.append(f"{name} {end.reason}")
     return Outcome(0, preempted[0] if preempted else "its pods are gone")
+
+
+@dataclasses.dataclass(frozen=True)
+class PodEnd:
+    """How the program of one pod ended.
+
+    Attributes:
+        exit_code: exit code of the program; None if the cluster has stopped the pod, for example because it was
+            evicted, so that the code says nothing about the program.
+        reason: what happened, as a part of a sentence that begins with the pod's name.
+        out_of_memory: whether the program needed more memory than the container's limit.
+    """
+
+    exit_code: int | None
+    reason: str
+    out_of_memory: bool = False
+
+
+def pod_end(pod: Object) -> PodEnd | None:
+    """How a pod ended; None if it has not ended."""
+    ended = _terminated(pod)
+    if disruption := _disruption(pod):
+        return PodEnd(None, f"was stopped: {disruption}")
+    if ended is None:
+        if pod["status"].get("phase") != "Failed":
+            return None
+        return PodEnd(None, f"was stopped: {pod['status'].get('reason', 'no reason is known')}")
+    code = int(ended["exitCode"])
+    if ended.get("reason") == _OUT_OF_MEMORY:
+        return PodEnd(code, "needed more memory than its limit", out_of_memory=True)
+    return PodEnd(code, f"ended with exit code {code}")
 
 
 def still_running(pods: Sequence[Object], now: float) -> list[str]:

@@ -20,15 +20,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from kubernetes import client, config
-
-from jobs.train.cluster.api import Api
+from jobs.train.cluster.api import Api, client_of_pod
+from jobs.train.cluster.job import PyTorchJob
 from jobs.train.cluster.manifest import (
     ATTEMPT,
     JOB_LABEL,
     OWNER_LABEL,
+    POD_LABEL,
     PROGRESS,
-    QUEUE_LABEL,
     STAGE_LABEL,
     STATUS,
     SUSPENDED,
@@ -38,7 +37,7 @@ from jobs.train.cluster.manifest import (
     event,
     stage_job,
 )
-from jobs.train.cluster.outcome import outcome_of, still_running, timestamp, waiting_reasons
+from jobs.train.cluster.outcome import outcome_of, still_running, timestamp
 from jobs.train.stages import Place, StageRun
 from nanochat_core.errors import UserError
 
@@ -60,22 +59,12 @@ def in_this_cluster(job: str) -> tuple[Api, Owner]:
     Raises UserError if this process does not run in a pod with a service account.
     """
     owner = Owner.parse(job)
-    try:
-        config.load_incluster_config()  # type: ignore[no-untyped-call]
-    except config.ConfigException as error:
-        raise UserError(f"--on kubernetes works in a pod of the cluster only: {error}") from error
-    return Api(client.ApiClient(), owner.namespace), owner
+    return Api(client_of_pod(), owner.namespace), owner
 
 
 @dataclasses.dataclass(frozen=True)
-class Attempt:
+class Attempt(PyTorchJob):
     """One attempt of a stage, as its PyTorchJob describes it."""
-
-    job: Object
-
-    @property
-    def name(self) -> str:
-        return str(self.job["metadata"]["name"])
 
     @property
     def stage(self) -> str:
@@ -87,33 +76,9 @@ class Attempt:
         return int(self.job["metadata"]["annotations"][ATTEMPT])
 
     @property
-    def queue(self) -> str:
-        """Name of the queue of Kueue in which the attempt waits or has waited; empty if it needs no admission."""
-        return str(self.job["metadata"]["labels"].get(QUEUE_LABEL, ""))
-
-    @property
     def progress(self) -> str:
         """The newest checkpoint of the stage when the attempt started."""
         return str(self.job["metadata"]["annotations"].get(PROGRESS, ""))
-
-    def has(self, condition: str) -> bool:
-        """Whether the training operator reports the condition, such as ``Succeeded``."""
-        return any(c["type"] == condition and c["status"] == "True" for c in self._conditions())
-
-    @property
-    def ended(self) -> bool:
-        """Whether the attempt has succeeded or failed."""
-        return self.has("Succeeded") or self.has("Failed")
-
-    def failed_at(self, now: float) -> float:
-        """When the attempt failed, in seconds since 1970; ``now`` if the time is unknown or after ``now``."""
-        for condition in self._conditions():
-            if condition["type"] == "Failed" and condition.get("lastTransitionTime"):
-                return min(now, timestamp(condition["lastTransitionTime"]))
-        return now
-
-    def _conditions(self) -> Sequence[Object]:
-        return self.job.get("status", {}).get("conditions") or ()
 
 
 class StageJobs:
@@ -171,7 +136,7 @@ class StageJobs:
         """
         with self._suspended_with_the_job():
             while True:
-                jobs, version = self._api.stage_jobs(self._selector())
+                jobs, version = self._api.pytorch_jobs(self._selector())
                 attempts = [Attempt(job) for job in jobs]
                 unfinished = [attempt for attempt in attempts if not attempt.ended]
                 ending = [attempt for attempt in attempts if attempt.has("Failed") and self._running_pods(of=attempt)]
@@ -197,7 +162,7 @@ class StageJobs:
     def _round(self, stage: StageRun) -> int | None:
         """Do what follows from the state of the cluster; returns the stage's exit code once it is known."""
         selector = self._selector(stage.name)
-        jobs, version = self._api.stage_jobs(selector)
+        jobs, version = self._api.pytorch_jobs(selector)
         attempts = sorted(map(Attempt, jobs), key=lambda attempt: attempt.number)
         same_work = [a for a in attempts if a.job["metadata"]["labels"][WORK_LABEL] == stage.digest]
         following = attempts[-1].number + 1 if attempts else 1
@@ -238,7 +203,7 @@ class StageJobs:
         if running := self._running_pods():
             self._report(attempt, "waiting", f"{', '.join(running)} must end first")
             self._sleep(_POLL_SECONDS)
-        elif not self._api.create_stage_job(job):
+        elif not self._api.create_pytorch_job(job):
             self._report(attempt, "waiting", f"there is a PyTorchJob {name} already")
             self._sleep(_POLL_SECONDS)
         else:
@@ -264,18 +229,8 @@ class StageJobs:
         if attempt.job["metadata"]["annotations"].get(SUSPENDED) == "true":
             self._set_suspended(attempt, False)
             log.info("attempt resumed", extra={"stage": attempt.stage, "job": attempt.name})
-        elif attempt.has("Suspended"):
-            if queue := attempt.queue:
-                waits = f"it waits in the queue {queue} of Kueue; kubectl describe workloads says why"
-            else:
-                waits = "suspend is set in the PyTorchJob"
-            self._report(attempt, "suspended", waits)
-        elif reasons := waiting_reasons(self._pods(attempt)):
-            self._report(attempt, "waiting", "; ".join(reasons))
-        elif attempt.has("Running"):
-            self._report(attempt, "running")
-        elif not attempt.has("Created"):
-            self._report(attempt, "waiting", "the training operator has not taken the PyTorchJob up yet")
+        elif (found := attempt.state(self._pods(attempt))) is not None:
+            self._report(attempt, *found)
 
     def _after_failure(self, stage: StageRun, attempts: Sequence[Attempt], following: int) -> int | None:
         """Decide what follows the failure of the last attempt."""
@@ -312,7 +267,7 @@ class StageJobs:
         return None
 
     def _pods(self, attempt: Attempt) -> list[Object]:
-        return self._api.pods(f"training.kubeflow.org/job-name={attempt.name}")
+        return self._api.pods(f"{POD_LABEL}={attempt.name}")
 
     def _running_pods(self, of: Attempt | None = None) -> list[str]:
         """Names of the pods that have not ended.
@@ -356,14 +311,14 @@ class StageJobs:
         with contextlib.suppress(UserError):
             if not _is_stopped(self._api.job(self._owner.name), self._clock()):
                 return
-            for attempt in map(Attempt, self._api.stage_jobs(self._selector())[0]):
+            for attempt in map(Attempt, self._api.pytorch_jobs(self._selector())[0]):
                 if not attempt.ended and not attempt.queue:
                     self._set_suspended(attempt, True)
                     log.info("attempt suspended", extra={"stage": attempt.stage, "job": attempt.name})
 
     def _set_suspended(self, attempt: Attempt, suspended: bool) -> None:
         annotations = {SUSPENDED: "true" if suspended else None}
-        self._api.patch_stage_job(
+        self._api.patch_pytorch_job(
             attempt.name, {"metadata": {"annotations": annotations}, "spec": {"runPolicy": {"suspend": suspended}}}
         )
 

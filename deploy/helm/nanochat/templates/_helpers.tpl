@@ -40,23 +40,38 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{/*
 "true" if the component's pods should run on one node, because they mount a claim that only one node can use at a time.
 An engine keeps the claim while it waits for the model. On another node, the training would wait for the claim, and the
-engine would wait for ever. Takes (list $ "component").
+engine would wait for ever. Takes the arguments of
+nanochat.podDefaults.
 */}}
 {{- define "nanochat.onOneNode" -}}
 {{- $root := index . 0 -}}
 {{- $store := $root.Values.store -}}
-{{- $chosen := hasKey (index $root.Values (index . 1)).pod "affinity" -}}
-{{- if and (has (index . 1) (list "engine" "bootstrap" (ternary "gateway" "teacher" $root.Values.teacher.enabled) "teacher")) (not $chosen) (eq $store.type "pvc") (not $store.pvc.existingClaim) -}}
+{{- $chosen := hasKey (include "nanochat.podValues" . | fromYaml).pod "affinity" -}}
+{{- if and (has (index . 1) (list "engine" "bootstrap" (ternary "gateway" "teacher" $root.Values.teacher.enabled) "teacher" "lesson")) (not $chosen) (eq $store.type "pvc") (not $store.pvc.existingClaim) -}}
 {{- if not (without $store.pvc.accessModes "ReadWriteOnce" "ReadWriteOncePod") -}}true{{- end -}}
 {{- end -}}
 {{- end -}}
 
-{{/* Fields that all pods have. They meet the restricted Pod Security level. Takes (list $ "component"). */}}
+{{/* The values of a component's pods. Takes the arguments of nanochat.podDefaults. */}}
+{{- define "nanochat.podValues" -}}
+{{- if gt (len .) 2 -}}{{- index . 2 | toYaml -}}{{- else -}}{{- index (index . 0).Values (index . 1) | toYaml -}}{{- end -}}
+{{- end -}}
+
+{{/* "true" if each lesson is a PyTorchJob; otherwise empty. */}}
+{{- define "nanochat.lessonJobs" -}}
+{{- if and .Values.teacher.enabled (eq .Values.teacher.runner "pytorchjob") -}}true{{- end -}}
+{{- end -}}
+
+{{/*
+Fields that all pods have. They meet the restricted Pod Security level. Takes (list $ "component"), and as a third member the values
+of the pods, if the component has no section of its own.
+*/}}
 {{- define "nanochat.podDefaults" -}}
 {{- $root := index . 0 -}}
-{{- $values := index $root.Values (index . 1) -}}
+{{- $values := include "nanochat.podValues" . | fromYaml -}}
 serviceAccountName: {{ include "nanochat.fullname" $root }}-{{ index . 1 }}
-automountServiceAccountToken: false
+{{- /* Only the pod that creates the PyTorchJobs of lessons calls the API server. */}}
+automountServiceAccountToken: {{ and (eq (index . 1) "teacher") (include "nanochat.lessonJobs" $root | eq "true") }}
 enableServiceLinks: false
 securityContext:
   runAsNonRoot: true
@@ -98,7 +113,7 @@ affinity:
               app.kubernetes.io/name: {{ default $root.Chart.Name $root.Values.nameOverride }}
               app.kubernetes.io/instance: {{ $root.Release.Name }}
             matchExpressions:
-              - {key: app.kubernetes.io/component, operator: In, values: [engine{{ if include "nanochat.bootstraps" $root }}, bootstrap{{ end }}{{ if $root.Values.teacher.enabled }}, gateway, teacher{{ end }}]}
+              - {key: app.kubernetes.io/component, operator: In, values: [engine{{ if include "nanochat.bootstraps" $root }}, bootstrap{{ end }}{{ if $root.Values.teacher.enabled }}, gateway, teacher{{ end }}{{ if include "nanochat.lessonJobs" $root }}, lesson{{ end }}]}
 {{- else }}
 topologySpreadConstraints:
   - maxSkew: 1
@@ -224,6 +239,18 @@ spec:
     {{- toYaml . | nindent 4 }}
   {{- end }}
 {{- end -}}
+{{- end -}}
+
+{{/* Egress rule for the API server of the cluster. */}}
+{{- define "nanochat.apiServerEgress" -}}
+- ports:
+    {{- range .Values.networkPolicy.apiServerPorts }}
+    - {port: {{ . }}}
+    {{- end }}
+  {{- with .Values.networkPolicy.apiServerTo }}
+  to:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- end -}}
 
 {{/* Environment variables of the gateway's API keys and limits. */}}
@@ -359,6 +386,55 @@ spec:
 {{- end }}
 {{- end }}
 {{- end -}}
+{{- end -}}
+
+{{/*
+Container and volumes of the pods that run programs on lessons. Takes a dictionary with the root, the container's name, its args,
+its resources, and further volumes and their places, which may be empty.
+*/}}
+{{- define "nanochat.teacherPod" -}}
+{{- $root := .root -}}
+containers:
+  - name: {{ .container }}
+    image: {{ include "nanochat.image" (list $root "teacher") }}
+    imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+    securityContext:
+      {{- include "nanochat.containerSecurityContext" $root | nindent 6 }}
+    {{- with .args }}
+    args: {{ toJson . }}
+    {{- end }}
+    env:
+      - name: OMP_NUM_THREADS
+        valueFrom:
+          resourceFieldRef: {containerName: {{ .container }}, resource: limits.cpu}
+      {{- include "nanochat.storeEnv" $root | nindent 6 }}
+      {{- with $root.Values.teacher.extraEnv }}
+      {{- include "nanochat.env" . | trim | nindent 6 }}
+      {{- end }}
+    resources:
+      {{- toYaml .resources | nindent 6 }}
+    volumeMounts:
+      - {name: tmp, mountPath: /tmp}
+      - {name: shm, mountPath: /dev/shm}
+      {{- if eq $root.Values.store.type "pvc" }}
+      - {name: store, mountPath: /var/lib/nanochat}
+      {{- end }}
+      {{- with concat $root.Values.teacher.extraVolumeMounts .mounts }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+volumes:
+  - name: tmp
+    emptyDir: {sizeLimit: 4Gi}
+  - name: shm
+    emptyDir: {medium: Memory, sizeLimit: 1Gi}
+  {{- if eq $root.Values.store.type "pvc" }}
+  - name: store
+    persistentVolumeClaim:
+      claimName: {{ include "nanochat.storeClaim" $root }}
+  {{- end }}
+  {{- with concat $root.Values.teacher.extraVolumes .volumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end -}}
 
 {{/* Environment variables of a gateway that takes lessons. It does not get the S3 keys of the store. */}}
