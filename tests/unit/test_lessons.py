@@ -214,6 +214,37 @@ def test_wordings_for_training_and_held_out_wordings_differ() -> None:
 
 
 @pytest.mark.parametrize(
+    "questions",
+    [
+        ("What is 3 + 4?", "What is 3 * 4?", "What is 3 - 4?", "What is 3 / 4?", "What is 3 ** 4?", "What is -3 + 4?"),
+        ("What is (3 + 4) * 2?", "What is 3 + 4 * 2?", "What is 3 + (4 * 2)?"),
+        ("What is 3.5 + 1?", "What is 35 + 1?", "What is 3 5 + 1?"),
+        ("What is C?", "What is C#?", "What is C++?"),
+        ("What is 5?", "What is 5 %?", "Is 5 < 6?", "Is 5 > 6?"),
+    ],
+)
+def test_symbols_of_arithmetic_make_other_questions(questions: tuple[str, ...]) -> None:
+    assert len({normal(question) for question in questions}) == len(questions)
+    assert len(parse_items(to_lines([Item.of(each, f"It is {i}.") for i, each in enumerate(questions)]), "own.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "questions",
+    [
+        ("What is 3 + 4?", "what's 3+4", "What is 3 +4."),
+        (
+            "Who is my well-known/old dentist?",
+            "who is my well known, old dentist",
+            "**Who is my well known old dentist?**",
+        ),
+        ("Where is Anna - at home?", "where is anna at home"),
+    ],
+)
+def test_spaces_capitals_and_punctuation_make_no_other_question(questions: tuple[str, ...]) -> None:
+    assert len({normal(question) for question in questions}) == 1
+
+
+@pytest.mark.parametrize(
     ("question", "part"),
     [
         ("What is my dog's name?", "what my dog's name is"),
