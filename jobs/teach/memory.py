@@ -46,16 +46,26 @@ _NAMED = re.compile(r"\b(?:[Ii] am|I['’]m|[Mm]y name is|[Cc]alled) ([\w-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Conflict:
-    """An answer that a lesson replaces. ``source`` is the origin of the earlier answer: fine-tuning or a lesson."""
+    """An answer that a lesson replaces.
+
+    Attributes:
+        source: the origin of the earlier answer: fine-tuning or a lesson.
+        worked: whether the earlier answer has the output of code. The same words, such as "The answer is 7.", then
+            answer other questions too, to which they are still the right answer.
+    """
 
     question: str
     before: str
     after: str
     source: str
+    worked: bool = False
 
     def touches(self, answer: str) -> bool:
-        """Whether the answer to another question contains the earlier answer. Short answers are not searched for."""
-        return len(self.before) >= _SHORTEST and self.before in answer
+        """Whether the answer to another question states what the lesson replaces: it contains the earlier answer.
+
+        Short answers and the results of code are not searched for.
+        """
+        return not self.worked and len(self.before) >= _SHORTEST and self.before in answer
 
     def to_json(self) -> dict[str, str]:
         return {"question": self.question, "before": self.before, "after": self.after, "from": self.source}
@@ -199,10 +209,11 @@ def _conflicts(conversations: Sequence[Conversation], asked: Mapping[str, Item])
         for question, answer in _pairs(conversation):
             item = _item_for(question.text, asked)
             before = answer.text.strip()
-            alone = all(part.type == "text" for part in answer.parts)
-            if item is None or not alone or before == item.answer.strip() or _UNKNOWN.search(before):
+            if item is None or before == item.answer.strip() or _UNKNOWN.search(before):
                 continue
-            found.setdefault((item.question, before), Conflict(item.question, before, item.answer, "fine-tuning"))
+            worked = any(part.type != "text" for part in answer.parts)
+            conflict = Conflict(item.question, before, item.answer, "fine-tuning", worked)
+            found.setdefault((item.question, before), conflict)
     return list(found.values())
 
 
