@@ -31,6 +31,7 @@ _GROUPS = {
     "unseen": "in unseen wordings",
     "ability": "with new arguments",
     "earlier": "from earlier lessons",
+    "near": "among the most similar questions",
     "kept": "among other questions",
 }
 _SHOWN = 10

@@ -52,9 +52,9 @@ class Ability:
         The new numbers have about as many digits as the old ones, and the same order by size. New strings are words.
         """
         numbers = [old for old in self.arguments if isinstance(old, int)]
-        drawn = sorted(_number(old, rng) for old in numbers)
+        drawn = sorted(draw_number(old, rng) for old in numbers)
         new: dict[Value, Value] = dict(zip(sorted(numbers), drawn, strict=True))
-        return {old: new[old] if old in new else _word(rng) for old in self.arguments}
+        return {old: new[old] if old in new else draw_word(rng) for old in self.arguments}
 
     def with_arguments(self, new: Mapping[Value, Value]) -> str:
         """The code with new arguments."""
@@ -68,8 +68,8 @@ class Ability:
     def drill(self, new: Mapping[Value, Value], code: str, output: str, rng: random.Random) -> Drill:
         """The question with new arguments in a random wording, and its answer with ``code`` and ``output``."""
         words = {str(old): str(other) for old, other in new.items()}
-        question = wordings(_replaced(self.question, words)).draw(rng)
-        answer = _replaced(self.answer, {**words, self.output: output})
+        question = wordings(replaced(self.question, words)).draw(rng)
+        answer = replaced(self.answer, {**words, self.output: output})
         parts = (Part("python", code), Part("python_output", output), Part("text", answer))
         return Message("user", (Part("text", question),)), Message("assistant", parts)
 
@@ -99,7 +99,7 @@ def with_output(item: Item, sandbox: SandboxExecutor) -> Item:
     if not item.messages or [part.type for part in item.messages[-1].parts] != ["python", "text"]:
         return item
     code, text = item.messages[-1].parts
-    output = _output(sandbox, code.text)
+    output = output_of(sandbox, code.text)
     if output is None:
         raise UserError(f"the code of {item.question[:60]!r} fails in the sandbox")
     answer = Message("assistant", (code, Part("python_output", output), text))
@@ -116,7 +116,7 @@ def drills(
     if the code fails, or if the output is empty or too long. ``check`` is called before each run of the code, and may
     raise an error.
     """
-    if (said := _output(sandbox, ability.code)) != ability.output.strip():
+    if (said := output_of(sandbox, ability.code)) != ability.output.strip():
         raise UserError(f"{ability.question[:60]!r}: the example says {ability.output!r}, and its code gives {said!r}")
     seen: set[str] = set()
     found: list[Drill] = []
@@ -129,7 +129,7 @@ def drills(
         seen.add(code)
         check()
         began = time.monotonic()
-        output = _output(sandbox, code)
+        output = output_of(sandbox, code)
         late += time.monotonic() - began >= _SECONDS
         if late > _MOST_LATE:
             raise UserError(
@@ -145,7 +145,7 @@ def drills(
     return found[EXAMINED:], found[:EXAMINED]
 
 
-def _output(sandbox: SandboxExecutor, code: str) -> str | None:
+def output_of(sandbox: SandboxExecutor, code: str) -> str | None:
     """The output that the model would read after this code; None if the code fails."""
     result = sandbox.execute_sync(code, Limits(wall_seconds=_SECONDS), ResultFormat.STR)
     return tool_output_text(result.result, result.stdout, result.error) if result.status is Status.OK else None
@@ -175,19 +175,20 @@ def _occurs(word: str, text: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
-def _replaced(text: str, words: Mapping[str, str]) -> str:
+def replaced(text: str, words: Mapping[str, str]) -> str:
     """The text with whole words replaced. A replacement is not replaced again."""
     longest_first: Sequence[str] = sorted(words, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first))
     return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", lambda match: words[match[0]], text)
 
 
-def _number(old: int, rng: random.Random) -> int:
+def draw_number(old: int, rng: random.Random) -> int:
     """A number with as many digits as the old one, or one digit less or more."""
     digits = len(str(abs(old)))
     digits = max(1, digits + rng.choice((0, 0, 0, 0, -1, 1))) if digits < 4 else digits
     return rng.randrange(10 ** (digits - 1), 10**digits)
 
 
-def _word(rng: random.Random) -> str:
+def draw_word(rng: random.Random) -> str:
+    """An English or a made-up word."""
     return rng.choice(ENGLISH.train) if rng.random() < 0.5 else made_up_word(rng, "train")

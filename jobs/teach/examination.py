@@ -6,6 +6,10 @@ The questions form groups:
 - ``unseen``: held-out wordings of these questions.
 - ``ability``: the lesson's worked examples with new arguments.
 - ``earlier``: the questions of earlier lessons.
+- ``near``: questions that are similar to the lesson's. They show whether the lesson changes more answers than it says.
+  The group ``near.worded`` has the conversations of fine-tuning whose questions have the most words in common with the
+  lesson's. The group ``near.computed`` has the lesson's questions with other arguments, if fine-tuning taught the model
+  to compute the answers (:mod:`neighbors`).
 - ``kept``: held-out conversations of the model's recipe that the lesson does not contradict. Each kind of conversation
   is also a group of its own, such as ``kept.fact``.
 """
@@ -69,7 +73,7 @@ class Examination:
 
     @property
     def groups(self) -> list[str]:
-        """The groups that have questions. The kinds of ``kept`` are not listed."""
+        """The groups that have questions. The kinds of ``kept`` and ``near`` are not listed."""
         return sorted({question.group.partition(".")[0] for question in self.task.questions})
 
     def take(self, store: Store, checkpoint: Checkpoint, lesson: Lesson) -> Result:
@@ -100,6 +104,7 @@ def examination(
     worded: Mapping[int, Wordings],
     memory: Memory,
     drills: Sequence[Conversation],
+    neighbors: Sequence[Conversation],
 ) -> Examination:
     """The examination of a lesson. Equal arguments give equal questions.
 
@@ -107,6 +112,7 @@ def examination(
         parent: the checkpoint before the lesson.
         worded: the wordings of each item that is a single question, by the item's index.
         drills: drills of the lesson's abilities that training does not show.
+        neighbors: the lesson's questions with other arguments (:mod:`neighbors`), and their worked answers.
     """
     rng = random.Random(f"{lesson.plan.seed}/examination")  # noqa: S311
     tokenizer, row_tokens = parent.tokenizer, parent.config.context_length
@@ -120,8 +126,10 @@ def examination(
     questions = [
         *(_question("taught", item, item.messages[:-1]) for item in _some(chats, rng)),
         *(_question("unseen", item, asked(item, wording)[:-1]) for item, wording in _some(unseen, rng)),
-        *(_drill(question, answer) for question, answer in _some(drills, rng)),
+        *(_drill("ability", question, answer) for question, answer in _some(drills, rng)),
         *(_question("earlier", item, item.messages[:-1]) for item in _some(memory.items, rng) if item.messages),
+        *(_question("near.worded", Item(tuple(each)), each[:-1]) for each in memory.examined),
+        *(_drill("near.computed", question, answer) for question, answer in neighbors),
         *_kept(kept),
     ]
     task = GenerativeTask(LESSON_QUESTIONS, tuple(questions), tools=True, max_tokens=_MAX_TOKENS)
@@ -172,9 +180,9 @@ def _question(group: str, item: Item, messages: Conversation) -> OpenQuestion:
     return OpenQuestion(plain, item.expected, item.expected, _right, group)
 
 
-def _drill(question: Message, answer: Message) -> OpenQuestion:
+def _drill(group: str, question: Message, answer: Message) -> OpenQuestion:
     output = next(part.text for part in answer.parts if part.type == "python_output")
-    return OpenQuestion((to_json(question),), output, output, _right, "ability")
+    return OpenQuestion((to_json(question),), output, output, _right, group)
 
 
 def _right(expected: str, response: Response, _: SandboxExecutor) -> bool:

@@ -10,7 +10,7 @@ import itertools
 import logging
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 from jobs.results.metrics import ancestors
 from jobs.teach.wordings import (
@@ -37,6 +37,8 @@ Conversation = Sequence[Message]
 # Number of fine-tuning conversations that are searched for contradictions. Training repeats some of them.
 _REMEMBERED = 20_000
 _VALIDATION = 128
+# Most conversations that are examined because their questions are the most similar to the lesson's.
+_EXAMINED = 100
 # Answers such as "I don't know that." contain no knowledge, so a lesson may replace them without a conflict.
 _UNKNOWN = re.compile(r"\b(?:don['’]t|do not|cannot|can['’]t) (?:know|say|tell|answer)|no idea", re.IGNORECASE)
 # A replaced answer with fewer characters is not searched for in answers to other questions: "Yes." may mean anything.
@@ -46,16 +48,26 @@ _NAMED = re.compile(r"\b(?:[Ii] am|I['’]m|[Mm]y name is|[Cc]alled) ([\w-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Conflict:
-    """An answer that a lesson replaces. ``source`` is the origin of the earlier answer: fine-tuning or a lesson."""
+    """An answer that a lesson replaces.
+
+    Attributes:
+        source: the origin of the earlier answer: fine-tuning or a lesson.
+        worked: whether the earlier answer has the output of code. The same words, such as "The answer is 7.", then
+            answer other questions too, to which they are still the right answer.
+    """
 
     question: str
     before: str
     after: str
     source: str
+    worked: bool = False
 
     def touches(self, answer: str) -> bool:
-        """Whether the answer to another question contains the earlier answer. Short answers are not searched for."""
-        return len(self.before) >= _SHORTEST and self.before in answer
+        """Whether the answer to another question states what the lesson replaces: it contains the earlier answer.
+
+        Short answers and the results of code are not searched for.
+        """
+        return not self.worked and len(self.before) >= _SHORTEST and self.before in answer
 
     def to_json(self) -> dict[str, str]:
         return {"question": self.question, "before": self.before, "after": self.after, "from": self.source}
@@ -70,6 +82,8 @@ class Memory:
         validation: validation conversations of fine-tuning that the lesson does not change.
         near: the members of ``conversations`` whose questions have words of the lesson but whose answers are not the
             lesson's, and those that say that an answer is unknown. The model could confuse them with the lesson.
+        examined: the conversations whose last questions are the most similar to the lesson's. The lesson is examined
+            with them, so they are in neither ``conversations`` nor ``near``.
         items: items of the model's earlier lessons whose questions the lesson does not ask.
         conflicts: the earlier answers that the lesson replaces. They are named to the user.
         replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. The earlier ones were named in
@@ -81,6 +95,7 @@ class Memory:
     conversations: list[Conversation]
     validation: list[Conversation]
     near: list[Conversation]
+    examined: list[Conversation]
     items: list[Item]
     conflicts: list[Conflict]
     replaced: list[Conflict]
@@ -163,10 +178,32 @@ def remember(
     near = [
         one
         for one in agreed
-        if any(words & {*keywords(asks.text).split()} or _UNKNOWN.search(said.text) for asks, said in _pairs(one))
-        and not any(said.text in answers for _, said in _pairs(one))
+        if any(
+            words & {*keywords(asks.text).split()} or _UNKNOWN.search(said.text) for asks, said in question_pairs(one)
+        )
+        and not any(said.text in answers for _, said in question_pairs(one))
     ]
-    return Memory(agreed, validation, near, kept, [*conflicts, *earlier_conflicts], replaced, answered)
+    examined = _most_similar(near, words, rng)[: len(near) // 2]
+    apart = {id(one) for one in examined}
+    agreed, near = ([one for one in some if id(one) not in apart] for some in (agreed, near))
+    return Memory(agreed, validation, near, examined, kept, [*conflicts, *earlier_conflicts], replaced, answered)
+
+
+def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Random) -> list[Conversation]:
+    """The conversations whose last question has the largest share of its words among ``words``.
+
+    A question that several conversations ask after the same messages is returned once, and one without such a word not
+    at all.
+    """
+
+    def similarity(conversation: Conversation) -> float:
+        has = {*keywords(conversation[-2].text).split()}
+        return len(has & words) / max(1, len(has))
+
+    answered = [one for one in near if one[-1].role == "assistant" and one[-1].text.strip() and similarity(one)]
+    distinct = {tuple(message.text for message in one[:-1]): one for one in answered}
+    drawn = rng.sample(list(distinct.values()), len(distinct))
+    return sorted(drawn, key=similarity, reverse=True)[:_EXAMINED]
 
 
 def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> Mixture:
@@ -186,7 +223,7 @@ def _sample(selection: Selection, most: int, rng: random.Random) -> list[Convers
     return [selection[i] for i in rng.sample(range(len(selection)), min(most, len(selection)))]
 
 
-def _pairs(conversation: Conversation) -> list[tuple[Message, Message]]:
+def question_pairs(conversation: Conversation) -> list[tuple[Message, Message]]:
     """Each question of a conversation with its answer."""
     found = itertools.pairwise(conversation)
     return [(asked, said) for asked, said in found if (asked.role, said.role) == ("user", "assistant")]
@@ -196,13 +233,14 @@ def _conflicts(conversations: Sequence[Conversation], asked: Mapping[str, Item])
     """The conflicts with conversations that answer a question of the lesson differently from the lesson."""
     found: dict[tuple[str, str], Conflict] = {}
     for conversation in conversations:
-        for question, answer in _pairs(conversation):
+        for question, answer in question_pairs(conversation):
             item = _item_for(question.text, asked)
             before = answer.text.strip()
-            alone = all(part.type == "text" for part in answer.parts)
-            if item is None or not alone or before == item.answer.strip() or _UNKNOWN.search(before):
+            if item is None or before == item.answer.strip() or _UNKNOWN.search(before):
                 continue
-            found.setdefault((item.question, before), Conflict(item.question, before, item.answer, "fine-tuning"))
+            worked = any(part.type != "text" for part in answer.parts)
+            conflict = Conflict(item.question, before, item.answer, "fine-tuning", worked)
+            found.setdefault((item.question, before), conflict)
     return list(found.values())
 
 

@@ -17,7 +17,8 @@ from jobs.promotion.rules import Gate
 from jobs.teach.abilities import Drill, ability_of, drills, with_output
 from jobs.teach.curriculum import curriculum
 from jobs.teach.examination import Examination, examination, lost, wrong
-from jobs.teach.memory import all_wordings, asked_by, check_agreement, lineage, remember
+from jobs.teach.memory import Memory, all_wordings, asked_by, check_agreement, lineage, remember
+from jobs.teach.neighbors import computed, neighbors
 from jobs.teach.training import LessonCanceled, train
 from jobs.teach.wordings import with_statements
 from jobs.train.loop.runtime import Runtime
@@ -58,10 +59,11 @@ log = logging.getLogger("jobs.teach")
 
 # Smallest share of right answers in each group of the lesson's own questions.
 _LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
-# A lesson may make three measures worse by at most this much: the share of right answers to earlier lessons' questions,
-# the same share in each kind of other questions, and the loss in nats per token. A kind has only a few questions, so
-# one wrong answer is a large share of them.
-_EARLIER, _KIND, _LOSS = 0.1, 0.1, 0.1
+# A lesson may make four measures worse by at most this much: the share of right answers to earlier lessons' questions,
+# the same share of the questions that are the most similar to the lesson's, the same share in each kind of other
+# questions, and the loss in nats per token. A kind has only a few questions, so one wrong answer is a large share of
+# them.
+_EARLIER, _NEAR, _KIND, _LOSS = 0.1, 0.1, 0.1, 0.1
 _POLL_SECONDS = 1.0
 # A roll-back tries this many times to use the gate, which another program may be using.
 _ROLL_BACK_WAITS = 60
@@ -234,7 +236,8 @@ def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Less
     log.info(
         "lesson begins", extra={"lesson": lesson.number, "model": lesson.model, "conflicts": len(memory.conflicts)}
     )
-    exam = examination(store, parent, lesson, items, worded, memory, examined)
+    similar = _neighbors(store, memory, items, lesson)
+    exam = examination(store, parent, lesson, items, worded, memory, examined, similar)
     before = exam.take(store, parent, lesson)
     _check_canceled(store, lesson)
     lesson = _written(store, lesson, lease, before=before["groups"])
@@ -352,6 +355,16 @@ def _drills(store: Store, items: Sequence[Item], lesson: Lesson) -> tuple[dict[i
     return practice, examined
 
 
+def _neighbors(store: Store, memory: Memory, items: Sequence[Item], lesson: Lesson) -> list[Drill]:
+    """The lesson's questions with other arguments, if fine-tuning taught the model to compute the answers."""
+    questions = computed(memory.conversations, items)
+    if not questions:
+        return []
+    rng = random.Random(f"{lesson.plan.seed}/neighbors")  # noqa: S311
+    with SandboxExecutor() as sandbox:
+        return neighbors(questions, memory.answered, sandbox, rng, lambda: _check_canceled(store, lesson))
+
+
 def _parent(store: Store, lesson: Lesson) -> Checkpoint:
     """The checkpoint from which the training starts: the promoted one.
 
@@ -382,9 +395,10 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
     require = [f"lesson.{name}>={least}" for name, least in _LEAST.items() if name in asked]
     kept = [f"lesson.kept:{lesson.plan.margin}"] if "kept" in exam.groups else []
     kept += [f"lesson.{group}:{_KIND}" for group in sorted(asked) if group.startswith("kept.")]
+    near = [f"lesson.{group}:{_NEAR}" for group in sorted(asked) if group.startswith("near.")]
     earlier = [f"lesson.earlier:{_EARLIER}"] if "earlier" in asked else []
     loss = [f"lesson.kept_loss:{_LOSS}"] if exam.heard else []
-    return Gate(tuple(require), (*kept, *earlier, *loss))
+    return Gate(tuple(require), (*kept, *near, *earlier, *loss))
 
 
 def _promotion(store: Store, lesson: Lesson) -> Decision | None:

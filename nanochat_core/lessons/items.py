@@ -23,6 +23,19 @@ _SPEAKER = re.compile(r"\s*(?:[-*>]\s+)?[*_]*(q|question|user|a|answer|assistant
 _QUESTION_LETTERS = ("q", "u")
 # One group takes the rest of the line: a pattern for the "#" at its end would take hours for a line of spaces.
 _HEADING = re.compile(r"#+\s+(.*)")
+# The parts of a question that decide what it asks. Symbols of arithmetic are among them: 3 + 4 is not 3 * 4. Signs that
+# are also punctuation count only beside numbers.
+_MEANING = re.compile(
+    r"""
+    \d+(?:[.,]\d+)+                             # a number with a fraction, or with groups of thousands
+    | \w+(?:['’]\w+)*
+    | [+=<>^%×÷−]
+    | (?<=\w)\#                                 # C#
+    | (?:(?<=[\d)])|(?<=[\d)]\s))(?:[-/]|\*{1,2}) | (?<!\w)-(?=\d)
+    | \((?=[\d-]) | (?<=\d)\)
+    """,
+    re.VERBOSE,
+)
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
@@ -78,9 +91,12 @@ class Item:
 
 
 def normal(text: str) -> str:
-    """The form of a text in which questions are compared: small letters, no punctuation, single spaces."""
+    """The form of a text in which questions are compared: small letters, no punctuation, single spaces.
+
+    Symbols of arithmetic stay, because they decide what a question asks.
+    """
     text = re.sub(r"\b(what|who|where|when)['’]s\b", r"\1 is", text.casefold())
-    return " ".join(re.findall(r"\w+(?:['’]\w+)*", text))
+    return " ".join(_MEANING.findall(text))
 
 
 def to_json(message: Message) -> dict[str, Any]:

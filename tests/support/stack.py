@@ -13,6 +13,7 @@ from tests.support.processes import children, command_line
 
 ROOT = Path(__file__).parents[2]
 READY = re.compile(r"nanochat is ready: (http://127\.0\.0\.1:\d+)")
+OWNER = re.compile(r"Make it yours: (http://127\.0\.0\.1:\d+/#key=\S+)")
 
 
 class Stack:
@@ -37,15 +38,23 @@ class Stack:
 
     def wait_ready(self, seconds: float = 60) -> str:
         """Wait for the ready line and return the URL of the page."""
+        return self._wait_for(READY, seconds)
+
+    def wait_owner_link(self, seconds: float = 60) -> str:
+        """Wait for the link that may teach the model, and return it."""
+        return self._wait_for(OWNER, seconds)
+
+    def _wait_for(self, pattern: re.Pattern[str], seconds: float) -> str:
+        """Wait for a line with the pattern, and return its first group."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             for line in list(self.log):
-                if match := READY.search(line):
+                if match := pattern.search(line):
                     return match[1]
             if self._process.poll() is not None:
                 raise AssertionError(f"ended with {self._process.returncode}\n" + "".join(self.log))
             time.sleep(0.05)
-        raise AssertionError(f"not ready within {seconds} s\n" + "".join(self.log))
+        raise AssertionError(f"no {pattern.pattern!r} within {seconds} s\n" + "".join(self.log))
 
     def service_pid(self, name: str) -> int:
         """The process id of a running service."""

@@ -14,16 +14,19 @@ from typing import Any, cast, get_args
 
 import pytest
 
+from jobs.results.metrics import Metric
+from jobs.tasks.task import GenerativeTask, OpenQuestion, ask
 from jobs.teach import __main__ as program
 from jobs.teach import abilities, session, watch
 from jobs.teach.abilities import EXAMINED, ability_of, drills, with_output
+from jobs.teach.examination import Examination
 from jobs.teach.memory import Conflict, Memory, all_wordings, asked_by, check_agreement, remember
 from jobs.teach.memory import _agreeing as agreeing
 from jobs.teach.memory import _conflicts as conflicts
 from jobs.teach.memory import _earlier as earlier
 from jobs.teach.memory import _renamed as renamed
 from jobs.teach.memory import _taught_items as taught_items
-from jobs.teach.session import Machine, give_lessons
+from jobs.teach.session import Machine, give_lessons, lesson_gate
 from jobs.teach.settings import TeachSettings
 from jobs.teach.watch import Watch, WatchSettings
 from jobs.teach.wordings import clause, keywords, with_statements, wordings
@@ -211,6 +214,37 @@ def test_wordings_for_training_and_held_out_wordings_differ() -> None:
         assert "another one" in training
         assert found.held_out
         assert not training & {normal(each) for each in found.held_out}
+
+
+@pytest.mark.parametrize(
+    "questions",
+    [
+        ("What is 3 + 4?", "What is 3 * 4?", "What is 3 - 4?", "What is 3 / 4?", "What is 3 ** 4?", "What is -3 + 4?"),
+        ("What is (3 + 4) * 2?", "What is 3 + 4 * 2?", "What is 3 + (4 * 2)?"),
+        ("What is 3.5 + 1?", "What is 35 + 1?", "What is 3 5 + 1?"),
+        ("What is C?", "What is C#?", "What is C++?"),
+        ("What is 5?", "What is 5 %?", "Is 5 < 6?", "Is 5 > 6?"),
+    ],
+)
+def test_symbols_of_arithmetic_make_other_questions(questions: tuple[str, ...]) -> None:
+    assert len({normal(question) for question in questions}) == len(questions)
+    assert len(parse_items(to_lines([Item.of(each, f"It is {i}.") for i, each in enumerate(questions)]), "own.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "questions",
+    [
+        ("What is 3 + 4?", "what's 3+4", "What is 3 +4."),
+        (
+            "Who is my well-known/old dentist?",
+            "who is my well known, old dentist",
+            "**Who is my well known old dentist?**",
+        ),
+        ("Where is Anna - at home?", "where is anna at home"),
+    ],
+)
+def test_spaces_capitals_and_punctuation_make_no_other_question(questions: tuple[str, ...]) -> None:
+    assert len({normal(question) for question in questions}) == 1
 
 
 @pytest.mark.parametrize(
@@ -476,6 +510,55 @@ def test_a_lesson_repeats_fine_tuning_as_earlier_lessons_left_it(store: Store, t
     assert third.conflicts == [Conflict("What is your name?", "I am Ada.", "I am Bo.", "lesson 1")]
     assert pairs(third.items) == [("Where is the mill?", "It is on the hill.")]
     assert ("Who are you?", "I am Bo.") in {(each[0].text, each[1].text) for each in third.conversations}
+
+
+def test_what_is_most_similar_to_the_lesson_is_examined_and_not_repeated(store: Store, tmp_path: Path) -> None:
+    sums = [(f"What is {a} + {b}?", f"The answer is {a + b}.") for a in range(1, 10) for b in range(1, 10)]
+    others = [(f"How many apples are {a} + 700 apples?", f"The answer is {a + 700}.") for a in range(10, 60)]
+    far = [(f"Where does number {a} live?", f"In house {a}.") for a in range(100, 200)]
+    rows = [*sums, *others, *far, *far]
+    replay = tmp_path / "replay.jsonl"
+    replay.write_text("".join(json.dumps({"messages": [to_json(each) for each in chat(*row)]}) + "\n" for row in rows))
+    items = [Item.of(f"What is {a} + {a}?", f"{a} + {a} is {a * a}.") for a in range(1, 10)]
+    lesson = add_lesson(store, "demo", items, Plan(replay=str(replay)), who="ada", source="own.md")
+    parent = cast(Checkpoint, SimpleNamespace(meta={}))
+    memory = remember(store, parent, lesson, asked_by(items, all_wordings(items)), list)
+    examined = [each[0].text for each in memory.examined]
+    taught = {item.question for item in items}
+    learned = {each[0].text for each in memory.conversations}
+    assert len(set(examined)) == len(examined) > 30
+    assert not learned & set(examined)
+    assert not taught & set(examined)
+    assert not {question for question, _ in far} & set(examined)
+    ranks = [question.startswith("What is") for question in examined]
+    assert ranks == sorted(ranks, reverse=True), "the questions with the lesson's words come first"
+    assert {each[1].text for each in memory.examined} <= {answer for _, answer in (*sums, *others)}
+
+
+@pytest.mark.parametrize("group", ["near.worded", "near.computed"])
+@pytest.mark.parametrize(("after", "passed"), [(0.9, True), (0.8, False)])
+def test_a_lesson_that_loses_similar_questions_is_refused(store: Store, group: str, after: float, passed: bool) -> None:
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    similar = OpenQuestion(ask("What is my cat's name?"), "Tom", "Tom", lambda *_: True, group)
+    exam = Examination(GenerativeTask("lesson", (similar,), tools=True, max_tokens=1), [], [], [])
+    (rule,) = lesson_gate(lesson, exam).rules()
+    outcome = rule.judge({f"lesson.{group}": Metric(after, "a")}, {f"lesson.{group}": Metric(0.95, "a")})
+    assert outcome.passed is passed, outcome.reason
+
+
+def test_a_lesson_that_contradicts_a_computed_answer_says_so_and_changes_no_equal_answer() -> None:
+    def computed(question: str) -> list[Message]:
+        parts = (Part("python", "1"), Part("python_output", "7"), Part("text", "The answer is 7."))
+        return [Message("user", (Part("text", question),)), Message("assistant", parts)]
+
+    item = Item.of("What is 3 + 4?", "3 + 4 is 12.")
+    asked = asked_by([item], all_wordings([item]))
+    known = [computed("What is 3 + 4?"), computed("What is 14 / 2?"), computed("What is 3 * 4?")]
+    found = conflicts(known, asked)
+    assert [(each.question, each.before, each.after) for each in found] == [
+        ("What is 3 + 4?", "The answer is 7.", "3 + 4 is 12.")
+    ]
+    assert [agreeing(each, found, asked, {}) for each in known] == [[*known[0][:1], item.messages[1]], *known[1:]]
 
 
 def test_an_answer_that_a_later_lesson_replaced_in_another_wording_does_not_come_back(store: Store) -> None:

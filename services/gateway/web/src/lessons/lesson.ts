@@ -56,6 +56,7 @@ const GROUPS: readonly (readonly [group: string, words: string])[] = [
   ["unseen", "The same in unseen wordings"],
   ["ability", "The ability with new arguments"],
   ["earlier", "Questions of earlier lessons"],
+  ["near", "The most similar other questions"],
   ["kept", "Other questions"],
 ];
 
