@@ -15,7 +15,7 @@ from nanochat_core.lessons.records import Lesson
 ENDED = (0, EXIT_REFUSED, EXIT_FAILED, EXIT_CANCELED)
 
 # Lessons give way to the services on the same processors.
-_NICENESS = 10
+_NICENESS = 19
 _STOP_SECONDS = 10.0
 
 
