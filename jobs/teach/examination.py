@@ -160,7 +160,7 @@ def lost(before: Result, after: Result) -> list[dict[str, str]]:
 
 
 def wrong(after: Result) -> list[dict[str, str]]:
-    """The lesson's questions that the taught model answers wrongly, as written or in held-out wordings."""
+    """The questions of the groups ``taught``, ``unseen`` and ``ability`` that the taught model answers wrongly."""
     return [
         {name: each[name] for name in ("group", "question", "expected", "answer")}
         for each in after["answers"]

@@ -290,7 +290,7 @@ class LessonJobs:
 
 
 def _exit_code(job: LessonJob, pods: Sequence[Object]) -> tuple[int, str]:
-    """The exit code of a PyTorchJob that has ended, and how it ended."""
+    """The exit code of a PyTorchJob that has ended, and a text that says how it ended; empty after a success."""
     if job.has("Succeeded"):
         return 0, ""
     ends = [found for pod in pods if (found := pod_end(pod)) is not None]

@@ -82,7 +82,8 @@ class Memory:
         conversations: conversations of fine-tuning in random order. Their answers agree with the lesson.
         validation: validation conversations of fine-tuning that the lesson does not change.
         near: the members of ``conversations`` that the model could confuse with the lesson: a question has a word of
-            the lesson's questions, or an answer says that the answer is unknown. None of their answers is the lesson's.
+            the lesson's questions, or an answer says that the model does not know. None of the answers is one of the
+            lesson's.
         examined: the conversations whose last questions are the most similar to the lesson's. The lesson is examined
             with them, so they are in neither ``conversations`` nor ``near``.
         items: items of the model's earlier lessons whose questions the lesson does not ask.

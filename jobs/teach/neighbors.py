@@ -22,7 +22,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item, normal
 from nanochat_core.sandbox import SandboxExecutor
 
-# Most questions in total, and most for each question of the lesson.
+# Largest number of questions in total, and for each question of the lesson.
 MOST, MOST_OF_A_QUESTION = 100, 20
 # Largest number of words in a question. Fine-tuning teaches no calculation in a longer question.
 _LONGEST = 30

@@ -61,7 +61,7 @@ class Runner(Protocol):
 
 
 class Processes:
-    """Runs one process at a time. It gives all waiting lessons of a model."""
+    """Runs one process at a time. The process gives all waiting lessons of one model."""
 
     def __init__(self, start: Callable[[str], subprocess.Popen[bytes]]) -> None:
         """``start`` starts ``jobs.teach`` for a model."""

@@ -1,4 +1,4 @@
-"""Gives the lessons of a model, one at a time: teach, examine, decide, promote."""
+"""Gives the lessons of a model, one at a time: train, examine, and promote or refuse."""
 
 from __future__ import annotations
 
@@ -59,10 +59,9 @@ log = logging.getLogger("jobs.teach")
 
 # Smallest share of right answers in each group of the lesson's own questions.
 _LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
-# A lesson may make four measures worse by at most this much: the share of right answers to earlier lessons' questions,
-# the same share of the questions that are the most similar to the lesson's, the same share in each kind of other
-# questions, and the loss in nats per token. A kind has only a few questions, so one wrong answer is a large share of
-# them.
+# The largest decreases that the gate permits in the share of right answers: to the questions of earlier lessons, to the
+# questions that are the most similar to the lesson's, and to each kind of other questions. The last number is the
+# largest increase of the loss in nats per token. A kind has only a few questions, so one wrong answer is a large share.
 _EARLIER, _NEAR, _KIND, _LOSS = 0.1, 0.1, 0.1, 0.1
 _POLL_SECONDS = 1.0
 # A roll-back tries this many times to use the gate, which another program may be using.

@@ -153,12 +153,12 @@ def train(
 def go_back(
     model: GPT, start: Sequence[Tensor], probes: Sequence[Probe], known: Sequence[Probe], margin: float
 ) -> float:
-    """Move the weights toward those before the training until the model has forgotten little enough.
+    """Move the weights toward the weights before the training until the model has forgotten little enough.
 
     The weights go back in steps, at most until the share :data:`_NEAREST` of the way remains, and only as far as the
-    model answers no fewer ``probes`` exactly than the trained model. Weights on the straight line between those
-    before a fine-tuning and those after it forget less than those after it (Wortsman et al. 2022, "Robust fine-tuning
-    of zero-shot models").
+    model answers no fewer ``probes`` exactly than the trained model. Interpolated weights between a model and
+    its fine-tuned version forget less than the fine-tuned weights (Wortsman et al. 2022, "Robust fine-tuning of
+    zero-shot models").
 
     Args:
         start: the parameters before the training, in the order of ``model.parameters()``.
@@ -190,8 +190,8 @@ def go_back(
 def answered(model: GPT, probes: Sequence[Probe]) -> list[bool]:
     """For each probe, whether greedy decoding gives exactly the tokens of its answer.
 
-    This is so if each token of the answer is the most likely one after the tokens before it. One forward pass over the
-    whole probe shows this.
+    Greedy decoding does if each token of the answer is the most likely token after the tokens before it. One forward
+    pass over the whole probe is enough to see this.
     """
     device = model.smear_scale.device
     right = []

@@ -6,7 +6,7 @@ run in another process, a lesson that runs out of memory does not end this progr
 again when its process has ended. If this program is killed, the process that it has started goes on with its lessons,
 and its lease on the model keeps other processes away. A lesson that was interrupted is given again by a later process.
 
-In a cluster, with ``--cluster-jobs``, each lesson is a PyTorchJob instead. Roll-backs are processes there, too.
+In a cluster, with ``--cluster-jobs``, each lesson is a PyTorchJob instead. Roll-backs still run in processes.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Watch:
         self._done = {model: self._done.get(model, set()) for model in models}
         for model, done in self._done.items():
             for lesson in lessons(self._store, model, done):
-                if lesson.state == "damaged":  # It is read again, because somebody may repair it.
+                if lesson.state == "damaged":  # A damaged lesson is read again, because somebody may repair it.
                     damaged[lesson.model, lesson.number] = lesson.reason
                 elif lesson.done:
                     done.add(lesson.number)
@@ -202,11 +202,14 @@ class Watch:
         return ["-m", "jobs.teach", model, "--home", home, "--device", device, "--threads", threads, *flags]
 
     def _chosen_runner(self) -> Runner:
-        """Raises UserError if PyTorchJobs are wanted and this process does not run in a pod of the cluster."""
+        """The runner that the settings choose.
+
+        Raises UserError if the settings name PyTorchJobs and this process does not run in a pod of the cluster.
+        """
         file = self._settings.cluster_jobs
         if not file:
             return Processes(lambda model: self._start(model))
-        # Only this case needs the package of Kubernetes.
+        # Imported only here, because processes do not need the package kubernetes.
         from jobs.teach.lesson_jobs import LessonJobs, read_template
         from jobs.train.cluster.api import Api, client_of_pod
 
@@ -224,7 +227,7 @@ class Watch:
         return ["python", *self._arguments(lesson.model, "--until", str(lesson.number))]
 
     def end_canceled(self, lesson: Lesson) -> subprocess.Popen[bytes]:
-        """Start a process that ends a canceled lesson which no other program gives."""
+        """Start a process that ends a canceled lesson that no other program gives."""
         return self._start(lesson.model, "--end-canceled", str(lesson.number))
 
 

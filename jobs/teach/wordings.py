@@ -124,8 +124,8 @@ _SYNONYMS = (
     ("house", "home"), ("kids", "children"), ("children", "kids"), ("big", "large"), ("birthday", "date of birth"),
 )  # fmt: skip
 
-# Sets of questions that ask an assistant for the same, each divided into wordings for training and held-out wordings. A
-# question that is in a set gets all wordings of the set.
+# Sets of questions that ask an assistant the same thing. Each set is divided into wordings for training and held-out
+# wordings. A question that is in a set gets all wordings of the set.
 _INTENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         (
@@ -266,7 +266,7 @@ def clause(question: str) -> str | None:
 
 
 def keywords(question: str) -> str:
-    """The words of a question that carry its meaning, in small letters. All its words if none carries meaning."""
+    """The words of a question that carry its meaning, in lower case; all its words if none carries meaning."""
     words = normal(question).split()
     return " ".join(word for word in words if not _FUNCTION_WORD.fullmatch(word)) or " ".join(words)
 

@@ -42,7 +42,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One thing to learn: a conversation that ends with the right answer, or a text to know about.
+    """One thing to learn: a conversation that ends with the right answer, or a text to remember.
 
     Attributes:
         messages: the conversation; empty for a text.
@@ -127,7 +127,7 @@ def parse_items(content: bytes, name: str) -> list[Item]:
       ``expect`` (text that a right answer contains); ``{"text"}``; or a conversation, as for fine-tuning.
     - Markdown (``.md``): ``Q:`` and ``A:``, with Python in a code block between them if code computes the answer;
       ``User:`` and ``Assistant:`` for conversations; or questions as headings.
-    - Plain text (any other ending), and other paragraphs of Markdown: texts to know about.
+    - Plain text (any other ending), and other paragraphs of Markdown: texts to remember.
 
     Equal items are returned once. Raises a UserError that names the wrong line, paragraph or item.
     """

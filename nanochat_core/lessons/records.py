@@ -2,7 +2,7 @@
 
 The gateway and other programs that ask for something write only below ``lessons/``: a new lesson, the request that
 added it (in ``lessons/<model>/requests/``), the file ``CANCEL`` in the folder of a lesson, and
-``lessons/<model>/roll_back.json``. The gateway therefore needs no right to any other folder of the store.
+``lessons/<model>/roll_back.json``. The gateway therefore needs rights only for this folder of the store.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class Lesson:
             last; empty until the lesson begins.
         conflicts: the earlier answers that the lesson contradicts. Each has the ``question``, the earlier answer
             ``before``, the lesson's answer ``after``, and the origin ``from`` of the earlier answer.
-        training: the number of ``steps``, the ``seconds``, and the points of the ``history``. They grow during the
-            training.
+        training: the number of ``steps``, the ``seconds``, and the points of the ``history``. They are updated
+            during the training.
         before, after: the number of questions ``asked`` and the number of ``right`` answers in each group of
             :mod:`examination`, before and after the lesson.
         wrong: the lesson's questions that the taught model answers wrongly.

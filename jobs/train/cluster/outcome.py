@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from jobs.train.cluster.manifest import CONTAINER, Object
 
-# After a mistake, programs end with an exit code up to this one. Larger codes stand for a signal or a lost rank. The
-# training operator also treats only larger codes as worth another attempt.
+# Largest exit code of a program that ended because of a mistake, such as a wrong setting. Larger codes stand for a
+# signal or a lost rank. The training operator also treats only larger codes as worth another attempt.
 _LARGEST_MISTAKE = 127
 _OUT_OF_MEMORY = "OOMKilled"
 # The condition of a pod that was preempted or evicted, or whose node was drained or shut down.
@@ -29,7 +29,7 @@ class Outcome:
 
     Attributes:
         exit_code: exit code of a pod that failed by a mistake, such as a wrong setting; 0 if no pod did, for example
-            because the pods were preempted or evicted, or lost another rank.
+            because the pods were preempted or evicted, or another pod with its ranks was lost.
         reason: what happened, as a part of a sentence.
     """
 

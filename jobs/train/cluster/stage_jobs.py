@@ -6,8 +6,8 @@ over from another process therefore behaves as if it had been there from the sta
 the next round reads the same state again.
 
 An attempt of a stage is one PyTorchJob, whose name ends with the attempt's number. Attempts are never deleted, so that
-their number and their ends can be counted, and their logs can be read. They belong to the Job of the pipeline: the
-cluster deletes them together with the Job.
+each round can count them and read how they ended, and their logs can be read. They belong to the Job of the pipeline:
+the cluster deletes them together with the Job.
 """
 
 import contextlib
@@ -130,9 +130,9 @@ class StageJobs:
     def settle(self) -> None:
         """Wait for the end of every attempt that an earlier process of this Job has left running.
 
-        The work of an attempt may be in the store already, but until its pods have ended, they keep the next stage from
-        writing. Attempts that succeeded are announced, because the earlier process may have ended before it could
-        announce them.
+        The work of an attempt may be in the store already, but until its pods have ended, these pods keep the next
+        stage from writing. Attempts that succeeded are announced, because the earlier process may have ended before it
+        could announce them.
         """
         with self._suspended_with_the_job():
             while True:
