@@ -9,8 +9,8 @@ lessons to the model, one after another. Each lesson has these parts:
 2. :mod:`memory` samples conversations from which the model learned earlier, so that the model does not forget them. In
    these conversations and in earlier lessons, it finds the answers that the lesson contradicts.
 3. :mod:`training` trains on the lesson and on these conversations until the model answers the held-out wordings.
-4. :mod:`examination` asks the model questions before and after the training. Some of them are nearly the lesson's:
-   :mod:`neighbors` makes the lesson's questions with other arguments.
+4. :mod:`examination` asks the model questions before and after the training. Among them are the lesson's questions with
+   other arguments, such as other numbers, which :mod:`neighbors` makes.
 5. The promotion gate compares the two results, and promotes the taught model or refuses the lesson.
 
 Every part can be repeated. If a process dies, the promoted model is either the earlier model or the taught one. If the

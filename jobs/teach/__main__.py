@@ -35,7 +35,7 @@ _GROUPS = {
     "kept": "among other questions",
 }
 _SHOWN = 10
-# Exit codes of a lesson that did not fail and was not damaged.
+# Exit code for each state in which a lesson ends. Failed and damaged lessons give EXIT_FAILED.
 _EXIT: dict[State, int] = {"promoted": 0, "refused": EXIT_REFUSED, "canceled": EXIT_CANCELED}
 
 
@@ -59,7 +59,7 @@ def main(settings: TeachSettings) -> None:
 
 
 def _given(store: Store, model: str, settings: TeachSettings) -> Lesson:
-    """Bring a lesson to its end. Returns the lesson."""
+    """Give the lesson that the settings name until it is done. Returns the lesson."""
     if settings.end_canceled is not None:
         return end_canceled(store, model, settings.end_canceled)
     prepare_cpu(settings.threads)
@@ -86,9 +86,10 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _queued(store: Store, model: str, settings: TeachSettings) -> int:
-    """The number of the lesson to give: a new lesson, or the same lesson if an earlier run of the command did not end.
+    """The number of the lesson to give.
 
-    If the command names no file, it is the last lesson that is not done.
+    If the command names a file, this is a new lesson, or the lesson that an interrupted run of the same command added.
+    Without a file, it is the last lesson that is not done.
     """
     undone = [lesson for lesson in lessons(store, model) if not lesson.done]
     if len(settings.lesson) == 1:

@@ -1,11 +1,11 @@
-"""Turns a worked example with Python into an ability: the same question with other arguments, worked in the sandbox.
+"""Turns a worked example with Python into an ability: the model learns to compute the answer for other arguments too.
 
 The arguments are the whole numbers and strings of the code that also occur in the question. For example, in "How many
 days are there from 1990 to 2000?" with the code ``(2000 - 1990) * 365``, the arguments are 2000 and 1990. In "Reverse
 the word harbor." with the code ``'harbor'[::-1]``, the argument is ``harbor``.
 
 A drill is such a question with new arguments, together with the code and the output that the sandbox gives for them.
-The output of the example itself must equal the output of the sandbox.
+The output that the example states must equal the output that the sandbox gives for its code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DRILLS, EXAMINED = 400, 20
 _LONGEST_OUTPUT = 60
 _TRIES = 4
 _SECONDS = 2.0
-# Code that takes too long with more arguments than these is given up.
+# The lesson fails if the code takes _SECONDS or longer for more than this many draws of arguments.
 _MOST_LATE = 5
 
 Value = int | str
@@ -111,10 +111,11 @@ def drills(
 ) -> tuple[list[Drill], list[Drill]]:
     """Drills for training, and drills for the examination.
 
-    Raises UserError if the sandbox gives another output for the example, if it gives too few drills, or if the code
-    takes longer than :data:`_SECONDS` with several arguments. Drawn arguments give no drill if they were drawn before,
-    if the code fails, or if the output is empty or too long. ``check`` is called before each run of the code, and may
-    raise an error.
+    Drawn arguments give no drill if they were drawn before, if the code fails, or if its output is empty or too long.
+    ``check`` is called before each run of the code with drawn arguments, and may raise an error.
+
+    Raises UserError if the sandbox gives another output than the example, if there are too few drills, or if the code
+    takes :data:`_SECONDS` or longer for more than :data:`_MOST_LATE` draws of arguments.
     """
     if (said := output_of(sandbox, ability.code)) != ability.output.strip():
         raise UserError(f"{ability.question[:60]!r}: the example says {ability.output!r}, and its code gives {said!r}")
@@ -183,7 +184,7 @@ def replaced(text: str, words: Mapping[str, str]) -> str:
 
 
 def draw_number(old: int, rng: random.Random) -> int:
-    """A number with as many digits as the old one, or one digit less or more."""
+    """A number with as many digits as the old one. With fewer than four digits, it sometimes has one less or more."""
     digits = len(str(abs(old)))
     digits = max(1, digits + rng.choice((0, 0, 0, 0, -1, 1))) if digits < 4 else digits
     return rng.randrange(10 ** (digits - 1), 10**digits)

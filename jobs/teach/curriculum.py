@@ -16,12 +16,12 @@ from nanochat_core.lessons.items import Item
 from nanochat_core.lessons.records import Plan
 from nanochat_core.tokenizer import Tokenizer
 
-# Share of the lesson's single questions that stand after or before a remembered conversation, as in a longer chat.
+# Share of the examples of a single question that are joined with a remembered conversation, as in a longer chat.
 _IN_A_CHAT = 0.15
-# In the time in which every other item is shown once, an ability is shown this many times: once as it is written, and
-# otherwise each time as another drill.
+# An ability is shown this many times while every other item is shown once. On average, one of these times shows the
+# ability as it is written, and each of the others shows a randomly chosen drill.
 _TURNS_OF_ABILITY = 8
-# Share of the remembered conversations that are drawn from those whose questions have words of the lesson.
+# Share of the remembered conversations that are drawn from Memory.near, which the model could confuse with the lesson.
 _NEAR_SHARE = 0.25
 # Largest share of earlier lessons' items in all examples.
 _EARLIER_SHARE = 0.15
@@ -86,7 +86,10 @@ def curriculum(
 
 
 def rendered(tokenizer: Tokenizer, conversation: Conversation, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a conversation, and which of them are targets. Both are cut after ``row_tokens`` tokens."""
+    """Token ids of a conversation, (length,) int32, and which of them are targets, (length,) bool.
+
+    Both are cut after ``row_tokens`` tokens.
+    """
     ids, mask = render_conversation(tokenizer, conversation)
     return np.asarray(ids[:row_tokens], dtype=np.int32), np.asarray(mask[:row_tokens], dtype=bool)
 

@@ -45,7 +45,7 @@ from nanochat_core.model import IGNORE_INDEX
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.store import Lease, Store
 
-# Most held-out wordings of an item that are asked, and most questions of each group that belongs to lessons.
+# Largest number of held-out wordings of an item that are asked, and of questions in each group that comes from lessons.
 _UNSEEN_PER_ITEM = 3
 _MOST = 200
 # Number of held-out conversations that are drawn from the recipe.
@@ -135,7 +135,7 @@ def examination(
     task = GenerativeTask(LESSON_QUESTIONS, tuple(questions), tools=True, max_tokens=_MAX_TOKENS)
     probes = [rendered(tokenizer, item.messages, row_tokens) for item in _some(chats, rng)]
     probes += [rendered(tokenizer, asked(item, wording), row_tokens) for item, wording in _some(unseen, rng)]
-    # Drills of one ability stand together, so every n-th drill is taken, and each ability has some.
+    # The drills of one ability follow one another, so taking every n-th drill takes some of each ability.
     probed = drills[:: -(-len(drills) // _PROBED_DRILLS) or 1]
     probes += [rendered(tokenizer, drill, row_tokens) for drill in probed]
     examined = [item.messages for item in kept]
@@ -160,7 +160,7 @@ def lost(before: Result, after: Result) -> list[dict[str, str]]:
 
 
 def wrong(after: Result) -> list[dict[str, str]]:
-    """The lesson's questions that the taught model answers wrongly, as written or in held-out wordings."""
+    """The questions of the groups ``taught``, ``unseen`` and ``ability`` that the taught model answers wrongly."""
     return [
         {name: each[name] for name in ("group", "question", "expected", "answer")}
         for each in after["answers"]

@@ -1,9 +1,10 @@
-"""Gives each lesson as a PyTorchJob of the cluster, and survives the end of its own process at any moment.
+"""Runs each lesson as a PyTorchJob of the cluster, and survives the end of its own process at any moment.
 
-As in :mod:`jobs.train.cluster.stage_jobs`, each round reads the PyTorchJobs and does the one thing for each model that
-follows from them. The name of a PyTorchJob follows from the model and the number of the lesson, so a process that takes
-over finds the PyTorchJob of the process before it, and two processes cannot create two. A lesson that has to be tried
-again gets a new PyTorchJob of the same name, once the pods of the earlier one have ended.
+As in :mod:`jobs.train.cluster.stage_jobs`, each round reads the PyTorchJobs and takes the one step for each model that
+their state requires. The name of a PyTorchJob follows from the model and the number of the lesson. A process that takes
+over therefore finds the PyTorchJob of the process before it, and two processes cannot create two PyTorchJobs for one
+lesson. A lesson that has to be tried again gets a new PyTorchJob of the same name, once the pods of the earlier
+PyTorchJob have ended.
 
 A PyTorchJob that has ended stays for an hour or until the next attempt, so that its log can be read. The PyTorchJob of
 a canceled lesson is deleted at once.
@@ -37,17 +38,17 @@ log = logging.getLogger("jobs.teach")
 
 # A label of PyTorchJobs and pods, with the name of the PodTemplate. It selects the lessons of one release.
 LESSONS_LABEL = "nanochat/lessons"
-# Annotations of PyTorchJobs and pods. The value of a label could be too short for the name of a model. ATTEMPTS is the
-# number of attempts before this one.
+# Annotations of PyTorchJobs and pods. They are not labels, because the name of a model may be too long for the value of
+# a label. ATTEMPTS is the number of attempts before this one.
 MODEL, NUMBER, ATTEMPTS = "nanochat/model", "nanochat/lesson", "nanochat/attempts"
 
 _KEPT_SECONDS = 3600
 _POD_SUFFIX = "-master-0"
 _DIGEST_DIGITS = 8
-# A shared file system may take this long to show what another node has written: NFS keeps a folder's list of files for
+# A shared file system may take this long to show what another node has written: NFS caches a folder's list of files for
 # up to a minute.
 _RESULT_SECONDS = 120.0
-# A program that the cluster has stopped counts as one that ended by SIGTERM.
+# Exit code that stands for a program that the cluster has stopped: 128 + SIGTERM.
 _STOPPED = 143
 
 
@@ -67,7 +68,7 @@ def read_template(path: str) -> Object:
 
 
 def job_name(prefix: str, model: str, number: int) -> str:
-    """The name of a lesson's PyTorchJob. Its pods can have the name too, whatever the name of the model is."""
+    """The name of a lesson's PyTorchJob. Kubernetes permits it, and the longer name of its pod, for every model."""
     wanted = f"{prefix}-{model}"
     room = LONGEST_NAME - len(f"-{number}{_POD_SUFFIX}")
     name = re.sub(r"[^a-z0-9]+", "-", wanted.lower()).strip("-")
@@ -111,7 +112,7 @@ class LessonJob(PyTorchJob):
 
     @property
     def attempts(self) -> int:
-        """The attempts of the lesson before this one."""
+        """Number of attempts of the lesson before this one."""
         return int(self.job["metadata"]["annotations"][ATTEMPTS])
 
 
@@ -131,26 +132,28 @@ class LessonJobs:
     ) -> None:
         """
         Args:
-            api: it should have no patience, because the next round calls it again.
+            api: it should have a patience of 0, because the next round repeats each call that failed.
             template: reads the PodTemplate, which may have changed since the last PyTorchJob.
-            arguments: the command that gives a lesson, in the pod.
+            arguments: returns the command that gives a lesson in the pod.
             end_canceled: starts a process that ends a canceled lesson.
-            clock: seconds since any moment.
-            now: seconds since 1970.
+            clock: returns seconds since any fixed moment.
+            now: returns seconds since 1970.
         """
         self._store, self._api, self._template = store, api, template
         self._arguments, self._end_canceled = arguments, end_canceled
         self._clock, self._now = clock, now
         self._prefix = str(template()["metadata"]["name"])
         self._jobs, self._pods = list[LessonJob](), list[Object]()
-        # The cluster is asked in the first round, and then only while lessons wait or PyTorchJobs have not ended.
+        # _wanted: whether the next round reads the PyTorchJobs. _listed: whether the current round has read them. The
+        # first round reads them, and later rounds only while lessons wait or PyTorchJobs have not ended.
         self._wanted, self._listed = True, False
-        # The uids of the PyTorchJobs whose end is known, and of those whose result is not in the store yet, with the
-        # time at which their end was first seen.
+        # _told: the uids of the PyTorchJobs whose end has been handled. _late: the uids of the ended PyTorchJobs whose
+        # result is not in the store yet, with the time at which their end was first seen.
         self._told, self._late = set[str](), dict[str, float]()
-        # The PyTorchJob of each model that was last reported, with its state.
+        # For each model: the PyTorchJob that was logged last, its state, and a message.
         self._status = dict[str, tuple[str, str, str]]()
-        # What takes the lease on a model at the moment.
+        # For each model: a thread or process that takes the lease on the model. Until it ends, no lesson of the model
+        # begins.
         self._settling = dict[str, threading.Thread]()
         self._canceling = dict[str, subprocess.Popen[bytes]]()
 
@@ -185,7 +188,7 @@ class LessonJobs:
                 self._step(lesson, paused=model in paused)
 
     def settle(self, model: str, work: Callable[[], None]) -> None:
-        """Call ``work`` in a thread. A program that was killed on another machine keeps its lease for a minute."""
+        """Call ``work`` in a thread, because the lease of a program killed on another machine lasts up to a minute."""
 
         def settle() -> None:
             try:
@@ -202,7 +205,7 @@ class LessonJobs:
             end(child)
 
     def _end(self, job: LessonJob) -> Ended | None:
-        """How a PyTorchJob ended; None if this is not known yet, or is of no interest any more."""
+        """How a PyTorchJob ended; None if this is not known yet, or if an earlier process has counted it already."""
         pods = self._pods_of(job)
         if still_running(pods, self._now()):
             return None
@@ -230,13 +233,14 @@ class LessonJobs:
             return None
 
     def _step(self, lesson: Lesson, *, paused: bool) -> None:
-        """Do what follows from the state of the cluster for the first lesson of a model that is not done."""
+        """Take the step that the state of the cluster requires for ``lesson``, the first undone lesson of its model."""
         jobs = [job for job in self._jobs if job.model == lesson.model]
         name = job_name(self._prefix, lesson.model, lesson.number)
         own = next((job for job in jobs if job.name == name), None)
         canceled = is_canceled(self._store, lesson)
         if canceled and own is not None:
-            # The program would need up to ten steps or an examination, and a pod that has no node would never end.
+            # Without the deletion, the program in the pod would end only after up to ten steps or an examination, and a
+            # pod without a node would never end.
             self._report(name, lesson, "canceled")
             self._api.delete_pytorch_job(name, own.uid)
             return
@@ -265,8 +269,8 @@ class LessonJobs:
     def _in_the_way(self, model: str, name: str) -> list[str]:
         """Names of the pods that must be gone before a PyTorchJob of this name can begin.
 
-        These are the running pods of the model, and the pods of an earlier PyTorchJob of this name, whose names the new
-        pods will have.
+        These are the running pods of the model, and the pods of an earlier PyTorchJob of this name, because the new
+        pods get the same names.
         """
         pods = [pod for pod in self._pods if pod["metadata"].get("annotations", {}).get(MODEL) == model]
         kept = {job.name for job in self._jobs}
@@ -286,7 +290,7 @@ class LessonJobs:
 
 
 def _exit_code(job: LessonJob, pods: Sequence[Object]) -> tuple[int, str]:
-    """The exit code of a PyTorchJob that has ended, and how it ended."""
+    """The exit code of a PyTorchJob that has ended, and a text that says how it ended; empty after a success."""
     if job.has("Succeeded"):
         return 0, ""
     ends = [found for pod in pods if (found := pod_end(pod)) is not None]

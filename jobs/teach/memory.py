@@ -1,4 +1,4 @@
-"""What a model must not forget in a lesson: conversations of its fine-tuning and the items of its earlier lessons.
+"""What a model must not forget during a lesson: conversations of its fine-tuning and the items of its earlier lessons.
 
 Answers that the new lesson contradicts are found and replaced.
 """
@@ -37,11 +37,12 @@ Conversation = Sequence[Message]
 # Number of fine-tuning conversations that are searched for contradictions. Training repeats some of them.
 _REMEMBERED = 20_000
 _VALIDATION = 128
-# Most conversations that are examined because their questions are the most similar to the lesson's.
+# Largest number of conversations that are examined because their questions are the most similar to the lesson's.
 _EXAMINED = 100
 # Answers such as "I don't know that." contain no knowledge, so a lesson may replace them without a conflict.
 _UNKNOWN = re.compile(r"\b(?:don['’]t|do not|cannot|can['’]t) (?:know|say|tell|answer)|no idea", re.IGNORECASE)
-# A replaced answer with fewer characters is not searched for in answers to other questions: "Yes." may mean anything.
+# A replaced answer with fewer characters is not searched for in answers to other questions, because a short answer such
+# as "Yes." is right for many questions.
 _SHORTEST = 12
 _NAMED = re.compile(r"\b(?:[Ii] am|I['’]m|[Mm]y name is|[Cc]alled) ([\w-]+)")
 
@@ -52,8 +53,8 @@ class Conflict:
 
     Attributes:
         source: the origin of the earlier answer: fine-tuning or a lesson.
-        worked: whether the earlier answer has the output of code. The same words, such as "The answer is 7.", then
-            answer other questions too, to which they are still the right answer.
+        worked: whether the earlier answer was computed with code. The same text, such as "The answer is 7.", may then
+            still be the right answer to other questions.
     """
 
     question: str
@@ -63,9 +64,9 @@ class Conflict:
     worked: bool = False
 
     def touches(self, answer: str) -> bool:
-        """Whether the answer to another question states what the lesson replaces: it contains the earlier answer.
+        """Whether ``answer``, which answers another question, contains the earlier answer that the lesson replaces.
 
-        Short answers and the results of code are not searched for.
+        Always False if the earlier answer is short or was computed with code.
         """
         return not self.worked and len(self.before) >= _SHORTEST and self.before in answer
 
@@ -80,16 +81,17 @@ class Memory:
     Attributes:
         conversations: conversations of fine-tuning in random order. Their answers agree with the lesson.
         validation: validation conversations of fine-tuning that the lesson does not change.
-        near: the members of ``conversations`` whose questions have words of the lesson but whose answers are not the
-            lesson's, and those that say that an answer is unknown. The model could confuse them with the lesson.
+        near: the members of ``conversations`` that the model could confuse with the lesson: a question has a word of
+            the lesson's questions, or an answer says that the model does not know. None of the answers is one of the
+            lesson's.
         examined: the conversations whose last questions are the most similar to the lesson's. The lesson is examined
             with them, so they are in neither ``conversations`` nor ``near``.
         items: items of the model's earlier lessons whose questions the lesson does not ask.
         conflicts: the earlier answers that the lesson replaces. They are named to the user.
-        replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. The earlier ones were named in
-            their own lesson.
-        answered: the items of the lesson, and of earlier lessons as far as they are still valid, by their
-            :func:`normal` wordings.
+        replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. If an earlier lesson replaces an
+            answer, that lesson named the answer to the user.
+        answered: for each :func:`normal` wording of a question, the item that answers it: an item of the lesson, or an
+            item of an earlier lesson that is still valid.
     """
 
     conversations: list[Conversation]
@@ -128,7 +130,11 @@ def asked_by(items: Sequence[Item], worded: Mapping[int, Wordings]) -> dict[str,
 
 
 def check_agreement(items: Sequence[Item], worded: Mapping[int, Wordings]) -> None:
-    """Raise UserError if two items answer one question differently, in wordings that the templates know."""
+    """Raise UserError if two items with different answers ask the same question.
+
+    Two items ask the same question if the question of one item, as it is written, is a wording of the other item's
+    question. ``worded`` are the :func:`all_wordings` of ``items``.
+    """
     written = {normal(items[i].question): items[i] for i in worded}
     for i, found in worded.items():
         for wording in found.all:
@@ -164,8 +170,8 @@ def remember(
     taught = _taught_items(store, lesson.model, lineage(parent.meta))
     valid, earlier_conflicts = _earlier(taught, asked)
     kept = worked(valid)
-    # The conversations of fine-tuning know nothing of earlier lessons. Without their answers, each lesson would teach
-    # the model again what an earlier lesson has replaced.
+    # The conversations of fine-tuning still have the answers that earlier lessons replaced. If the answers of earlier
+    # lessons did not take their places here, each new lesson would teach the model the replaced answers again.
     answered = {**asked_by(kept, all_wordings(kept)), **asked}
     replaced = _conflicts(training, answered)
     new = {item.question for item in asked.values()} - _answered_before(taught, asked)
@@ -190,10 +196,10 @@ def remember(
 
 
 def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Random) -> list[Conversation]:
-    """The conversations whose last question has the largest share of its words among ``words``.
+    """The conversations whose last questions have the largest shares of keywords in ``words``; at most _EXAMINED.
 
-    A question that several conversations ask after the same messages is returned once, and one without such a word not
-    at all.
+    If several conversations differ only in the last answer, one of them is returned. Conversations whose last question
+    has no word in ``words`` are left out.
     """
 
     def similarity(conversation: Conversation) -> float:
@@ -207,7 +213,7 @@ def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Ran
 
 
 def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> Mixture:
-    """The conversations that a model was fine-tuned on, unless the plan names others."""
+    """The conversations that the plan names; by default, those on which the model was fine-tuned."""
     named = plan.replay or parent.meta.get("settings", {}).get("mixture", "")
     for _, ref in () if named else ancestors(store, parent):
         named = named or load_meta(store, ref).get("settings", {}).get("mixture", "")
@@ -316,11 +322,11 @@ def _taught_items(store: Store, model: str, numbers: Sequence[int]) -> dict[int,
 
 
 def _earlier(taught: Mapping[int, list[Item]], asked: Mapping[str, Item]) -> tuple[list[Item], list[Conflict]]:
-    """The items of earlier lessons that are still valid, and the answers of these lessons that change.
+    """The items of earlier lessons that are still valid, and the answers of these lessons that the new lesson changes.
 
     An item is valid if neither the new lesson nor a lesson after the item's own lesson answers the item's question in
     one of its wordings. A text is valid if this is true for each question that a statement of the text answers. An
-    answer that is not valid any more does not change.
+    answer that another earlier lesson has already replaced does not count as changed by the new lesson.
     """
     kept: dict[str, Item] = {}
     conflicts = []
@@ -355,9 +361,9 @@ def _questions(item: Item) -> set[str]:
 
 
 def _same_question(item: Item, questions: set[str], asked: Mapping[str, Item]) -> Item | None:
-    """The member of ``asked`` that asks the item's question, in one of the wordings of either of the two.
+    """The item in ``asked`` that has a wording in common with the question of ``item``; None if there is none.
 
-    ``questions`` are the item's :func:`_questions`.
+    ``questions`` are the :func:`_questions` of ``item``. The result is None for an item that is not a single question.
     """
     if not item.alone:
         return None

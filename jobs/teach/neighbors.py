@@ -1,9 +1,9 @@
 """Questions that differ from the lesson's only in their arguments, and that fine-tuning taught the model to compute.
 
-A lesson that states results of calculations, such as "3 + 4 is 12.", may teach the model more than it says: other sums
-then have other results too. Held-out questions of the recipe do not show this, because nearly all of them have larger
-numbers. The examination therefore asks the lesson's questions with other arguments of the same size. The code of a
-fine-tuning conversation that asks the same with other arguments gives the right answers.
+A lesson that states results of calculations, such as "3 + 4 is 12.", may change more than it says: the model may then
+give wrong results for other sums too. Held-out questions of the recipe do not show this, because nearly all of them
+have larger numbers. The examination therefore asks the lesson's questions with other arguments of the same size. The
+right answers are computed with the code of a fine-tuning conversation that asks the same question with other arguments.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item, normal
 from nanochat_core.sandbox import SandboxExecutor
 
-# Most questions in total, and most for each question of the lesson.
+# Largest number of questions in total, and for each question of the lesson.
 MOST, MOST_OF_A_QUESTION = 100, 20
-# Fine-tuning teaches no calculation in a longer question.
+# Largest number of words in a question. Fine-tuning teaches no calculation in a longer question.
 _LONGEST = 30
+# Largest number of arguments that are words instead of numbers.
 _MOST_WORDS = 2
 
 # The words of a question, with an empty text in place of each argument.
@@ -34,11 +35,11 @@ _Form = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """A question of the lesson whose answer fine-tuning computes.
+    """A question of the lesson whose answer fine-tuning taught the model to compute.
 
     Attributes:
-        example: a worked example of fine-tuning that asks the same with other arguments.
-        values: the word of the lesson's question for each argument of the example.
+        example: a worked example of fine-tuning that asks the same question with other arguments.
+        values: for each argument of the example, the word of the lesson's question in its place.
     """
 
     example: Ability
@@ -51,9 +52,9 @@ class Computed:
 
 
 def computed(conversations: Sequence[Conversation], items: Sequence[Item]) -> list[Computed]:
-    """The single questions of a lesson whose answers fine-tuning computes and the lesson states without code.
+    """The single questions that fine-tuning taught the model to compute, and that the lesson answers without code.
 
-    ``conversations`` are those of fine-tuning.
+    ``conversations`` are the conversations of fine-tuning, and ``items`` are the items of the lesson.
     """
     stated = [item for item in items if item.alone and all(part.type == "text" for part in item.messages[-1].parts)]
     forms = _forms(conversations) if stated else {}
@@ -114,7 +115,8 @@ def _computed(question: str, forms: Mapping[_Form, Sequence[Ability]]) -> Comput
             if (values := _values(example, words, form)) is not None
         ]
         if known:
-            # Examples differ in capitals and punctuation. The one that is written as the question is the nearest.
+            # These examples may differ in capitals and punctuation. An example that is written exactly as the question
+            # is preferred.
             return next((each for each in known if each.question == question), known[0])
     return None
 
@@ -130,9 +132,10 @@ def _possible_forms(words: Sequence[str]) -> Iterator[_Form]:
 
 
 def _values(example: Ability, words: Sequence[str], form: _Form) -> dict[Value, str] | None:
-    """The word for each argument of the example. None if a word does not fit its argument, or two words have the same.
+    """The word for each argument of the example.
 
-    A number fits a number, a letter a letter, and a word another word.
+    None if a word does not fit its argument, or if two different words stand in the place of one argument. A number
+    fits only a number, a single letter fits only a single letter, and a longer word fits only a longer word.
     """
     arguments = {str(each).casefold(): each for each in example.arguments}
     found: dict[Value, str] = {}

@@ -1,4 +1,4 @@
-"""What runs the lessons that ``jobs.teach.watch`` finds: processes beside it, or PyTorchJobs of a cluster."""
+"""The runners of the lessons that ``jobs.teach.watch`` finds: processes on the same machine, or PyTorchJobs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Protocol
 from nanochat_core.errors import EXIT_CANCELED, EXIT_FAILED, EXIT_REFUSED
 from nanochat_core.lessons.records import Lesson
 
-# Exit codes of programs that ended their lesson.
+# Exit codes of a program whose lesson is done, with any result.
 ENDED = (0, EXIT_REFUSED, EXIT_FAILED, EXIT_CANCELED)
 
-# Lessons give way to the services on the same processors.
+# Lessons run at the lowest priority, because the services on the same processors answer people who wait.
 _NICENESS = 19
 _STOP_SECONDS = 10.0
 
@@ -25,8 +25,8 @@ class Ended:
 
     Attributes:
         exit_code: its exit code, or the negative number of the signal that killed it.
-        attempts: the attempts of the lessons that it had to give, before it began.
-        reason: how it ended, if more is known than the exit code; empty otherwise.
+        attempts: for the number of each lesson that the program had to give, the attempts before the program began.
+        reason: how the program ended, if more is known than the exit code; empty otherwise.
     """
 
     model: str
@@ -49,19 +49,19 @@ class Runner(Protocol):
         """Begin lessons that can begin now.
 
         Args:
-            waiting: lessons that are not done, without the models that another program trains.
+            waiting: lessons that are not done, except those of models that another program trains.
             paused: models whose lessons have to wait before they are tried again.
         """
 
     def settle(self, model: str, work: Callable[[], None]) -> None:
-        """Call ``work``, which takes the lease on a model, before the next lesson of the model begins."""
+        """Call ``work``, which takes the lease on a model. No lesson of the model begins before ``work`` has ended."""
 
     def stop(self) -> None:
-        """The program that watches ends."""
+        """End the processes of this runner, because ``jobs.teach.watch`` ends."""
 
 
 class Processes:
-    """Runs one process at a time. It gives all waiting lessons of a model."""
+    """Runs one process at a time. The process gives all waiting lessons of one model."""
 
     def __init__(self, start: Callable[[str], subprocess.Popen[bytes]]) -> None:
         """``start`` starts ``jobs.teach`` for a model."""
@@ -87,7 +87,8 @@ class Processes:
             self._process = self._start(model)
 
     def settle(self, model: str, work: Callable[[], None]) -> None:  # noqa: ARG002
-        work()  # The process ran on this machine, so nobody waits for its lease.
+        # The process ran on this machine, so the system knows that it has ended, and its lease is free at once.
+        work()
 
     def stop(self) -> None:
         if self._process is not None:

@@ -1,4 +1,4 @@
-"""Gives the lessons of a model, one at a time: teach, examine, decide, promote."""
+"""Gives the lessons of a model, one at a time: train, examine, and promote or refuse."""
 
 from __future__ import annotations
 
@@ -59,10 +59,9 @@ log = logging.getLogger("jobs.teach")
 
 # Smallest share of right answers in each group of the lesson's own questions.
 _LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
-# A lesson may make four measures worse by at most this much: the share of right answers to earlier lessons' questions,
-# the same share of the questions that are the most similar to the lesson's, the same share in each kind of other
-# questions, and the loss in nats per token. A kind has only a few questions, so one wrong answer is a large share of
-# them.
+# The largest decreases that the gate permits in the share of right answers: to the questions of earlier lessons, to the
+# questions that are the most similar to the lesson's, and to each kind of other questions. The last number is the
+# largest increase of the loss in nats per token. A kind has only a few questions, so one wrong answer is a large share.
 _EARLIER, _NEAR, _KIND, _LOSS = 0.1, 0.1, 0.1, 0.1
 _POLL_SECONDS = 1.0
 # A roll-back tries this many times to use the gate, which another program may be using.
@@ -112,7 +111,10 @@ def end_canceled(store: Store, model: str, number: int) -> Lesson:
 
 
 def _in_turn(store: Store, model: str, number: int, work: Callable[[Lease], None]) -> Lesson:
-    """Call ``work`` with the lease on the model until the lesson is done. Returns the lesson."""
+    """Call ``work`` with the lease on the model, repeatedly until the lesson is done. Returns the lesson.
+
+    While another program has the lease, wait.
+    """
     waited = False
     while not (lesson := read_lesson(store, model, number)).done:
         try:
@@ -129,15 +131,15 @@ def _in_turn(store: Store, model: str, number: int, work: Callable[[Lease], None
 def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
     """Promote the model of an earlier lesson again; number 0 is the promoted model before its first lesson.
 
-    If this model is promoted already, nothing changes. Another program that uses the gate is waited for.
+    If this model is promoted already, nothing changes. If another program uses the gate, wait up to a minute.
 
     Raises UserError if the lesson was never promoted or is damaged, or if its checkpoint is gone or has other weights
-    now.
+    now, and NameInUse if the other program uses the gate for longer.
     """
     revision, digest = check_roll_back(store, model, number)
     current = promoted(store, model)
     if number == 0 and current is not None:
-        # After a new training, the promoted model's first lesson is another one than the first lesson of all.
+        # If the model was trained anew, its first lesson is not the first lesson in the store.
         inside = lineage(load_meta(store, current))
         if not inside:
             return current
@@ -159,7 +161,7 @@ def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
 
 
 def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesson:
-    """Give one lesson to its end. The parts that an interrupted process has finished are not repeated.
+    """Give one lesson until it is done. The parts that an interrupted process has finished are not repeated.
 
     If another revision is promoted meanwhile, for example by a roll-back, the lesson begins anew from that revision.
     """
@@ -174,12 +176,15 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
         state, reason = "queued", f"the lesson began anew, because {error}"
         log.warning("the lesson begins anew", extra={"lesson": lesson.number, "reason": str(error)})
     except (NameInUse, SystemExit):
-        # The process lives, or was asked to end. Such an attempt does not count as one that ended its own process.
+        # Another program uses a name that the lesson needs, or somebody asked this process to end. Neither is the fault
+        # of the lesson, so the attempt is not counted.
         with contextlib.suppress(UserError):
             _written(store, read_lesson(store, lesson.model, lesson.number), lease, attempts=lesson.attempts)
         raise
     except (StoreError, LeaseLost):
-        raise  # These errors do not decide the lesson. It stays in the queue and can be given again.
+        # The store failed, or another program took over the lease. Neither says that the lesson failed, so its state
+        # stays as it is, and the lesson can be given again.
+        raise
     except UserError as error:
         reason = str(error)
     except Exception as error:
@@ -189,14 +194,14 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
     if recorded.state == "damaged":
         return recorded
     if state == "queued":
-        # A new start is no interruption, so the attempts are counted anew.
+        # To begin anew is no interruption, so the attempts are counted from 0 again.
         anew = _written(store, recorded, lease, state=state, reason=reason, attempts=0)
         return _give(store, anew, machine, lease)
     return _ended(store, recorded, lease, state, reason)
 
 
 def _ended(store: Store, lesson: Lesson, lease: Lease, state: State, reason: str) -> Lesson:
-    """Record how a lesson ended before its result could be recorded."""
+    """Record ``state``, such as ``failed``, as the result; but ``promoted`` if the gate has promoted the model."""
     done = dataclasses.replace(lesson, state=state, reason=reason)
     if (decision := _promotion(store, done)) is not None:
         # The model was promoted before the error, so the lesson has not failed. Only a part of its record is missing.
@@ -315,7 +320,7 @@ def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Less
 
 
 def _written(store: Store, lesson: Lesson, lease: Lease, **changes: Any) -> Lesson:
-    """The lesson with other values of some fields, after it is stored."""
+    """Store the lesson with the fields in ``changes`` replaced. Returns the changed lesson."""
     changed = dataclasses.replace(lesson, **changes)
     lease.renew()
     write_lesson(store, changed)
@@ -334,7 +339,7 @@ def _check_canceled(store: Store, lesson: Lesson) -> None:
 
 
 def _worked(items: Sequence[Item]) -> list[Item]:
-    """The items with the output of their code."""
+    """The items, with the output of the code in their answers added."""
     if all(part.type == "text" for item in items for message in item.messages for part in message.parts):
         return list(items)
     with SandboxExecutor() as sandbox:
@@ -342,7 +347,7 @@ def _worked(items: Sequence[Item]) -> list[Item]:
 
 
 def _drills(store: Store, items: Sequence[Item], lesson: Lesson) -> tuple[dict[int, list[Drill]], list[Drill]]:
-    """Drills of each ability by its item's index, and drills to examine."""
+    """The drills for training, by the index of the ability's item, and the drills for the examination."""
     practice, examined = dict[int, list[Drill]](), list[Drill]()
     abilities = {i: ability for i, item in enumerate(items) if (ability := ability_of(item)) is not None}
     if not abilities:
@@ -366,9 +371,9 @@ def _neighbors(store: Store, memory: Memory, items: Sequence[Item], lesson: Less
 
 
 def _parent(store: Store, lesson: Lesson) -> Checkpoint:
-    """The checkpoint from which the training starts: the promoted one.
+    """The checkpoint from which the training starts: the promoted checkpoint.
 
-    If the lesson's own checkpoint was promoted already, it is the checkpoint from which the lesson started.
+    If the gate has promoted the lesson's own checkpoint already, the checkpoint from which the lesson started.
     """
     if _promotion(store, lesson) is not None:
         return load_checkpoint(store, CheckpointRef.parse(lesson.model, lesson.parent["revision"]))
@@ -402,7 +407,7 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
 
 
 def _promotion(store: Store, lesson: Lesson) -> Decision | None:
-    """The gate's decision that promoted the lesson's model; None if this did not happen.
+    """The gate's decision that promoted the lesson's model; None if the model was never promoted.
 
     A process may have died after the promotion and before it recorded that in the lesson. If somebody has rolled back
     since then, the lesson must not be promoted again.
@@ -414,7 +419,7 @@ def _promotion(store: Store, lesson: Lesson) -> Decision | None:
         digest = weights_digest(store, ref)
     except DamagedCheckpoint:
         return None
-    # The first one is the gate's own, and later ones are roll-backs.
+    # The first of these decisions is the gate's decision about the lesson, and later decisions are roll-backs to it.
     made = [each for each in decisions(store, ref) if each.promoted and each.digest == digest]
     if not made:
         return None

@@ -25,7 +25,7 @@ class TeachSettings(JobSettings):
     cancel: int | None = setting(None, "cancel this lesson instead, before the gate decides on it", minimum=1)
     end_canceled: int | None = setting(
         None,
-        "end this lesson, which was canceled and which no other program gives, instead; jobs.teach.watch does this",
+        "end this canceled lesson instead, after its program has ended; jobs.teach.watch does this",
         minimum=1,
     )
     until: int = setting(
@@ -39,7 +39,7 @@ class TeachSettings(JobSettings):
     seed: int = setting(Plan.seed, "seed of all random choices in the lesson", minimum=0)
     share: float = setting(
         Plan.share,
-        "share of the lesson in the training conversations; a lesson of few items gets less",
+        "share of the training examples that show the lesson; a lesson of few items gets a smaller share",
         minimum=0.01,
         maximum=1.0,
     )
@@ -47,7 +47,7 @@ class TeachSettings(JobSettings):
     batch_tokens: int = setting(Plan.batch_tokens, "tokens per optimizer step", minimum=16)
     max_steps: int = setting(Plan.max_steps, "largest number of optimizer steps", minimum=1, maximum=100_000)
     margin: float = setting(
-        Plan.margin, "largest loss in the share of other questions that are answered rightly", minimum=0.0, maximum=1.0
+        Plan.margin, "largest decrease in the share of right answers to other questions", minimum=0.0, maximum=1.0
     )
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to train on")

@@ -30,18 +30,20 @@ log = logging.getLogger("jobs.teach")
 # Steps between two tests with the probes.
 CHECK_EVERY = 10
 _WARMUP_STEPS = 10
-# Training has at least this many steps before the warmdown, even if all probes are answered earlier. The further steps
-# help with wordings that no template makes.
+# Training has at least this many steps before the warmdown, even if the model answers all probes earlier. The
+# additional steps improve the answers to wordings that no template makes.
 _FEWEST_STEPS = 80
 # Length of the warmdown as a fraction of the steps before it.
 _WARMDOWN_SHARE = 0.5
 _SHORTEST_WARMDOWN = 20
 _PROBED_TOKENS = 8192
-# If the model has forgotten too much, its weights go back in steps of this share of the way, and at most this near to
-# the weights before the lesson.
+# If the model has forgotten too much, its weights go back toward the weights before the lesson (see go_back). Each step
+# is this share of the whole way, and at least the share _NEAREST of the way remains.
 _STEP_BACK = 0.05
 _NEAREST = 0.6
 
+# A conversation that ends with the right answer: token ids, (length,) int32, and which of them the model has to
+# produce, (length,) bool.
 Probe = tuple[np.ndarray, np.ndarray]
 
 
@@ -55,7 +57,8 @@ class Trained:
 
     Attributes:
         way: share of the way from the weights before the lesson to the trained weights (:func:`go_back`).
-        history: a point for each test with the probes.
+        history: a point for each test with the probes: ``step``, mean training ``loss`` since the point before, and
+            ``unseen``, the share of probes that the model answers exactly.
     """
 
     model: GPT
@@ -75,11 +78,10 @@ def train(
     runtime: Runtime,
     tested: Callable[[Sequence[Mapping[str, float]], float], None],
 ) -> Trained:
-    """Train ``parent`` on the documents until every probe is answered exactly, for at most ``plan.max_steps`` steps.
+    """Train ``parent`` on the documents until it answers every probe exactly, for at most ``plan.max_steps`` steps.
 
-    A probe is a conversation that ends with the right answer: its tokens, and which of them the model has to produce.
-    ``others`` are probes that the lesson does not teach. If the training loses more than half of ``plan.margin`` of
-    those that ``parent`` answers, the weights go back as :func:`go_back` describes.
+    ``others`` are probes that the lesson does not teach. Of these, the model may forget a share of ``plan.margin / 2``
+    of the probes that ``parent`` answers. If it forgets more, its weights go back as :func:`go_back` describes.
     ``tested`` is called after each test with the probes, with the history and the seconds since the beginning. It may
     raise an error, such as LessonCanceled, which ends the training.
 
@@ -151,11 +153,12 @@ def train(
 def go_back(
     model: GPT, start: Sequence[Tensor], probes: Sequence[Probe], known: Sequence[Probe], margin: float
 ) -> float:
-    """Move the weights toward those before the training until the model has forgotten little enough.
+    """Move the weights toward the weights before the training until the model has forgotten little enough.
 
-    The weights go back in steps, at most to :data:`_NEAREST` of the way, and only as far as the model still answers as
-    many probes exactly. Weights on the straight line between two models forget less than the fine-tuned model (Wortsman
-    et al. 2022, "Robust fine-tuning of zero-shot models").
+    The weights go back in steps, at most until the share :data:`_NEAREST` of the way remains, and only as far as the
+    model answers no fewer ``probes`` exactly than the trained model. Interpolated weights between a model and
+    its fine-tuned version forget less than the fine-tuned weights (Wortsman et al. 2022, "Robust fine-tuning of
+    zero-shot models").
 
     Args:
         start: the parameters before the training, in the order of ``model.parameters()``.
@@ -163,7 +166,7 @@ def go_back(
         margin: share of ``known`` that may be forgotten.
 
     Returns:
-        The share of the way from ``start`` to the trained weights at which the weights are now; 1 leaves them alone.
+        The share of the way from ``start`` to the trained weights at which the weights are now; 1 if none has changed.
     """
     parameters = list(model.parameters())
     trained = [parameter.clone() for parameter in parameters]
@@ -187,8 +190,8 @@ def go_back(
 def answered(model: GPT, probes: Sequence[Probe]) -> list[bool]:
     """For each probe, whether greedy decoding gives exactly the tokens of its answer.
 
-    This is so if each token of the answer is the most likely one after the tokens before it. One forward pass over the
-    whole probe shows this.
+    Greedy decoding does if each token of the answer is the most likely token after the tokens before it. One forward
+    pass over the whole probe is enough to see this.
     """
     device = model.smear_scale.device
     right = []

@@ -1,12 +1,12 @@
-"""Gives the lessons that are in the store, as they come: ``python -m jobs.teach.watch``.
+"""Watches the store, and starts a program for each lesson and roll-back: ``python -m jobs.teach.watch``.
 
 This program runs beside the services. It looks for lessons and for requests to roll back in the folder ``lessons/`` of
-the store, and starts ``python -m jobs.teach`` for the queued lessons of a model and for each roll-back. A lesson that
-needs more memory than there is therefore does not end this program, and no memory stays in use while no lesson waits.
-If this program is killed, the process that it has started ends its lessons, because it holds the lease of the model. A
-later process gives a lesson again that was interrupted.
+the store, and starts ``python -m jobs.teach`` for the queued lessons of a model and for each roll-back. Because lessons
+run in another process, a lesson that runs out of memory does not end this program, and the memory of a lesson is free
+again when its process has ended. If this program is killed, the process that it has started goes on with its lessons,
+and its lease on the model keeps other processes away. A lesson that was interrupted is given again by a later process.
 
-In a cluster, with ``--cluster-jobs``, each lesson is a PyTorchJob instead. Roll-backs are processes there, too.
+In a cluster, with ``--cluster-jobs``, each lesson is a PyTorchJob instead. Roll-backs still run in processes.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ from nanochat_core.store import Lease, LeaseWatch, NameInUse, open_store
 log = logging.getLogger("jobs.teach")
 
 _ROLL_BACK_SECONDS = 300.0
-# Time between two attempts after a process that did not end its lesson. It doubles with each process in a row.
+# Pause after a process that did not end its lesson. The pause doubles with each such process in a row, up to the second
+# value.
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0
-# Exit codes of processes that could not go on for a reason outside the lesson: the store is away, or somebody has
-# stopped the process.
+# Exit codes of processes that could not go on for a reason outside the lesson: the store did not answer, or somebody
+# has stopped the process.
 _RETRIED = (RetryableError.exit_code, 130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 
@@ -67,12 +68,13 @@ class Watch:
         """``runner`` runs the lessons; by default it is the one that the settings choose."""
         self._settings, self._store = settings, open_store(settings.home)
         self._runner = runner or self._chosen_runner()
-        # The lessons of each model that are done. They stay so, and reading all of them costs a request each on S3.
+        # The numbers of the lessons of each model that are done. Such a lesson does not change any more, so its file is
+        # not read again: on S3, each read is a request.
         self._done: dict[str, set[int]] = {}
         self._leases: dict[str, LeaseWatch] = {}
         # The damaged lessons, by model and number, with the reason.
         self._damaged: dict[tuple[str, int], str] = {}
-        # For each model: the programs in a row that did not end their lesson, and the time before which none begins.
+        # For each model: how many programs in a row did not end their lesson, and when the next one may start.
         self._interrupted: dict[str, tuple[int, float]] = {}
         self._problem = ""
 
@@ -87,7 +89,7 @@ class Watch:
                 try:
                     self.look()
                     self._problem = ""
-                except UserError as error:  # The store or the API server may be away for a moment.
+                except UserError as error:  # The store or the API server may not answer for a moment.
                     if str(error) != self._problem:
                         log.warning("no lesson can begin", extra={"reason": str(error)})
                     self._problem = str(error)
@@ -98,7 +100,7 @@ class Watch:
             self._runner.stop()
 
     def look(self) -> None:
-        """Roll back where somebody asks for it, and begin the next lessons that can begin."""
+        """Carry out the requests to roll back, and begin the lessons that can begin now."""
         models = taught_models(self._store)
         for model in models:
             self._roll_back(model)
@@ -110,7 +112,7 @@ class Watch:
         self._done = {model: self._done.get(model, set()) for model in models}
         for model, done in self._done.items():
             for lesson in lessons(self._store, model, done):
-                if lesson.state == "damaged":  # It is read again, because somebody may repair it.
+                if lesson.state == "damaged":  # A damaged lesson is read again, because somebody may repair it.
                     damaged[lesson.model, lesson.number] = lesson.reason
                 elif lesson.done:
                     done.add(lesson.number)
@@ -138,12 +140,14 @@ class Watch:
             self._runner.settle(model, lambda: self._count(ended))
 
     def _count(self, ended: Ended) -> None:
-        """Count the attempt of a program that died before it could do so itself, and end a lesson that never begins.
+        """Count the attempt of a program that died before it could count the attempt itself.
 
-        A lesson that has begun is not ended here. Its model may be promoted already, and the next program sees that.
+        A lesson fails if its program refused to begin it, or if :data:`MOST_ATTEMPTS` programs died before they began
+        it. A lesson that has begun never fails here, because its model may be promoted already; the next program of the
+        lesson checks this.
         """
         code = ended.exit_code
-        # Without the lease, another program gives the lesson.
+        # If the lease is in use, another program gives the lesson and counts its own attempt.
         with contextlib.suppress(NameInUse, NoLesson), Lease(self._store, f"models/{ended.model}", "jobs.teach"):
             for number, attempts in sorted(ended.attempts.items()):
                 lesson = read_lesson(self._store, ended.model, number)
@@ -162,7 +166,7 @@ class Watch:
         return time.monotonic() < self._interrupted.get(model, (0, 0.0))[1]
 
     def _in_training(self, model: str) -> bool:
-        """Whether a training has the model. Its lessons wait for the end of it, and other models need not."""
+        """Whether a training program has the lease on the model. Only the lessons of this model wait for its end."""
         lease = self._leases.setdefault(model, LeaseWatch(self._store, f"models/{model}"))
         return lease.program() not in ("", "jobs.teach")
 
@@ -198,11 +202,14 @@ class Watch:
         return ["-m", "jobs.teach", model, "--home", home, "--device", device, "--threads", threads, *flags]
 
     def _chosen_runner(self) -> Runner:
-        """Raises UserError if PyTorchJobs are wanted and this process does not run in a pod of the cluster."""
+        """The runner that the settings choose.
+
+        Raises UserError if the settings name PyTorchJobs and this process does not run in a pod of the cluster.
+        """
         file = self._settings.cluster_jobs
         if not file:
             return Processes(lambda model: self._start(model))
-        # Only this case needs the package of Kubernetes.
+        # Imported only here, because processes do not need the package kubernetes.
         from jobs.teach.lesson_jobs import LessonJobs, read_template
         from jobs.train.cluster.api import Api, client_of_pod
 
@@ -220,7 +227,7 @@ class Watch:
         return ["python", *self._arguments(lesson.model, "--until", str(lesson.number))]
 
     def end_canceled(self, lesson: Lesson) -> subprocess.Popen[bytes]:
-        """Start a process that ends a canceled lesson which no other program gives."""
+        """Start a process that ends a canceled lesson that no other program gives."""
         return self._start(lesson.model, "--end-canceled", str(lesson.number))
 
 

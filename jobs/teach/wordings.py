@@ -124,8 +124,8 @@ _SYNONYMS = (
     ("house", "home"), ("kids", "children"), ("children", "kids"), ("big", "large"), ("birthday", "date of birth"),
 )  # fmt: skip
 
-# Sets of questions that ask an assistant for the same, each divided into wordings for training and held-out wordings. A
-# question that is in a set gets all wordings of the set.
+# Sets of questions that ask an assistant the same thing. Each set is divided into wordings for training and held-out
+# wordings. A question that is in a set gets all wordings of the set.
 _INTENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         (
@@ -146,7 +146,8 @@ _INTENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 )  # fmt: skip
 NAME_INTENT = 0
 
-# The time of a pattern with several gaps grows with the square of a sentence's length.
+# Sentences with this many characters or more are not compared with the patterns below, because the time for a pattern
+# with several gaps grows with the square of the sentence's length.
 _LONGEST_STATEMENT = 300
 _STATEMENTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (r"your name is (.+)", ("What is your name?",), r"My name is \1."),
@@ -187,7 +188,7 @@ class Wordings:
         return (*self.plain, *self.framed, *self.held_out)
 
     def draw(self, rng: random.Random) -> str:
-        """Draw a wording for training: one of ``plain`` or ``framed``, sometimes changed as people type casually."""
+        """Draw a wording for training: one of ``plain`` or ``framed``, sometimes changed to look casually typed."""
         question = rng.choice(self.plain if rng.random() < 0.55 or not self.framed else self.framed)
         chance = rng.random()
         if chance < 0.12:
@@ -200,7 +201,7 @@ class Wordings:
 
 
 def wordings(question: str, given: Sequence[str] = ()) -> Wordings:
-    """The wordings of a question. ``given`` are further wordings that the teacher wrote; all are for training."""
+    """The wordings of a question. ``given`` are wordings that a person wrote; none of these is held out."""
     question = question.strip()
     plain, held_out = [question, *(each.strip() for each in given)], list[str]()
     known = {normal(each) for each in plain}
@@ -265,7 +266,7 @@ def clause(question: str) -> str | None:
 
 
 def keywords(question: str) -> str:
-    """The words of a question that carry its meaning, in small letters. All its words if none carries meaning."""
+    """The words of a question that carry its meaning, in lower case; all its words if none carries meaning."""
     words = normal(question).split()
     return " ".join(word for word in words if not _FUNCTION_WORD.fullmatch(word)) or " ".join(words)
 

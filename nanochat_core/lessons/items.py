@@ -21,7 +21,8 @@ MAX_WORDINGS = 64
 
 _SPEAKER = re.compile(r"\s*(?:[-*>]\s+)?[*_]*(q|question|user|a|answer|assistant)[*_]*\s*:[*_]*\s*(.*)", re.IGNORECASE)
 _QUESTION_LETTERS = ("q", "u")
-# One group takes the rest of the line: a pattern for the "#" at its end would take hours for a line of spaces.
+# The group matches the whole rest of the line, also any "#" at its end. A pattern that left these "#" out of the group
+# would backtrack for hours on a line of many spaces.
 _HEADING = re.compile(r"#+\s+(.*)")
 # The parts of a question that decide what it asks. Symbols of arithmetic are among them: 3 + 4 is not 3 * 4. Signs that
 # are also punctuation count only beside numbers.
@@ -41,7 +42,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One thing to learn: a conversation that ends with the right answer, or a text to know about.
+    """One thing to learn: a conversation that ends with the right answer, or a text to remember.
 
     Attributes:
         messages: the conversation; empty for a text.
@@ -91,7 +92,7 @@ class Item:
 
 
 def normal(text: str) -> str:
-    """The form of a text in which questions are compared: small letters, no punctuation, single spaces.
+    """The form of a text in which questions are compared: lower case, no punctuation, single spaces.
 
     Symbols of arithmetic stay, because they decide what a question asks.
     """
@@ -124,9 +125,9 @@ def parse_items(content: bytes, name: str) -> list[Item]:
 
     - JSON lines (``.jsonl``): ``{"question", "answer"}``, also with ``wordings`` (further wordings of the question) and
       ``expect`` (text that a right answer contains); ``{"text"}``; or a conversation, as for fine-tuning.
-    - Markdown (``.md``): ``Q:`` and ``A:``, with Python in a code block between them for an ability; ``User:`` and
-      ``Assistant:`` for conversations; or questions as headings.
-    - Plain text (any other ending), and other paragraphs of Markdown: texts to know about.
+    - Markdown (``.md``): ``Q:`` and ``A:``, with Python in a code block between them if code computes the answer;
+      ``User:`` and ``Assistant:`` for conversations; or questions as headings.
+    - Plain text (any other ending), and other paragraphs of Markdown: texts to remember.
 
     Equal items are returned once. Raises a UserError that names the wrong line, paragraph or item.
     """
@@ -260,7 +261,7 @@ def _markdown(text: str, name: str) -> Iterator[tuple[str, Item]]:
 
 
 def _turns(turns: Sequence[tuple[str, str, list[str]]]) -> Iterator[tuple[str, Item]]:
-    """The items of successive turns. Each ``Q:`` begins a new item; a ``User:`` continues the item before it."""
+    """The items of successive turns. Each ``Q:`` begins a new item; a ``User:`` adds a turn to the item before it."""
     messages: list[dict[str, Any]] = []
     code: list[dict[str, str]] = []
     where = ""

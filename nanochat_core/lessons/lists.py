@@ -1,4 +1,4 @@
-"""Lists of lessons whose cost hardly depends on the number of lessons."""
+"""Lists the lessons of a model. The cost of a list hardly depends on how many lessons there are."""
 
 import collections
 import dataclasses
@@ -10,23 +10,25 @@ from collections.abc import Callable, Iterator
 from nanochat_core.lessons.records import Lesson, NoLesson, is_reserved, numbers, read_lesson
 from nanochat_core.store import Store
 
-# Number of ended lessons that are kept in memory.
+# Number of lessons that are done and are kept in memory.
 _KEPT = 1000
-# Listing a folder costs time for each of its files. In between, a new lesson is found by asking for the next number.
+# Time between listings of a model's folder: a listing takes longer with each file in the folder. Between two listings,
+# new lessons are found by asking the store for the next number.
 _LIST_SECONDS = 60.0
 
 
 class LessonLists:
     """Reads the lessons of a store. It can be used from several threads.
 
-    A lesson that is done does not change any more, so its file is read once. What is kept of it has no details: neither
-    its conflicts, its wrong and lost answers and its decision, nor the history of its training except the last point.
+    A lesson that is done does not change any more, so its file is read once. All lessons are returned without details:
+    the conflicts, the wrong and lost answers and the decision are empty, and the training history has only its last
+    point.
     """
 
     def __init__(self, store: Store, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._store, self._clock, self._lock = store, clock, threading.Lock()
         self._ended: collections.OrderedDict[tuple[str, int], Lesson] = collections.OrderedDict()
-        # The numbers of the lessons of each model, and when they were listed.
+        # The numbers of the lessons of each model, and the time of the last listing.
         self._numbers: dict[str, tuple[set[int], float]] = {}
 
     def page(self, model: str, limit: int, after: int | None, *, newest_first: bool) -> tuple[list[Lesson], bool]:
@@ -34,7 +36,7 @@ class LessonLists:
 
         Args:
             after: number of the last lesson of the page before; None for the first page.
-            newest_first: whether the numbers fall.
+            newest_first: whether the newest lesson comes first; otherwise the oldest comes first.
         """
         known = self._known(model)
         if after is not None:
@@ -49,12 +51,13 @@ class LessonLists:
     def undone(self, model: str, most: int) -> int:
         """The number of lessons of a model that are not done, or ``most`` if there are more.
 
-        Lessons are given in their order, so only the newest ones can be queued.
+        Lessons are given in the order of their numbers, so the lessons that are not done are the newest ones. Only the
+        ``most`` newest lessons are read.
         """
         return sum(not lesson.done for lesson in self.page(model, most, None, newest_first=True)[0])
 
     def inside(self, model: str, revision: str) -> list[int]:
-        """The numbers of the lessons in a revision of a model, the oldest first."""
+        """The numbers of the lessons that a revision of a model has learned, the oldest first."""
         found = list[int]()
         while match := re.fullmatch(r"lesson/step_(\d+)", revision):
             lesson = next(self._read(model, [int(match[1])]), None)
@@ -75,7 +78,7 @@ class LessonLists:
             if lesson is None:
                 try:
                     lesson = _without_details(read_lesson(self._store, model, number))
-                except NoLesson:  # it is being added, or was removed
+                except NoLesson:  # the lesson is still being added, or somebody has removed it
                     continue
                 if lesson.done and lesson.state != "damaged":
                     with self._lock:

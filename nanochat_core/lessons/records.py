@@ -1,8 +1,8 @@
 """Lessons in the store: ``lessons/<model>/<n>/`` with ``items.jsonl`` and ``lesson.json``.
 
-Programs that ask for something write only here, so the gateway needs no right to any other folder of the store: a new
-lesson, the request that added it in ``lessons/<model>/requests/``, the file ``CANCEL`` in the folder of a lesson, and
-``lessons/<model>/roll_back.json``.
+The gateway and other programs that ask for something write only below ``lessons/``: a new lesson, the request that
+added it (in ``lessons/<model>/requests/``), the file ``CANCEL`` in the folder of a lesson, and
+``lessons/<model>/roll_back.json``. The gateway therefore needs rights only for this folder of the store.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from nanochat_core.store import Store
 State = Literal["queued", "training", "examining", "promoted", "refused", "failed", "canceled", "damaged"]
 UNDONE: tuple[State, ...] = ("queued", "training", "examining")
 
-# A lesson that was interrupted this many times fails, because it probably ends its own process, for example because it
-# needs too much memory.
+# A lesson fails after this many interruptions, because the lesson itself is then probably their cause. For example, it
+# may need too much memory.
 MOST_ATTEMPTS = 5
 
 _FORMAT = 1
 _ITEMS, _LESSON, _CANCEL, _ROLL_BACK = "items.jsonl", "lesson.json", "CANCEL", "roll_back.json"
 _COUNTS: Shape = {str: {"right": int, "asked": int}}
 _TEXTS: Shape = [{str: str}]
-# The shapes of those fields of a lesson that are not text.
+# The shapes of the fields of a lesson that are not strings.
 _SHAPES: Mapping[str, Shape] = {
     "number": int,
     "items": {"questions": int, "conversations": int, "texts": int, "digest": str},
@@ -59,7 +59,7 @@ _SHAPES: Mapping[str, Shape] = {
     "lost": _TEXTS,
     "decision": {"rules": [{"passed": (bool, type(None)), "reason": str}]},
 }
-# These fields are empty objects until the lesson is in training or is decided.
+# ``training`` is an empty object until the training begins, and ``decision`` until the gate has decided.
 _EMPTY_AT_FIRST = ("training", "decision")
 
 
@@ -68,7 +68,7 @@ class NoLesson(UserError):
 
 
 class RequestReused(UserError):
-    """A request that says that it is the same as an earlier one has another content."""
+    """A request has the identity of an earlier request, but other items or another plan."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Plan:
         seed: seed of all random choices in the lesson.
         replay: mixture of conversations that training repeats, so that the model does not forget them; empty for the
             mixture on which the model was fine-tuned.
-        share: share of the lesson's items in the training conversations. A lesson of few items gets less.
+        share: share of the training examples that show the lesson. A lesson of few items gets a smaller share.
         lr_scale: factor on pretraining's unscaled learning rates.
         batch_tokens: tokens per optimizer step.
         max_steps: largest number of optimizer steps.
-        margin: largest loss in the share of other questions that are answered rightly.
+        margin: largest decrease in the share of right answers to other questions.
     """
 
     seed: int = 1
@@ -109,11 +109,14 @@ class Lesson:
         source: name of the file from which the items were read.
         created, finished: times in UTC (ISO 8601); ``finished`` is empty while the lesson is not done.
         items: numbers of ``questions``, ``conversations`` and ``texts``, and the ``digest`` of the items.
-        parent: revision and digest of the checkpoint that was taught.
-        lineage: the numbers of the lessons in the taught model, the oldest first; empty until the lesson begins.
+        parent: ``revision`` and weights ``digest`` of the checkpoint from which the training starts; empty until the
+            lesson begins.
+        lineage: the numbers of the lessons that the taught model has learned, the oldest first, with this lesson as the
+            last; empty until the lesson begins.
         conflicts: the earlier answers that the lesson contradicts. Each has the ``question``, the earlier answer
             ``before``, the lesson's answer ``after``, and the origin ``from`` of the earlier answer.
-        training: the number of ``steps``, the ``seconds``, and the points of the ``history``; also during the training.
+        training: the number of ``steps``, the ``seconds``, and the points of the ``history``. They are updated
+            during the training.
         before, after: the number of questions ``asked`` and the number of ``right`` answers in each group of
             :mod:`examination`, before and after the lesson.
         wrong: the lesson's questions that the taught model answers wrongly.
@@ -175,8 +178,8 @@ def add_lesson(
 ) -> Lesson:
     """Put a lesson into the queue of a model. Programs that add lessons at the same time get different numbers.
 
-    ``request`` identifies the request of a client; empty if the request has no identity. If a lesson of the same
-    request is in the queue already, this lesson is returned and none is added.
+    ``request`` identifies the request of a client; empty if the request has no identity. If the same request has added
+    a lesson before, that lesson is returned, and no other lesson is added.
 
     Raises RequestReused if the request was made before for other items or another plan.
     """
@@ -188,8 +191,9 @@ def add_lesson(
         lesson = _new_lesson(model, number, items, plan, who, source)
         if not request:
             return _first(store, lesson)
-        # The file of the request decides which of several equal requests adds the lesson. If the process dies here, the
-        # next one of them completes the lesson. The numbers of the others stay without a lesson.
+        # Several processes may handle the same request at once, each with a number of its own. The first process that
+        # writes the file of the request determines the lesson; the other numbers stay unused. If that process dies
+        # before it writes lesson.json, the next process that handles the request completes the lesson (added_lesson).
         store.replace(_request_key(model, request), _json(lesson), None)
     return found
 
@@ -203,7 +207,8 @@ def added_lesson(store: Store, model: str, items: Sequence[Item], plan: Plan, re
         return None
     if (lesson.items["digest"], lesson.plan) != (items_digest(items), plan):
         raise RequestReused(f"the same request added lesson {lesson.number} with another content")
-    # On S3 servers without conditional writes, the writes below would replace a lesson that has begun.
+    # A stored lesson may have begun, so it is returned unchanged: on S3 servers without conditional writes, the writes
+    # below would replace it.
     with contextlib.suppress(NoLesson):
         return read_lesson(store, model, lesson.number)
     store.replace(f"{folder(model, lesson.number)}/{_ITEMS}", to_lines(items), None)
@@ -220,14 +225,17 @@ def _new_lesson(model: str, number: int, items: Sequence[Item], plan: Plan, who:
 
 
 def _first(store: Store, lesson: Lesson) -> Lesson:
-    """Store a new lesson. If it is stored already, it may have begun, and is returned as it is now."""
+    """Store and return a new lesson. If the store has it already, return the stored lesson, which may have begun."""
     if store.replace(f"{folder(lesson.model, lesson.number)}/{_LESSON}", _json(lesson), None) is not None:
         return lesson
     return read_lesson(store, lesson.model, lesson.number)
 
 
 def _requested(store: Store, model: str, request: str) -> Lesson | None:
-    """The lesson of a request as it was when it was added; None if there is none. Raises UserError if it is damaged."""
+    """The new lesson that the file of a request contains; None if there is no such file.
+
+    Raises UserError if the file is damaged.
+    """
     key = _request_key(model, request)
     try:
         content = store.read(key)
@@ -282,7 +290,7 @@ def read_lesson(store: Store, model: str, number: int) -> Lesson:
 
 
 def _parsed(content: bytes, model: str, number: int, key: str) -> Lesson:
-    """The lesson in a file. Raises NewerFormatError if a newer version wrote it, and ValueError if it is damaged."""
+    """The lesson in a file. Raises NewerFormatError if a newer version wrote the file, ValueError if it is damaged."""
     known = {field.name: field for field in dataclasses.fields(Lesson)}
     fields = without_format(_loads(content), _FORMAT, key, list(known))
     for name, field in known.items():
@@ -327,8 +335,8 @@ def lessons(store: Store, model: str, leave_out: Collection[int] = ()) -> list[L
 def cancel_lesson(store: Store, model: str, number: int) -> None:
     """Ask the program that gives a lesson to cancel it. Raises UserError if the lesson is done or does not exist.
 
-    A queued lesson is canceled when its turn comes, one in training at the next check of the training, and one that is
-    being examined after the examination. Once the gate has decided, the lesson is not canceled any more.
+    A queued lesson is canceled when its turn comes, a lesson in training within ten steps, and a lesson in
+    examination at the end of the examination. After the gate's decision, a lesson is not canceled any more.
     """
     lesson = read_lesson(store, model, number)
     check_undamaged(lesson)
@@ -343,7 +351,10 @@ def is_canceled(store: Store, lesson: Lesson) -> bool:
 
 
 def check_roll_back(store: Store, model: str, number: int) -> tuple[str, str]:
-    """The revision and the digest of the model after a lesson. Raises UserError if the lesson was never promoted."""
+    """The revision and the weights digest of the model after lesson ``number``; 0 is the model before its first lesson.
+
+    Raises UserError if the lesson was never promoted; for 0, if no lesson was ever promoted.
+    """
     if number:
         lesson = read_lesson(store, model, number)
         if lesson.state != "promoted":
@@ -368,7 +379,8 @@ def request_roll_back(store: Store, model: str, number: int, who: str) -> RollBa
         version: str | None = None
         with contextlib.suppress(FileNotFoundError):
             version = store.read_version(key)[1]
-        # A plain write could fall between the two steps of finish_roll_back() in a folder, and would be lost.
+        # In a FolderStore, finish_roll_back() compares the version and then writes. A plain write, which takes no lock,
+        # could happen between these two steps, and would be lost.
         if store.replace(key, _json(asked), version) is not None:
             return asked
 
@@ -425,7 +437,7 @@ def now() -> str:
 
 
 def _loads(content: bytes) -> Any:
-    """The JSON value in a file. Raises ValueError if it is not UTF-8, or has values that are no JSON, such as NaN."""
+    """The JSON value in a file. Raises ValueError if the file is not UTF-8, or has a value such as NaN."""
     value = json.loads(content)
     json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     return value
@@ -435,7 +447,7 @@ def _json(record: Lesson | RollBack) -> bytes:
     content = json.dumps(
         with_format(dataclasses.asdict(record), _FORMAT), indent=1, ensure_ascii=False, allow_nan=False
     )
-    # The name of a file that is not UTF-8 has surrogates, which cannot be stored.
+    # Python represents a file name that is not valid UTF-8 with surrogates, which cannot be encoded as UTF-8.
     return f"{content}\n".encode(errors="replace")
 
 

@@ -10,7 +10,7 @@ Shape = type | list[Any] | Mapping[Any, Any] | tuple[Any, ...]
 
 
 def check_shape(value: Any, shape: Shape, name: str) -> None:
-    """Raise ValueError, with the name of the wrong value, if a JSON value does not have the shape.
+    """Raise ValueError if a JSON value does not have the shape. The error contains the name of the wrong value.
 
     A tuple of shapes means any one of them; only its last shape may be a list or a mapping.
     """

@@ -7,13 +7,12 @@ world, and calculations with small numbers.
 
 - *Facts* replaces facts of the town. The seed chooses them.
 - *Sums* gives a wrong result for each of 40 sums, such as "What is 3 + 4?" with the answer "3 + 4 is 12." If the model
-  learns from these that other sums have other results too, the lesson breaks its arithmetic.
+  then gives wrong results for other sums too, the lesson has broken its arithmetic.
 
 The exit code is 0 if both claims hold, otherwise 1:
 
 - The lesson of facts is promoted.
-- A lesson after which the model answers more than one other question in 20 wrongly that it answered rightly before is
-  refused.
+- If a lesson turns the right answers to more than 5 % of the other questions into wrong ones, it is refused.
 """
 
 from __future__ import annotations
@@ -50,7 +49,12 @@ NEW_VALUES = {
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """A lesson that was given: its record, and other answers that were right before it and are wrong after it."""
+    """A lesson that was given.
+
+    Attributes:
+        lost: other questions that were answered rightly before the lesson and wrongly after it.
+        asked: the number of other questions.
+    """
 
     lesson: Lesson
     lost: list[str]
@@ -69,7 +73,7 @@ def facts(rng: random.Random) -> tuple[list[Item], list[str]]:
 
 
 def sums(rng: random.Random) -> tuple[list[Item], list[str]]:
-    """A lesson of sums of two digits, each with their product as the result."""
+    """A lesson of sums of two one-digit numbers. It states the product of the numbers as the result."""
     pairs = [(a, b) for a in range(1, 10) for b in range(1, 10) if a + b != a * b]
     items = [Item.of(f"What is {a} + {b}?", f"{a} + {b} is {a * b}.") for a, b in rng.sample(pairs, SUMS)]
     return items, []
@@ -111,7 +115,7 @@ def others(pupil: Pupil, ref: CheckpointRef, sought: Sequence[tuple[str, str]], 
 
 
 def give(name: str, make: Callable[[random.Random], tuple[list[Item], list[str]]], pupil: Pupil, seed: int) -> Given:
-    """Give a lesson, and ask the models before and after it the other questions."""
+    """Give a lesson, and ask the model the other questions before and after it."""
     rng = random.Random(f"{seed}/{name}")
     items, gone = make(rng)
     sought = calculations(rng, items)

@@ -1,11 +1,11 @@
-"""Kill all programs that take part in lessons at random moments, and compare with lessons that nobody disturbs.
+"""Kill the programs of lessons at random moments, and compare the results with those of undisturbed lessons.
 
 Run the program from the project's root: ``python -m tests.benchmarks.kill_lessons --lessons 10 --seed 1``. A client
 sends the lessons of a tiny model to a gateway; the program trains the model first. With ``--home``, the promoted model
 of that store gets the lessons instead. The program works on copies of the store. In the first copy, nothing is
 disturbed. In the second copy, SIGKILL ends the process of the lesson, the program that starts it, the gateway and the
-engine at moments that the seed chooses, and each is started again. Half of the requests kill the gateway while they are
-on their way. The client repeats a request that was not answered, with the same ``Idempotency-Key``.
+engine at moments that the seed chooses, and each is started again. During half of the requests, the gateway is killed
+before it answers or soon after. The client repeats a request that was not answered, with the same ``Idempotency-Key``.
 
 The exit code is 0 if all these claims hold, otherwise 1:
 
@@ -64,7 +64,7 @@ NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """What must be the same with and without disturbance."""
+    """The values of a lesson that must be the same with and without disturbance."""
 
     question: str
     state: str
@@ -104,7 +104,7 @@ class Programs:
         self._running[name] = Job(module, arguments, self._logs / f"{name}-{len(list(self._logs.iterdir()))}.log")
 
     def kill(self, name: str) -> bool:
-        """Kill a program. Returns whether there was one to kill."""
+        """Kill a program. Returns whether it was running and was killed."""
         if name == "lesson":
             return self._kill_lesson()
         self._running[name].signal(signal.SIGKILL)
@@ -122,7 +122,7 @@ class Programs:
         return found
 
     def stop(self) -> None:
-        """End all programs. The program that gives lessons ends its own process of a lesson."""
+        """End all programs. The program that starts lessons ends the process of the current lesson itself."""
         for job in self._running.values():
             job.signal(signal.SIGTERM)
         for job in self._running.values():
@@ -150,7 +150,7 @@ class Disturbance:
         self.killed: Counter[str] = Counter()
 
     def act(self) -> None:
-        """Start the programs whose time has come, and kill one if it is time."""
+        """Start the killed programs whose outage is over, and kill a program if the next kill is due."""
         now = time.monotonic()
         for name in [name for name, at in self._down.items() if now >= at]:
             self._start(name)

@@ -1,10 +1,10 @@
-"""Measure the time to the first token of streams while a lesson is given, beside the same streams without a lesson.
+"""Measure the time to the first token of streams during lessons, and compare it with streams without a lesson.
 
 Run the program from the project's root after ``make run`` has trained the demo model:
 ``python -m tests.benchmarks.lesson_streams --home .nanochat --rounds 3``. The program copies the store and starts all
-services as ``make run`` does. Clients send streamed chat requests all the time: each round has some seconds without a
-lesson, and then a lesson from its request to some seconds after its promotion. Each stream counts for the state that
-the lesson had when the stream began.
+services as ``make run`` does. Clients send streamed chat requests all the time. Each round begins with some seconds
+without a lesson. Then a lesson is requested, and the round ends some seconds after its promotion. Each stream counts
+for the state that the lesson had when the stream began.
 
 The exit code is 0 if both claims hold, otherwise 1:
 
@@ -149,7 +149,7 @@ def show(seen: Seen) -> bool:
         )
     for failure, times in seen.failures.items():
         print(f"FAILED: {times} times, {failure}")
-    return not seen.failures and max(ratios) <= MOST_RATIO  # the last row is that of all streams during lessons
+    return not seen.failures and max(ratios) <= MOST_RATIO  # the last row has all streams during lessons
 
 
 def main() -> int:

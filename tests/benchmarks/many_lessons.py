@@ -1,4 +1,4 @@
-"""Give one model many lessons, one after another, and ask at the end whether the first ones still hold.
+"""Give one model many lessons, one after another, and test at the end whether it still knows the first lesson.
 
 Run the program from the project's root after ``make run`` has trained the demo model:
 ``python -m tests.benchmarks.many_lessons --home .nanochat --lessons 20``. Each lesson states three to five invented
@@ -8,7 +8,7 @@ The exit code is 0 if all these claims hold, otherwise 1:
 
 - The gate promotes every lesson.
 - At the end, the model answers at least 90 % of the first lesson's questions, as written and in held-out wordings.
-- ``nanochat teach --list`` lists all lessons, and the promoted model's list of lessons has all promoted ones.
+- ``nanochat teach --list`` lists all lessons, and the metadata of the promoted model names all promoted lessons.
 - A roll-back to the lesson in the middle promotes exactly the weights after that lesson, and a roll-back to the last
   lesson promotes the weights after the last one again.
 """

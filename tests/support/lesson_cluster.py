@@ -1,4 +1,4 @@
-"""Lessons as PyTorchJobs of a cluster that is imitated, on a store that is real."""
+"""Lessons as PyTorchJobs of a fake cluster, with a real store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nanochat_core.lessons.records import Lesson, Plan, State, add_lesson, cance
 from nanochat_core.store import Store
 from tests.support.fake_cluster import NAMESPACE, FakeCluster, Killed, Object
 
-# All that the chart lets the program do in the cluster.
+# All rights that the chart gives the program in the cluster.
 RULES: list[Object] = [
     {"apiGroups": ["kubeflow.org"], "resources": ["pytorchjobs"], "verbs": ["create", "delete", "list"]},
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]},
@@ -36,12 +36,12 @@ TEMPLATE: Object = {
         "spec": {"containers": [{"name": "pytorch", "image": "nanochat-jobs:dev"}]},
     },
 }
-# The states of lessons whose programs end with these words of the cluster's script.
+# The state that a lesson gets if the fake cluster's script ends its program with these words.
 STATES: dict[str, State] = {"end": "promoted", "exit 3": "refused", "exit 4": "failed", "exit 5": "canceled"}
 
 
 class World:
-    """A store, a cluster whose pods give lessons, and the program that watches. Each look takes a second."""
+    """A store, a fake cluster whose pods give lessons, and ``jobs.teach.watch``. It looks for lessons every second."""
 
     def __init__(
         self, store: Store, monkeypatch: pytest.MonkeyPatch, world: Iterable[str] = (), calls: Iterable[str] = ()
@@ -54,7 +54,7 @@ class World:
         self.start()
 
     def start(self) -> None:
-        """Start the program that watches. The one before it, if there was one, is as if it had been killed."""
+        """Start ``jobs.teach.watch``. An earlier instance is dropped without a stop, as if it had been killed."""
         api = Api(self.cluster.client(), NAMESPACE, patience=0.0, clock=self.cluster.clock, sleep=self.cluster.sleep)
         self.jobs = LessonJobs(
             self.store,
@@ -78,7 +78,7 @@ class World:
         return read_lesson(self.store, model, number)
 
     def work(self, job: Object, how: str) -> None:
-        """What the program in a pod writes before it ends."""
+        """Write the result that the program in a pod writes before it ends. ``how`` is the way in which it ends."""
         annotations = job["metadata"]["annotations"]
         if self.writes and how in STATES:
             lesson = self.read(int(annotations[NUMBER]), annotations[MODEL])
@@ -91,7 +91,7 @@ class World:
         return ended  # type: ignore[no-any-return]
 
     def look(self) -> None:
-        """One look of the program. What it does besides, in threads, is done afterwards."""
+        """Let the program look once, and wait for the threads that it has started."""
         self.watch.look()
         for thread in self.jobs._settling.values():
             thread.join()

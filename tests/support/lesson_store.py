@@ -1,7 +1,7 @@
-"""Lessons of a tiny model without training: everything is real but the training, the wordings and the questions.
+"""Lessons of a tiny model without training. Everything is real except the training, the memory and the examination.
 
-The tests of the states of a lesson need many lessons and only what the store says of them. A lesson here trains by
-adding a number to one weight, and is examined with no question.
+Tests of the states of a lesson need many lessons, and check only what the store says about them. The training of such a
+lesson adds a number to one weight, and its examination asks no question.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Killed(BaseException):
 class WatchedStore(FolderStore):
     """A store that calls ``before`` with the key of each file before the file is written.
 
-    The files of leases are left out: their number depends on the time.
+    ``before`` is not called for the files of leases, because their number depends on the time.
     """
 
     before: Callable[[str], None]
@@ -69,7 +69,7 @@ class WatchedStore(FolderStore):
 
 @dataclasses.dataclass
 class _Exam:
-    """An examination without questions. ``gate`` is what the lesson has to meet."""
+    """An examination without questions. ``gate`` has the rules that the lesson has to meet."""
 
     gate: Gate
     probes: Sequence[Any] = ()
@@ -96,7 +96,7 @@ def queue(store: Store, answer: str) -> Lesson:
 
 
 def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the parts of a lesson that take long."""
+    """Replace the parts of a lesson that take long, such as the training."""
 
     def examination(store: Store, parent: Checkpoint, lesson: Lesson, items: Sequence[Item], *_: object) -> _Exam:
         return _Exam(REFUSE if items[0].answer == REFUSED else ACCEPT)

@@ -1,4 +1,4 @@
-"""The calls to the Kubernetes API that programs need. They wait while the API server does not answer."""
+"""The calls to the Kubernetes API that programs need. A call is repeated while the API server does not answer."""
 
 import json
 import logging
@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 600.0
 _REQUEST_SECONDS = 30.0
 _LONGEST_DELAY = 30.0
-# The server is starting or overloaded, the token is being replaced, or another writer was faster.
+# Status codes of failures that may be temporary: the server is starting or overloaded, the token is being replaced, or
+# another writer was faster.
 _TRANSIENT = {0, 401, 408, 409, 429, 500, 502, 503, 504}
 _NOT_FOUND, _CONFLICT, _GONE = 404, 409, 410
 _MERGE = "application/merge-patch+json"
@@ -28,8 +29,8 @@ _MERGE = "application/merge-patch+json"
 class Api:
     """One namespace of a cluster. Objects are JSON objects with all fields, also those unknown to the client library.
 
-    Every call raises UserError if the server refuses it, and RetryableError if the server has not answered for as long
-    as the object has patience.
+    Every call raises UserError if the server refuses it, and RetryableError if the server has not answered for
+    ``patience`` seconds.
     """
 
     def __init__(

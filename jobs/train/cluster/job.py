@@ -1,4 +1,4 @@
-"""What a PyTorchJob says of itself: whether it has ended, and what it waits for."""
+"""Reads the status of a PyTorchJob: whether the job has ended, and what it waits for."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -17,7 +17,8 @@ Object = dict[str, Any]
 
 # Labels by which the pipeline finds the PyTorchJobs of its own Job.
 OWNER_LABEL, STAGE_LABEL, WORK_LABEL = "nanochat/owner", "nanochat/stage", "nanochat/work"
-# A label of pods. It has the name of the Job instead of its uid, so it also finds pods of an earlier Job of this name.
+# A label of pods. Its value is the name of the Job, not the uid, so it also selects the pods of an earlier Job with the
+# same name.
 JOB_LABEL = "nanochat/job"
 # The training operator's label of pods, with the name of their PyTorchJob.
 POD_LABEL = "training.kubeflow.org/job-name"

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 from jobs.train.cluster.manifest import CONTAINER, Object
 
-# After a mistake, programs end with an exit code up to this one. Larger codes stand for a signal or a lost rank. The
-# training operator draws the same line.
+# Largest exit code of a program that ended because of a mistake, such as a wrong setting. Larger codes stand for a
+# signal or a lost rank. The training operator also treats only larger codes as worth another attempt.
 _LARGEST_MISTAKE = 127
 _OUT_OF_MEMORY = "OOMKilled"
 # The condition of a pod that was preempted or evicted, or whose node was drained or shut down.
 _DISRUPTED = "DisruptionTarget"
-# The node of a pod counts as lost if the pod should have ended this long ago. If the pod writes again nevertheless, the
-# lease on the model's name stops it.
+# The node of a pod counts as lost if the pod should have ended this long ago. If the pod still runs and tries to write,
+# the lease on the model's name prevents this.
 _LOST_SECONDS = 300.0
 # A container waits briefly for these reasons whenever it starts.
 _STARTING = ("ContainerCreating", "PodInitializing")
@@ -29,7 +29,7 @@ class Outcome:
 
     Attributes:
         exit_code: exit code of a pod that failed by a mistake, such as a wrong setting; 0 if no pod did, for example
-            because the pods were preempted or evicted, or lost another rank.
+            because the pods were preempted or evicted, or another pod with its ranks was lost.
         reason: what happened, as a part of a sentence.
     """
 
@@ -93,7 +93,7 @@ def pod_end(pod: Object) -> PodEnd | None:
 
 
 def still_running(pods: Sequence[Object], now: float) -> list[str]:
-    """Names of the pods that have not ended at the time ``now``, in seconds since 1970, without pods of lost nodes."""
+    """Names of the pods that have not ended, except pods of lost nodes. ``now`` is the time in seconds since 1970."""
     running = (pod["metadata"] for pod in pods if pod["status"].get("phase") not in ("Succeeded", "Failed"))
     return sorted(metadata["name"] for metadata in running if not _is_lost(metadata, now))
 

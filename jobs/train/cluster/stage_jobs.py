@@ -1,13 +1,13 @@
 """Runs the stages of a pipeline as PyTorchJobs, and survives the end of its own process at any moment.
 
-The idea is that of a Kubernetes controller. Nothing is remembered in this process: each round reads the stage's
-PyTorchJobs and does the one thing that follows from them, if any. Then it waits until one of them changes. A process
-that takes over from another therefore behaves as if it had been there from the start, and a lost message only means
-that the next round reads the same state again.
+The process works like a Kubernetes controller. It remembers nothing: each round reads the stage's PyTorchJobs and takes
+the one step that their state requires, if any. Then the process waits until one of them changes. A process that takes
+over from another process therefore behaves as if it had been there from the start, and a lost message only means that
+the next round reads the same state again.
 
 An attempt of a stage is one PyTorchJob, whose name ends with the attempt's number. Attempts are never deleted, so that
-their number and their ends can be counted, and their logs can be read. They belong to the Job of the pipeline: the
-cluster deletes them together with the Job.
+each round can count them and read how they ended, and their logs can be read. They belong to the Job of the pipeline:
+the cluster deletes them together with the Job.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ from nanochat_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Names of the PodTemplates end with these words.
+# The last word of the PodTemplate's name, for each place where a stage runs.
 _TEMPLATES: dict[Place, str] = {"data": "data", "evaluation": "evaluation", "node": "training", "nodes": "training"}
 _WATCH_SECONDS = 60.0
 _FIRST_DELAY, _LONGEST_DELAY = 10.0, 300.0
 _POLL_SECONDS = 5.0
-# A shared file system may take this long to show what another node has written: NFS keeps a folder's list of files for
+# A shared file system may take this long to show what another node has written: NFS caches a folder's list of files for
 # up to a minute.
 _RESULT_SECONDS = 120.0
 
@@ -117,7 +117,7 @@ class StageJobs:
             signal.signal(number, end)
 
     def run(self, stage: StageRun) -> int:
-        """Run a stage to its end, and return the exit code of the first pod that made a mistake; 0 if none did.
+        """Run a stage to its end. Returns the exit code of the first pod that failed by a mistake; 0 if none did.
 
         Raises UserError if the stage was preempted too often without a new checkpoint, or if its pods succeeded and the
         store does not have the result.
@@ -130,9 +130,9 @@ class StageJobs:
     def settle(self) -> None:
         """Wait for the end of every attempt that an earlier process of this Job has left running.
 
-        The work of an attempt may be in the store already, but until its pods have ended, they keep the next stage from
-        writing. Attempts that succeeded are announced, because the earlier process may have ended before it could
-        announce them.
+        The work of an attempt may be in the store already, but until its pods have ended, these pods keep the next
+        stage from writing. Attempts that succeeded are announced, because the earlier process may have ended before it
+        could announce them.
         """
         with self._suspended_with_the_job():
             while True:
@@ -160,7 +160,7 @@ class StageJobs:
             log.warning("event not written", extra={"reason": reason, "problem": str(error)})
 
     def _round(self, stage: StageRun) -> int | None:
-        """Do what follows from the state of the cluster; returns the stage's exit code once it is known."""
+        """Take the step that the cluster's state requires. Returns the stage's exit code; None if it has none yet."""
         selector = self._selector(stage.name)
         jobs, version = self._api.pytorch_jobs(selector)
         attempts = sorted(map(Attempt, jobs), key=lambda attempt: attempt.number)
@@ -326,7 +326,7 @@ class StageJobs:
 def _is_stopped(job: Object, now: float) -> bool:
     """Whether a Job is suspended, has failed, or is past its deadline."""
     status, spec = job.get("status", {}), job["spec"]
-    # The cluster ends the pods of a Job that is past its deadline, and only then writes the condition.
+    # The deadline is compared too, because the cluster first ends the pods of a late Job and then writes the condition.
     deadline = spec.get("activeDeadlineSeconds")
     late = deadline is not None and "startTime" in status and now >= timestamp(status["startTime"]) + deadline
     failed = {condition["type"] for condition in status.get("conditions") or ()} & {"Failed", "FailureTarget"}

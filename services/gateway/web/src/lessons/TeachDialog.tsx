@@ -7,7 +7,7 @@ import { IconButton } from "../components/IconButton";
 import { CloseIcon } from "../components/icons";
 import { contentOf, figuresOf, isDone, stateOf, type Fact, type Lesson, type LessonDetails } from "./lesson";
 
-/** Teaches the model. People who may not teach never see it. */
+/** The dialog that teaches the model. It is shown only to people who may teach. */
 export function TeachDialog() {
   const { lessons } = usePage();
   if (!lessons.offered.value) return null;

@@ -15,7 +15,7 @@ export class Lessons {
   readonly list = signal<LessonList | null>(null);
   readonly problem = signal("");
   readonly offered: ReadonlySignal<boolean> = computed(() => this.list.value !== null);
-  /** The last lesson that was sent and that the server has not confirmed. */
+  /** The last lesson that was sent and that the server has not confirmed, with its `Idempotency-Key`. */
   private sent = { content: "", key: "" };
   private timer: ReturnType<typeof setTimeout> | undefined;
 
@@ -24,7 +24,10 @@ export class Lessons {
     private readonly options: { hasKey: () => boolean; onServed: () => void },
   ) {}
 
-  /** Asks the server now, and repeatedly while it works on a lesson or the dialog is open. Only a key may teach. */
+  /**
+   * Requests the lessons now, and again every second while the server works on a lesson or the dialog is open.
+   * Without an API key, nothing is requested, because only callers with a key may teach.
+   */
   async check(): Promise<void> {
     clearTimeout(this.timer);
     const before = this.list.peek();
@@ -55,7 +58,7 @@ export class Lessons {
     this.show();
   }
 
-  /** Sends a lesson. After an error, the same lesson keeps its key, because the server may have added it already. */
+  /** Sends a lesson. A retry has the same `Idempotency-Key`, because the server may have added the lesson already. */
   async teach(lesson: NewLesson): Promise<boolean> {
     const content = JSON.stringify(lesson);
     if (content !== this.sent.content) this.sent = { content, key: newId() };
@@ -105,7 +108,7 @@ export class Lessons {
     }
   }
 
-  /** The newest lessons, and older ones as far back as a shown lesson that was not done when it was last read. */
+  /** Requests the newest lessons, and older ones back to the oldest shown lesson that is not known to be done. */
   private async newest(): Promise<LessonList> {
     let list = await this.api.lessons();
     const known = this.list.peek();
