@@ -211,7 +211,7 @@ def refuse_pointer(path: Path, shown: str) -> None:
 
 @contextlib.contextmanager
 def reading(shown: str) -> Iterator[None]:
-    """Turn the errors of reading a file, which error messages call ``shown``, into a UserError."""
+    """Turn the errors that occur while a file is read into a UserError. Its message calls the file ``shown``."""
     try:
         yield
     except UnicodeError as error:

@@ -59,7 +59,10 @@ def main(settings: TeachSettings) -> None:
 
 
 def _given(store: Store, model: str, settings: TeachSettings) -> Lesson:
-    """Give the lesson that the settings name until it is done. Returns the lesson."""
+    """Give the undone lessons up to the one that the settings select, and return that lesson when it is done.
+
+    With ``end_canceled``, only end that canceled lesson and return it.
+    """
     if settings.end_canceled is not None:
         return end_canceled(store, model, settings.end_canceled)
     prepare_cpu(settings.threads)

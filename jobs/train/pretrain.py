@@ -289,7 +289,7 @@ def pretrain(settings: PretrainSettings, runtime: Runtime) -> CheckpointRef:
 
 
 def firsts(documents: TextDataset) -> list[str]:
-    """The first validation documents. The samples of a training run continue their first words."""
+    """The first validation documents. During training, samples continue the beginnings of some of them."""
     return [documents[number] for number in range(min(_SAMPLES, len(documents)))]
 
 

@@ -228,7 +228,7 @@ class TrainerState:
     manifest: Manifest
     values: dict[str, Any]
     _store: Store
-    # For each file and each of its tensors, by name: the first row in the file, and the number of rows in the file.
+    # By file, then by tensor name: the tensor's first row that the file stores, and the number of these rows.
     _index: dict[str, dict[str, tuple[int, int]]]
     _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 

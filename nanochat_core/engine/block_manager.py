@@ -193,7 +193,7 @@ class _BlockPool:
         return block
 
     def source_of_copy(self, parent: bytes) -> int:
-        """Return the block that is offered for copying after the parent with this hash. Mark it as recently used."""
+        """Return the block to copy as the next one after the block with hash ``parent``. Mark it as recently used."""
         block, _tokens = self.index.offers[parent]
         if not self.references[block]:
             self.free.move_to_end(block)

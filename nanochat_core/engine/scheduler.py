@@ -28,7 +28,7 @@ class Chunk:
 
     seq: Sequence
     start: int
-    known: int  # number of tokens that are no draft; a token that is still being sampled is a chunk by itself
+    known: int  # number of tokens before the draft; 1 if the chunk is the token that the previous step still samples
     draft: Items[int] = ()  # guesses of the tokens after the last known token
     # For each cache group, the id of the block to copy before the step. This block contains the tokens that precede
     # ``start`` in the sequence's own block. The list is empty if no block must be copied.
