@@ -155,10 +155,10 @@ MASSES = {
 async def test_a_mass_of_entries_is_refused_at_once_and_with_one_error(http: httpx.AsyncClient, mass: str) -> None:
     path, body = MASSES[mass]
     assert len(body) < 1_000_000
-    began = time.monotonic()
+    began = time.process_time()  # the gateway runs in this process
     answer = await post(http, path, body)
-    seconds = time.monotonic() - began
+    seconds = time.process_time() - began
     assert answer.status_code in (400, 404), answer.text[:300]
     assert len(answer.content) < 1000
     assert json.loads(answer.content)["error"]["code"]
-    assert seconds < 2, "takes a tenth of a second on a free core"
+    assert seconds < 2, "takes a tenth of a second of processor time"

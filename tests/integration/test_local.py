@@ -208,7 +208,8 @@ def test_a_service_that_dies_is_started_again(start: Callable[..., Manager]) -> 
 def test_a_dead_service_is_noticed_even_if_a_process_of_its_own_goes_on(
     folder: Path, start: Callable[..., Manager]
 ) -> None:
-    orphan = 'import subprocess; child = subprocess.Popen(["sleep", "30"])\nprint("child", child.pid, flush=True)\n'
+    orphan = 'import subprocess; child = subprocess.Popen(["sleep", "30"])\n'
+    orphan += 'print(f"child {child.pid}\\n", end="", flush=True)\n'
     write_service(folder, "sandbox", orphan + SERVICE)
     manager = start()
     os.kill(manager.pid("sandbox"), signal.SIGKILL)
@@ -237,8 +238,8 @@ def without_a_model(folder: Path) -> None:
 PIPELINE = """
 import signal, sys, time
 from pathlib import Path
-signal.signal(signal.SIGTERM, lambda *_: (print("saving", flush=True), sys.exit(143)))
-print("training", sys.argv[1:], flush=True)
+signal.signal(signal.SIGTERM, lambda *_: (print("saving\\n", end="", flush=True), sys.exit(143)))
+print(f"training {sys.argv[1:]}\\n", end="", flush=True)  # one write, because other programs write to the same pipe
 while not (Path("go").exists() and Path("go").read_text()):  # the file is empty while it is written
     time.sleep(0.01)
 sys.exit(int(Path("go").read_text()))

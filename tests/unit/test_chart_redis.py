@@ -172,7 +172,7 @@ def test_the_server_of_the_pod_wants_the_password_and_keeps_its_data_when_it_is_
 def test_the_notes_warn_of_gateways_that_count_limits_by_themselves(settings: str, warned: bool) -> None:
     command = ["helm", "install", "n", CHART, "--dry-run=client", "--set", settings]
     notes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("NOTES:")[2]
-    assert ("Each gateway counts the limits by itself" in notes) == warned
+    assert ("against the limits by itself" in notes) == warned
     assert ("services.gateway.keys create" in notes) == ("redis" in settings)
 
 

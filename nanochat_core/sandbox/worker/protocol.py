@@ -23,8 +23,9 @@ BEGUN = b"*"
 STARTED, FAILED, EXITED = b"s", b"f", b"x"
 
 # Where the scratch file systems of workers come from: the launcher has made a mount namespace in which workers can
-# mount them; or the fork server makes such a namespace if it is allowed to, and otherwise workers get folders.
-MOUNTS_EXIST, MOUNTS_IF_ALLOWED = b"e", b"a"
+# mount them; or the fork server makes such a namespace if it is allowed to, and otherwise workers get folders; or
+# workers get folders in any case.
+MOUNTS_EXIST, MOUNTS_IF_ALLOWED, NO_MOUNTS = b"e", b"a", b"n"
 
 # The first byte of a claim is one of these kinds.
 VALUE, NOTHING, ERROR, MEMORY, DENIED, FILE_SIZE, NO_SPACE = _KINDS = tuple(bytes([byte]) for byte in b"vnemdsf")
