@@ -198,16 +198,27 @@ async def test_requests_wait_while_all_engines_are_full_and_callers_take_turns(t
 
 
 async def test_more_requests_than_the_queue_holds_are_refused() -> None:
-    async with running_engine() as engine, running_gateway(engine.address, queue_size=1, queue_seconds=20) as url:
+    limits = {"max_engine_sequences": 1, "queue_size": 1, "queue_seconds": 60}
+    async with running_engine() as engine, running_gateway(engine.address, **limits) as url:
         await until_ready(url)
-        engine.script = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
+        free = asyncio.Event()
+
+        async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+            await free.wait()
+            async for part in saying("hello")(request, context):
+                yield part
+
+        engine.script = script
+        running = asyncio.create_task(ask(url))
+        while not engine.requests:
+            await asyncio.sleep(0.01)
         waiting = asyncio.create_task(ask(url))
         await until_queued(url, 1)
         with pytest.raises(openai.RateLimitError, match="Too many requests are waiting") as error:
             await ask(url)
         assert int(error.value.response.headers["retry-after"]) > 0
-        engine.script = saying("hello")
-        assert await waiting == "hello"
+        free.set()
+        assert [await running, await waiting] == ["hello", "hello"]
 
 
 async def test_a_more_urgent_request_goes_first() -> None:

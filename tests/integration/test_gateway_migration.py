@@ -98,8 +98,7 @@ async def two_engines(**settings: Any) -> AsyncIterator[tuple[str, StoryEngine, 
     one, two = StoryEngine(story), StoryEngine(story)
     await one.start()
     await two.start()
-    changes = {"health_timeout_seconds": 0.2, **settings}
-    async with running_gateway(one.address, two.address, **changes) as url:
+    async with running_gateway(one.address, two.address, **settings) as url:
         await until_up(url, 2)
         yield url, one, two
     for engine in (one, two):
@@ -142,7 +141,9 @@ async def metric(url: str, name: str) -> float:
 async def test_a_stream_goes_on_at_the_other_engine_from_any_token(
     trouble: Trouble, reason: str, kind: dict[str, Any]
 ) -> None:
-    async with two_engines() as (url, one, two):
+    # On a busy machine, an engine that runs may answer late. Only an engine that hangs must be noticed soon.
+    limits = {"health_timeout_seconds": 0.3} if trouble is hang else {}
+    async with two_engines(**limits) as (url, one, two):
         undisturbed = (await (await ask(url, **kind)).read()).facts()
         length = len(story(pb.GenerateRequest(), 0)) * kind.get("n", 1)
         for cut in range(1, length, length // 7):
