@@ -257,11 +257,10 @@ class LessonJobs:
             pass
         elif own is not None:
             self._api.delete_pytorch_job(name, own.uid)
+        elif self._api.create_pytorch_job(lesson_job(self._template(), lesson, self._arguments(lesson))):
+            self._report(name, lesson, "starting")
         else:
-            if self._api.create_pytorch_job(lesson_job(self._template(), lesson, self._arguments(lesson))):
-                self._report(name, lesson, "starting")
-            else:
-                self._report(name, lesson, "waiting", f"there is a PyTorchJob {name} already")
+            self._report(name, lesson, "waiting", f"there is a PyTorchJob {name} already")
 
     def _pods_of(self, job: LessonJob) -> list[Object]:
         return [pod for pod in self._pods if pod["metadata"]["labels"][POD_LABEL] == job.name]
