@@ -141,6 +141,36 @@ test("a question mark opens the keyboard map", async () => {
   expect(find("keyboard").textContent).toContain("New chat");
 });
 
+/** Runs `look` as soon as the element is in the document, before the browser could paint it or deliver a key. */
+async function onceShown(selector: string, look: (element: HTMLElement) => void): Promise<void> {
+  await new Promise<void>((resolve) => {
+    const observer = new MutationObserver(() => {
+      const element = document.querySelector<HTMLElement>(selector);
+      if (!element) return;
+      observer.disconnect();
+      look(element);
+      resolve();
+    });
+    observer.observe(document.body, { childList: true, subtree: true });
+  });
+}
+
+test("a window is open as soon as its text is there, so that Escape never acts on the page behind it", async () => {
+  await drawn();
+  const shown = onceShown("[data-testid=keyboard] .shortcuts", () => {
+    expect((find("keyboard") as HTMLDialogElement).open).toBe(true);
+  });
+  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "?", bubbles: true }));
+  await shown;
+});
+
+test("a field that replaces a text has the focus as soon as it is there", async () => {
+  await ask("One", { kind: "text", text: "First." });
+  const shown = onceShown("[data-testid=edit-text]", (field) => expect(document.activeElement).toBe(field));
+  find("edit").click();
+  await shown;
+});
+
 test("a pasted text that no model can read is kept out and named", async () => {
   const paste = new Event("paste", { bubbles: true, cancelable: true });
   Object.assign(paste, { clipboardData: { getData: () => "x".repeat(3_000_000) } });

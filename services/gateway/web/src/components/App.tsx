@@ -1,4 +1,4 @@
-import { useEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import { runShortcut } from "../page/shortcuts";
 import { Banners } from "./Banner";
 import { Composer } from "./Composer";
@@ -46,7 +46,7 @@ export function App() {
 
 function useShortcuts() {
   const { app, layout } = usePage();
-  useEffect(() => {
+  useLayoutEffect(() => {
     const write = () => document.querySelector<HTMLElement>("[data-testid=composer]")?.focus();
     // An open dialog or menu handles Escape itself, and covers the rest of the page.
     const isCovered = () => document.querySelector("dialog[open], :popover-open") !== null;
@@ -78,7 +78,7 @@ function useSidebarFocus() {
   const { layout } = usePage();
   const open = layout.sidebarOpen.value;
   const seen = useRef(open);
-  useEffect(() => {
+  useLayoutEffect(() => {
     if (seen.current === open) return;
     seen.current = open;
     const lost = document.activeElement === document.body || document.activeElement?.closest("[inert]");

@@ -1,5 +1,5 @@
 import { useSignal } from "@preact/signals";
-import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import { MOST_CHARACTERS } from "../chat/history";
 import { grow, hasTouchKeyboard, isSendKey } from "../page/textarea";
 import { IconButton } from "./IconButton";
@@ -23,8 +23,8 @@ export function Composer() {
     draft.value = drafts.get(id);
     focus();
   }, [id]);
-  useEffect(() => grow(area.current!), [draft.value]);
-  useEffect(() => {
+  useLayoutEffect(() => grow(area.current!), [draft.value]);
+  useLayoutEffect(() => {
     // A button such as Retry disappears when pressed and takes the focus with it.
     if (running && document.activeElement === document.body) focus();
   }, [running]);

@@ -1,5 +1,5 @@
 import { useSignal } from "@preact/signals";
-import { useEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import type { Conversation } from "../chat/conversation";
 import { download, fileName, toJson, toMarkdown } from "../chat/export";
 import { routeOf } from "../page/route";
@@ -57,7 +57,7 @@ export function ConversationItem({ conversation }: { conversation: Conversation 
 /** `onDone` gets the new title, or null if the title does not change. */
 function TitleField({ title, onDone }: { title: string; onDone: (title: string | null) => void }) {
   const field = useRef<HTMLInputElement>(null);
-  useEffect(() => field.current!.select(), []);
+  useLayoutEffect(() => field.current!.select(), []);
   const finish = (keep: boolean) => {
     if (!field.current) return; // Enter and Escape remove the field, which blurs it a second time
     const text = field.current.value.trim();

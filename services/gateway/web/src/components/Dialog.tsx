@@ -1,6 +1,6 @@
 import type { Signal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
-import { useEffect, useId, useRef } from "preact/hooks";
+import { useId, useLayoutEffect, useRef } from "preact/hooks";
 import { IconButton } from "./IconButton";
 import { CloseIcon } from "./icons";
 
@@ -15,7 +15,8 @@ interface Props {
 export function Dialog({ open, title, testId, children }: Props) {
   const dialog = useRef<HTMLDialogElement>(null);
   const id = useId();
-  useEffect(() => {
+  // Not after the paint: a key pressed on what one sees must already reach the open window.
+  useLayoutEffect(() => {
     if (open.value) dialog.current!.showModal();
     else dialog.current!.close();
   }, [open.value]);

@@ -1,5 +1,5 @@
 import { useSignal, type Signal } from "@preact/signals";
-import { useEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import type { Conversation } from "../chat/conversation";
 import type { Message } from "../chat/message";
 import { grow, isSendKey } from "../page/textarea";
@@ -59,7 +59,7 @@ interface EditorProps {
 function Editor({ text, onSend, onCancel }: EditorProps) {
   const area = useRef<HTMLTextAreaElement>(null);
   const draft = useSignal(text);
-  useEffect(() => {
+  useLayoutEffect(() => {
     grow(area.current!);
     area.current!.focus();
     area.current!.setSelectionRange(text.length, text.length);
