@@ -11,7 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 import pytest_asyncio
-from playwright import async_api
+from playwright import async_api, sync_api
 from playwright.sync_api import Browser, sync_playwright
 
 from tests.support.stack import ROOT, Stack
@@ -26,6 +26,11 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
 ]
 
+
+# On a busy machine the page draws late. Playwright's own limit of 5 s would then fail tests of a page that is right.
+EXPECT_MS = 30_000
+sync_api.expect.set_options(timeout=EXPECT_MS)
+async_api.expect.set_options(timeout=EXPECT_MS)
 
 # Time limit of each test. It is long, because the first test waits for the training.
 TRAINING_SECONDS = 1500

@@ -65,7 +65,7 @@ def test_a_sine_wave_is_drawn_and_shown(browser: Browser, url: str, tmp_path: Pa
     page.get_by_test_id("composer").fill("Draw a sine wave.")
     page.get_by_test_id("composer").press("Enter")
     answer = page.get_by_test_id("message-assistant")
-    expect(answer).to_have_attribute("data-state", "complete", timeout=30_000)
+    expect(answer).to_have_attribute("data-state", "complete")
     card = answer.get_by_test_id("tool-card")
     expect(card).to_have_attribute("data-state", "ok")
     expect(card.get_by_test_id("tool-output")).to_have_text("drawn")

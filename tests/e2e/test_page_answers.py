@@ -102,17 +102,17 @@ async def test_a_message_that_was_sent_while_the_model_loads_waits_for_it(async_
         tab = await server.open()
         await server.engine.stop()
         await tab.ask("Are you there?")
-        await expect(tab.find("banner")).to_have_attribute("data-state", "loading", timeout=15_000)
+        await expect(tab.find("banner")).to_have_attribute("data-state", "loading")
         await asyncio.sleep(3)  # longer than the gateway lets a request wait
         await tab.expect_state("streaming")
         server.engine.script = saying("Yes.")
         await server.engine.start()
-        await expect(tab.answers.last).to_contain_text("Yes.", timeout=15_000)
+        await expect(tab.answers.last).to_contain_text("Yes.")
 
 
 async def writing(tab: ChatPage) -> None:
     """Waits until the answer with the code has some lines and is still being written."""
-    await expect(tab.page.locator(".answer pre")).to_contain_text("line 5", timeout=20_000)
+    await expect(tab.page.locator(".answer pre")).to_contain_text("line 5")
     await tab.expect_state("streaming")
 
 
@@ -156,7 +156,7 @@ async def test_following_the_end_lets_go_at_the_slightest_scroll(async_browser: 
         server.engine.script = saying("\n\n".join(f"Paragraph {i}" for i in range(200)), pause=0.005)
         await tab.ask("Talk")
         thread = tab.page.locator(".thread")
-        await expect(tab.answers.last).to_contain_text("Paragraph 30", timeout=30_000)
+        await expect(tab.answers.last).to_contain_text("Paragraph 30")
         distance = "thread => thread.scrollHeight - thread.scrollTop - thread.clientHeight"
         assert await thread.evaluate(distance) < 60  # the view follows the end of the answer
         await thread.hover()

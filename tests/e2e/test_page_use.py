@@ -1,7 +1,6 @@
 """How people use the chat page: keyboard, phone, print, long texts, long conversations, assistive technology."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ async def test_printing_gives_the_whole_conversation(async_browser: Browser) -> 
         tab = await server.open()
         server.engine.script = saying("\n\n".join(f"Paragraph {i}." for i in range(150)))
         await tab.ask("Talk")
-        await tab.expect_state("complete", 20)
+        await tab.expect_state("complete")
         await tab.page.emulate_media(media="print")
         height = await tab.page.locator(".thread").evaluate("thread => thread.clientHeight")
         assert height > 4_000
@@ -113,14 +112,14 @@ async def test_pasted_megabytes_do_not_freeze_the_page(async_browser: Browser) -
     async with chat_server(async_browser) as server:
         tab = await server.open()
         paste = (
-            "(area, size) => { const data = new DataTransfer(); data.setData('text/plain', 'word '.repeat(size));"
+            "async (area, size) => { const data = new DataTransfer(); data.setData('text/plain', 'word '.repeat(size));"
             "const init = { clipboardData: data, bubbles: true, cancelable: true };"
-            "area.dispatchEvent(new ClipboardEvent('paste', init)); }"
+            "const began = performance.now(); area.dispatchEvent(new ClipboardEvent('paste', init));"
+            "await new Promise(requestAnimationFrame); return performance.now() - began; }"
         )
-        began = time.perf_counter()
-        await tab.composer.evaluate(paste, 1_000_000)
+        times = [await tab.composer.evaluate(paste, 1_000_000) for _ in range(3)]
+        assert min(times) < 1_000  # milliseconds; other processes can only make it longer
         await expect(tab.page.get_by_role("status").filter(has_text="5,000,000 characters")).to_be_visible()
-        assert time.perf_counter() - began < 3
         await tab.composer.fill("word " * 30_000)
         assert await _keystroke_seconds(tab.page) < 0.1
         await tab.composer.press("Enter")

@@ -20,7 +20,6 @@ from tests.support.stack import Stack
 
 MODEL = "replayed"
 QUESTION = "Who keeps the lighthouse?"
-SECONDS = 30_000
 
 
 class Replay:
@@ -101,15 +100,15 @@ def test_one_watches_babble_become_facts_and_talks_on_when_the_model_is_promoted
     page.goto(watched)
     panel, who = page.get_by_test_id("training"), page.get_by_test_id("training-who")
     newest = page.get_by_test_id("training-answer")
-    expect(panel).to_contain_text("is learning: data", timeout=SECONDS)
+    expect(panel).to_contain_text("is learning: data")
     expect(who).to_contain_text("waits for the first snapshot")
 
     replay.stage("base")
     replay.steps("base", 40, 320, {0: "qqz9"})
-    expect(newest).to_have_text("qqz9", timeout=SECONDS)
+    expect(newest).to_have_text("qqz9")
     drawn = points(page)
     replay.steps("base", 320, 320, {0: "qqz9", 320: "The the keeps the"})
-    expect(newest).to_have_text("The the keeps the", timeout=SECONDS)
+    expect(newest).to_have_text("The the keeps the")
     assert points(page) > drawn, "the curve grows"
     expect(panel).to_contain_text("1.500")
 
@@ -118,8 +117,8 @@ def test_one_watches_babble_become_facts_and_talks_on_when_the_model_is_promoted
     replay.stage("sft")
     replay.steps("sft", 120, 720, {120: "Mara keeps the lighthouse."})
     replay.snapshot(120)
-    expect(who).to_have_text("A snapshot of fine-tuning answers, after 120 steps.", timeout=SECONDS)
-    expect(first).to_have_attribute("data-state", "complete", timeout=2 * SECONDS)
+    expect(who).to_have_text("A snapshot of fine-tuning answers, after 120 steps.")
+    expect(first).to_have_attribute("data-state", "complete")
     expect(first).to_contain_text("Mara")
     panel.locator("summary").click()
     expect(newest).to_have_text("Mara keeps the lighthouse.")
@@ -127,13 +126,13 @@ def test_one_watches_babble_become_facts_and_talks_on_when_the_model_is_promoted
     expect(newest).to_have_text("qqz9")
 
     replay.snapshot(240)
-    expect(who).to_have_text("A snapshot of fine-tuning answers, after 240 steps.", timeout=SECONDS)
+    expect(who).to_have_text("A snapshot of fine-tuning answers, after 240 steps.")
     replay.steps("sft", 720, 720, {720: "Mara keeps the lighthouse."})
     promote(replay.store, replay.snapshot(720))
     replay.stage("report", "promoted")
-    expect(who).to_have_text("The model has passed its examination. It answers now.", timeout=SECONDS)
+    expect(who).to_have_text("The model has passed its examination. It answers now.")
     last = ask(page, "What pet does she have?")
-    expect(last).to_have_attribute("data-state", "complete", timeout=SECONDS)
+    expect(last).to_have_attribute("data-state", "complete")
     expect(last).to_contain_text("cat")
     expect(page.locator(".problem")).to_have_count(0)
     context.close()
@@ -148,7 +147,7 @@ def test_a_page_that_is_opened_in_the_middle_shows_the_run_from_its_beginning(
     context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     page = context.new_page()
     page.goto(watched)
-    expect(page.get_by_test_id("training")).to_contain_text("fine-tuning · 8 %", timeout=SECONDS)
+    expect(page.get_by_test_id("training")).to_contain_text("fine-tuning · 8 %")
     assert page.locator("[data-testid=loss-curve] polyline").count() == 2
     expect(page.get_by_test_id("training-generation")).to_have_attribute("max", "1")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

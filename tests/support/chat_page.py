@@ -37,9 +37,9 @@ class ChatPage:
         await self.composer.fill(text)
         await self.composer.press("Enter")
 
-    async def expect_state(self, state: str, seconds: float = 10) -> None:
+    async def expect_state(self, state: str) -> None:
         """Waits until the last answer is in this state."""
-        await expect(self.answers.last).to_have_attribute("data-state", state, timeout=seconds * 1000)
+        await expect(self.answers.last).to_have_attribute("data-state", state)
 
     async def stored_answers(self) -> list[str]:
         """The texts of all complete answers in the browser's storage, including every version of an answer."""
