@@ -253,9 +253,9 @@ def test_an_engine_that_drains_tells_every_call_and_ends_when_they_have_moved(
     )
     for call in calls:
         call.cancel()
-    assert draining.process.wait(10) == 0
-    assert told < 2
-    assert time.monotonic() - ended < 5
+    assert draining.process.wait(30) == 0
+    assert told < 15
+    assert time.monotonic() - ended < 30  # half of the time that the drain may take
     sampling = ENDLESS | {"max_tokens": sum(len(chunk.tokens) for chunk in begun[0]) + 30}
     rest = list(other.generate(prompts[0], continued=said(begun[0]), sampling=sampling))
     whole = list(other.generate(prompts[0], sampling=sampling))

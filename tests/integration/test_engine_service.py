@@ -528,7 +528,7 @@ async def serving(
         yield running, engine_pb2_grpc.EngineStub(channel)
     if not running.done():
         signal.raise_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(running, 10) == 0
+        assert await asyncio.wait_for(running, 30) == 0
 
 
 async def answer(stub: engine_pb2_grpc.EngineStub, max_tokens: int = 5) -> int:
@@ -548,7 +548,7 @@ async def test_the_death_of_the_device_loop_ends_the_process_with_an_error(
         with pytest.raises(grpc.aio.AioRpcError, match="device on fire") as caught:
             await answer(stub)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert await asyncio.wait_for(running, 10) == EXIT_DEVICE_LOOP_DIED
+        assert await asyncio.wait_for(running, 30) == EXIT_DEVICE_LOOP_DIED
 
 
 async def test_a_device_that_hangs_ends_the_process_and_fails_its_streams(
@@ -566,7 +566,7 @@ async def test_a_device_that_hangs_ends_the_process_and_fails_its_streams(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await answer(stub)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert await asyncio.wait_for(running, 10) == EXIT_DEVICE_LOOP_DIED
+        assert await asyncio.wait_for(running, 30) == EXIT_DEVICE_LOOP_DIED
     assert "the device hangs" in caplog.text
     release.set()
 
@@ -614,7 +614,7 @@ async def test_a_device_without_memory_sheds_requests_and_goes_on_until_it_can_d
                 await answer(stub)
             codes.append(caught.value.code())
         assert codes[-2:] == [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE]
-        assert await asyncio.wait_for(running, 10) == EXIT_DEVICE_LOOP_DIED
+        assert await asyncio.wait_for(running, 30) == EXIT_DEVICE_LOOP_DIED
 
 
 async def test_a_model_that_does_not_fit_beside_the_old_one_leaves_it_serving(

@@ -69,7 +69,7 @@ async def connection(
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], Any]:
     """Reads one response: its status, its headers and its JSON."""
-    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)).decode()
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)).decode()
     status, *lines = head.strip().split("\r\n")
     headers = dict(line.lower().split(": ", 1) for line in lines)
     return int(status.split()[1]), headers, json.loads(await reader.readexactly(int(headers["content-length"])))
@@ -85,7 +85,7 @@ async def sent(url: str, *data: bytes) -> tuple[int, dict[str, str], Any]:
 
 async def until_held(url: str, size: int) -> None:
     """Waits until the gateway holds this many bytes of bodies."""
-    async with http_client(url) as http, asyncio.timeout(10):
+    async with http_client(url) as http, asyncio.timeout(30):
         while f"nanochat_gateway_held_bytes {float(size)}\n" not in (await http.get("/metrics")).text:
             await asyncio.sleep(0.05)
 
@@ -192,7 +192,7 @@ async def test_a_client_that_goes_on_after_an_error_is_cut_off(url: str) -> None
         writer.write(b"NONSENSE\r\n\r\n")
         assert (await answer(reader))[0] == 400
         with pytest.raises(ConnectionError):
-            await asyncio.wait_for(write_on(writer), 10)
+            await asyncio.wait_for(write_on(writer), 30)
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,8 @@ async def test_a_request_must_arrive_in_time(url: str, beginning: bytes, said: b
             status, _, value = await answer(reader)
             assert (status, value["error"]["code"]) == (408, "request_timeout")
         with contextlib.suppress(ConnectionError):
-            assert await asyncio.wait_for(reader.read(), 5) == b""
-    assert ARRIVAL * 0.9 < time.monotonic() - began < ARRIVAL + 3
+            assert await asyncio.wait_for(reader.read(), 30) == b""
+    assert ARRIVAL * 0.9 < time.monotonic() - began < ARRIVAL + 15
 
 
 async def test_a_byte_now_and_then_does_not_extend_the_time(url: str) -> None:

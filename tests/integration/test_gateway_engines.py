@@ -85,7 +85,7 @@ async def test_checks_go_on_after_an_unexpected_error(
             patch.setattr(Router, "left", fail)
             await engine.stop()
             await until_ready(url, ready=False)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while "engine check failed" not in [record.getMessage() for record in caplog.records]:
                     await asyncio.sleep(0.02)
         await engine.start()
@@ -294,7 +294,7 @@ async def test_a_new_revision_is_taken_up_with_its_tokenizer() -> None:
         other = Tokenizer([bytes([i]) for i in range(256)] + [b"lo"])
         engine.info.revision = "rl/step_20"
         engine.info.tokenizer_json = other.to_json().encode()
-        async with http_client(url) as http, asyncio.timeout(5):
+        async with http_client(url) as http, asyncio.timeout(30):
             while (await http.get("/v1/models/nano")).json()["nanochat"]["revision"] != "rl/step_20":
                 await asyncio.sleep(0.02)
         engine.requests.clear()
@@ -369,7 +369,7 @@ async def test_a_new_revision_is_seen_with_the_load() -> None:
     async with running_engine() as engine, running_gateway(engine.address, model_poll_seconds=60) as url:
         await until_ready(url)
         engine.info.revision = engine.load.revision = "rl/step_20"
-        async with http_client(url) as http, asyncio.timeout(5):
+        async with http_client(url) as http, asyncio.timeout(30):
             while (await http.get("/v1/models/nano")).json()["nanochat"]["revision"] != "rl/step_20":
                 await asyncio.sleep(0.02)
 

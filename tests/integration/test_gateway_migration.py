@@ -184,7 +184,7 @@ async def test_a_hung_engine_is_noticed_within_its_two_checks() -> None:
         first.hang()
         began = time.monotonic()
         await reading
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         assert told.text[0].startswith("0: hello world")
 
 
@@ -270,7 +270,7 @@ async def test_a_request_of_which_nothing_was_said_begins_anew_with_other_weight
         await two.looked_at()
         one.steps = two.steps = 0
         asking = asyncio.create_task(ask(url))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not (one.requests or two.requests):
                 await asyncio.sleep(0.01)
         first, second = (one, two) if one.requests else (two, one)
@@ -360,7 +360,7 @@ async def test_an_engine_that_ends_many_streams_at_once_is_not_ejected() -> None
     async with two_engines() as (url, one, two):
         one.steps = two.steps = 0
         asking = [asyncio.create_task(ask(url)) for _ in range(8)]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(one.requests) + len(two.requests) < 8:
                 await asyncio.sleep(0.01)
         assert len(one.requests) > 3
@@ -413,14 +413,14 @@ async def test_the_clients_of_moved_streams_can_leave() -> None:
         told, reading = await begin(url)
         first, second = (one, two) if one.requests else (two, one)
         await first.drain()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not second.requests:
                 await asyncio.sleep(0.01)
         reading.cancel()
         await told.stream.close()
         for engine in (first, second):
             engine.allow(None)
-        await asyncio.wait_for(second.cancelled.acquire(), 5)
-        async with asyncio.timeout(5):
+        await asyncio.wait_for(second.cancelled.acquire(), 30)
+        async with asyncio.timeout(30):
             while await metric(url, "requests_in_flight"):
                 await asyncio.sleep(0.01)

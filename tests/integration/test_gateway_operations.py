@@ -294,7 +294,7 @@ async def test_running_answers_finish_after_the_signal_and_the_program_ends_with
             rest = [line async for line in lines]
         assert any('"content":"!"' in line for line in rest)
         assert "data: [DONE]" in rest
-        assert await asyncio.wait_for(gateway.process.wait(), 10) == 0
+        assert await asyncio.wait_for(gateway.process.wait(), 30) == 0
 
 
 async def test_an_answer_that_outlasts_the_drain_ends_with_an_error_event() -> None:
@@ -318,7 +318,7 @@ async def test_an_answer_that_outlasts_the_drain_ends_with_an_error_event() -> N
             rest = [line async for line in lines if line]
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
         assert (await gateway.event("drained"))["answers_cut"] == 1
-        assert await asyncio.wait_for(gateway.process.wait(), 10) == 0
+        assert await asyncio.wait_for(gateway.process.wait(), 30) == 0
 
 
 async def test_a_taken_port_is_one_clear_line() -> None:

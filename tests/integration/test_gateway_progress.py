@@ -103,7 +103,7 @@ async def test_an_engine_that_ends_says_nothing() -> None:
     async with running_engine() as engine, running_gateway(engine.address) as url:
         await until_ready(url)
         await engine.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        async with http_client(url) as http, asyncio.timeout(10):
+        async with http_client(url) as http, asyncio.timeout(30):
             while (said := (await http.get("/readyz")).json()["waits_for"]) is None:
                 await asyncio.sleep(0.05)
         assert said == WAITING

@@ -374,7 +374,7 @@ async def test_a_service_that_does_not_listen_is_killed(
     while "ready" not in capfd.readouterr().out:
         await asyncio.sleep(0.01)
     await service.stop()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 30)
     assert "does not stop; killing it" in capfd.readouterr().out
 
 

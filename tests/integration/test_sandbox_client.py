@@ -114,7 +114,7 @@ class Client:
         return await self.pool("6*7", request_id="test", timeout_seconds=seconds)
 
     async def until_serving(self, count: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while self.pool.serving != count:
                 await asyncio.sleep(0.01)
 
@@ -129,7 +129,7 @@ async def client_of(*sandboxes: Sandbox) -> AsyncIterator[Client]:
 
 
 async def until_called(sandbox: Sandbox, calls: int = 1) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while sandbox.calls < calls:
             await asyncio.sleep(0.01)
 
@@ -287,7 +287,7 @@ async def test_code_that_kills_sandboxes_does_not_kill_all_of_them(sandboxes: li
                 sandbox.answering.clear()
             deadly = asyncio.create_task(client.run())
             for _ in range(3):
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     while not (victims := [s for s in (*sandboxes, fourth) if s.calls]):
                         await asyncio.sleep(0.01)
                 victims[0].calls = 0
@@ -302,7 +302,7 @@ async def test_code_that_kills_sandboxes_does_not_kill_all_of_them(sandboxes: li
 async def test_without_a_sandbox_the_model_reads_an_error_soon(sandboxes: list[Sandbox]) -> None:
     await sandboxes[0].die()
     async with client_of(sandboxes[0]) as client:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             assert (await client.run()).status == "unavailable"
 
 
@@ -322,7 +322,7 @@ async def test_a_late_answer_is_a_timeout_and_later_attempts_get_the_rest_of_the
     async with client_of(a, b) as client:
         await client.until_serving(2)
         call = asyncio.create_task(client.run(3.0))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not (a.calls or b.calls):
                 await asyncio.sleep(0.01)
         first, second = (a, b) if a.calls else (b, a)

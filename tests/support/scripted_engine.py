@@ -228,7 +228,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     async def looked_at(self) -> None:
         """Waits until a gateway has read the engine's current health, load and model."""
         seen = self.looks
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while self.looks < seen + 3:
                 await asyncio.sleep(0.02)
 
@@ -245,14 +245,14 @@ def openai_client(url: str) -> openai.AsyncOpenAI:
 
 async def until_ready(url: str, *, ready: bool = True) -> None:
     """Waits until an engine serves a model; if ``ready`` is false, waits until no engine serves a model."""
-    async with http_client(url) as http, asyncio.timeout(10):
+    async with http_client(url) as http, asyncio.timeout(30):
         while bool((await http.get("/readyz")).json()["models"]) != ready:
             await asyncio.sleep(0.02)
 
 
 async def until_up(url: str, count: int) -> None:
     """Waits until the gateway has ``count`` engines that it can use."""
-    async with http_client(url) as http, asyncio.timeout(10):
+    async with http_client(url) as http, asyncio.timeout(30):
         while True:
             lines = (await http.get("/metrics")).text.splitlines()
             up = [line for line in lines if line.startswith("nanochat_gateway_engine_up{") and line.endswith(" 1.0")]
@@ -263,7 +263,7 @@ async def until_up(url: str, count: int) -> None:
 
 async def until_queued(url: str, count: int) -> None:
     """Waits until ``count`` requests wait in the gateway's queue."""
-    async with http_client(url) as http, asyncio.timeout(10):
+    async with http_client(url) as http, asyncio.timeout(30):
         while f"nanochat_gateway_queue_length {count:.1f}" not in (await http.get("/metrics")).text.splitlines():
             await asyncio.sleep(0.01)
 

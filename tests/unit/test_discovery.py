@@ -42,7 +42,7 @@ class Changes:
         self._queue.put_nowait(endpoints)
 
     async def __anext__(self) -> tuple[Endpoint, ...]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await self._queue.get()
 
 

@@ -101,7 +101,7 @@ async def test_drained_waits_for_open_streams(engine: AsyncEngine) -> None:
     await read(stream)
     assert not waiter.done()
     engine.close_stream("r")
-    await asyncio.wait_for(waiter, 5)
+    await asyncio.wait_for(waiter, 30)
 
 
 class Panic(BaseException):
@@ -125,7 +125,7 @@ async def test_an_error_in_the_loop_fails_every_stream_and_is_reported(
     for stream in streams:
         with pytest.raises(EngineDead, match="device on fire"):
             await read(stream)
-    await asyncio.wait_for(died.wait(), 5)
+    await asyncio.wait_for(died.wait(), 30)
     with pytest.raises(EngineDead):
         await engine.submit(Request("late", (1,), LONG))
     assert "engine_died" in caplog.text

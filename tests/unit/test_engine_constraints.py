@@ -498,7 +498,7 @@ async def test_the_device_loop_does_not_compile(monkeypatch: pytest.MonkeyPatch)
             assert re.fullmatch(rb"[0-9]{3}[rs]", bytes(tokens[:-1]))
         with pytest.raises(ConstraintError, match="unclosed"):
             await engine.submit(Request("t", (1,), params(regex("("))))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             engine.close_stream("r")
             engine.close_stream("s")
             await engine.drained()

@@ -292,5 +292,5 @@ async def test_an_async_engine_that_can_compute_nothing_dies() -> None:
         endings.append(caught.type)
         engine.close_stream(str(i))
     assert endings == [Shed] * (MOST_FAILURES - 1) + [EngineDead]
-    await asyncio.wait_for(died.wait(), 5)
+    await asyncio.wait_for(died.wait(), 30)
     await engine.stop()

@@ -146,7 +146,7 @@ async def test_an_old_connection_closes_after_its_last_call(authority: Authority
         assert opened.connection() is not first
         assert first.channel.get_state() is grpc.ChannelConnectivity.READY
         stream.cancel()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while first.channel.get_state() is not grpc.ChannelConnectivity.SHUTDOWN:
                 await asyncio.sleep(0.01)
         await opened.close()
