@@ -121,7 +121,7 @@ async def test_the_block_being_written_can_be_copied_selected_and_scrolled(async
         context = await server.context()
         await context.grant_permissions(["clipboard-read", "clipboard-write"])
         tab = await server.open(context)
-        server.engine.script = saying(CODE, pause=0.01)
+        server.engine.script = saying(CODE, pause=0.01, until=asyncio.Event())
         await tab.ask("Code")
         await writing(tab)
         pre = tab.page.locator(".answer pre")
@@ -144,7 +144,7 @@ async def test_the_block_being_written_can_be_copied_selected_and_scrolled(async
 async def test_the_rate_is_shown_while_an_answer_is_written(async_browser: Browser) -> None:
     async with chat_server(async_browser) as server:
         tab = await server.open()
-        server.engine.script = saying("word " * 200, pause=0.01)
+        server.engine.script = saying("word " * 200, pause=0.01, until=asyncio.Event())
         await tab.ask("Talk")
         await expect(tab.find("footnotes")).to_have_text(re.compile(r"\d+ tokens · \d+ tokens/s"))
         await tab.expect_state("streaming")
@@ -153,7 +153,9 @@ async def test_the_rate_is_shown_while_an_answer_is_written(async_browser: Brows
 async def test_following_the_end_lets_go_at_the_slightest_scroll(async_browser: Browser) -> None:
     async with chat_server(async_browser) as server:
         tab = await server.open()
-        server.engine.script = saying("\n\n".join(f"Paragraph {i}" for i in range(200)), pause=0.005)
+        server.engine.script = saying(
+            "\n\n".join(f"Paragraph {i}" for i in range(200)), pause=0.005, until=asyncio.Event()
+        )
         await tab.ask("Talk")
         thread = tab.page.locator(".thread")
         await expect(tab.answers.last).to_contain_text("Paragraph 30")

@@ -3,6 +3,7 @@
 ``NANOCHAT_EXAMPLES=50 pytest tests/e2e/test_page_two_tabs.py`` tries more interleavings; ten take about 80 seconds.
 """
 
+import asyncio
 import contextlib
 import itertools
 import random
@@ -37,13 +38,15 @@ async def show_same(a: ChatPage, b: ChatPage) -> None:
 async def test_a_second_tab_shows_a_running_answer_and_loses_nothing_of_it(async_browser: Browser) -> None:
     async with chat_server(async_browser) as server:
         a, b = await two_tabs(server)
-        server.engine.script = saying("A slow answer, which takes its time to come to an end.", pause=0.05)
+        ended = asyncio.Event()
+        server.engine.script = saying("A slow answer, which takes its time to come to an end.", pause=0.05, until=ended)
         await a.ask("First")
         await a.expect_state("streaming")
         await show_same(a, b)
         await b.expect_state("streaming")
         await expect(b.find("stop")).to_be_visible()
         await b.composer.fill("A draft")
+        ended.set()
         await a.expect_state("complete")
         await b.expect_state("complete")
         await expect(b.composer).to_have_value("A draft")
@@ -60,7 +63,7 @@ async def test_a_second_tab_shows_a_running_answer_and_loses_nothing_of_it(async
 async def test_a_tab_can_stop_the_answer_of_another_one(async_browser: Browser) -> None:
     async with chat_server(async_browser) as server:
         a, b = await two_tabs(server)
-        server.engine.script = saying("word " * 500, pause=0.02)
+        server.engine.script = saying("word " * 500, pause=0.02, until=asyncio.Event())
         await a.ask("Talk")
         await expect(a.answers.last).to_contain_text("word")
         await show_same(a, b)
@@ -73,7 +76,7 @@ async def test_a_tab_can_stop_the_answer_of_another_one(async_browser: Browser) 
 async def test_an_answer_whose_tab_was_closed_is_interrupted_in_the_other(async_browser: Browser) -> None:
     async with chat_server(async_browser) as server:
         a, b = await two_tabs(server)
-        server.engine.script = saying("word " * 500, pause=0.02)
+        server.engine.script = saying("word " * 500, pause=0.02, until=asyncio.Event())
         await a.ask("Talk")
         await expect(a.answers.last).to_contain_text("word")
         await show_same(a, b)

@@ -63,8 +63,13 @@ def chunk(
     return pb.GenerateChunk(index=index, tokens=made, tool_events=events, finish_reason=finish, usage=usage)
 
 
-def saying(*parts: str | bytes, finish: int = pb.FINISH_REASON_STOP, pause: float = 0.0) -> Script:
-    """Returns a script that, for every choice, sends each token in a chunk of its own, and the end token last."""
+def saying(
+    *parts: str | bytes, finish: int = pb.FINISH_REASON_STOP, pause: float = 0.0, until: asyncio.Event | None = None
+) -> Script:
+    """Returns a script that, for every choice, sends each token in a chunk of its own, and the end token last.
+
+    The script waits ``pause`` seconds after each token, and for ``until`` before the last token.
+    """
 
     async def script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
         wanted = request.sampling.HasField("logprobs")
@@ -73,6 +78,8 @@ def saying(*parts: str | bytes, finish: int = pb.FINISH_REASON_STOP, pause: floa
         for index in range(max(request.n, 1)):
             for k, token in enumerate(tokens):
                 last = k == len(tokens) - 1
+                if last and until is not None:
+                    await until.wait()
                 yield chunk(
                     [token],
                     index=index,
