@@ -111,7 +111,7 @@ async def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
     served: tuple[ScriptedEngine, str], tmp_path: Path
 ) -> None:
     engine, url = served
-    engine.script = saying("a long answer", pause=0.3)
+    engine.script = saying("a long answer", until=asyncio.Event())
     async with Terminal(environment(tmp_path), sys.executable, "-m", "deploy.chat", "--address", url) as terminal:
         place = await terminal.until("> ")
         terminal.type("hi\n")
