@@ -196,7 +196,7 @@ def costs() -> str:
         for names, idea in (
             (("relu_square",), "square in the product's epilogue"),
             (("prepare",), "rotate and write to the cache in the product's epilogue"),
-            (("combine",), "skip it while a context has one split"),
+            (("combine",), "leave it out while the keys of a context are not split"),
             (("softcap", "sampling"), "sample from the raw logits in one kernel"),
         ):
             saved = sum(step[name].seconds(card) for name in names)
