@@ -31,8 +31,8 @@ _SERVER_START_SECONDS = 60.0
 _EXIT_SECONDS = 1.0
 # Longest wait until all processes have closed the standard error of a server that has ended.
 _LAST_WORDS_SECONDS = 0.2
-# A kill counts as recent for this long: the kernel may kill several processes at once, whose calls are then judged one
-# after the other.
+# A kill counts as recent for this long. The time is not shorter, because the kernel may kill several processes at once,
+# and the executor then determines the results of their calls one after the other.
 _OOM_SECONDS = 5.0
 _MESSAGE_BYTES = 1 << 16
 _SEND_BUFFER_BYTES = 1 << 20
@@ -191,7 +191,8 @@ class ForkServer:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         message = protocol.pack([b"%d" % number, os.fsencode(scratch)])
         try:
-            self._control.sendmsg([message], rights)  # the buffer holds far more requests than there are calls
+            # The socket's buffer has room for far more requests than there are calls, so the buffer is never full.
+            self._control.sendmsg([message], rights)
             handle, pid = await asyncio.shield(started)
             return handle, pid, ended
         except OSError as error:

@@ -7,7 +7,7 @@ from _frozen_importlib import ModuleSpec
 from _frozen_importlib_external import PathFinder
 from collections.abc import Callable, Sequence
 
-# Position of the argument uri of sqlite3.connect, after the database.
+# Index of the argument ``uri`` among the arguments that follow the database in sqlite3.connect.
 _URI_POSITION = 6
 
 

@@ -85,7 +85,7 @@ class Isolation:
         self.listener = _limit_threads(ask_threads, no_threads)
 
     def _may_mount(self, hidden: list[bytes]) -> bool:
-        """Whether the kernel allows mounts and namespaces. A child process tries it, because this cannot be undone."""
+        """Whether the kernel allows mounts and namespaces. A child tries both, because a process cannot undo them."""
         pid = os.fork()
         if pid:
             return os.waitpid(pid, 0)[1] == 0
@@ -148,7 +148,7 @@ class Isolation:
             kernel.mount_memory(self._scratch, self._options)
         os.chdir(self._scratch if self.private else scratch)
         kernel.drop_capabilities()
-        kernel.die_with_parent()  # called after drop_capabilities, because it may clear this setting
+        kernel.die_with_parent()  # called after drop_capabilities, which may clear this setting
         for number, limits in self._limits:
             resource.setrlimit(number, limits)
         if self._attribute:

@@ -107,7 +107,7 @@ def drop_capabilities() -> None:
 
 
 def unshare_mounts() -> None:
-    """Move this process to a new mount namespace, and also to a new user namespace if it otherwise may not mount."""
+    """Move this process to a new mount namespace, and also to a new user namespace if the kernel requires this."""
     if _libc.unshare(CLONE_NEWNS) < 0:
         user, group = os.geteuid(), os.getegid()
         _check(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNS), "namespaces")

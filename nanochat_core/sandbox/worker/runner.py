@@ -25,7 +25,8 @@ _SHOWN_FRAMES = 1100
 _Module = type(sys)
 # Less than the default, because the stacks of all threads count as memory of the call.
 _THREAD_STACK_BYTES = 4 << 20
-# Address space that is freed when memory runs out, so that the report can be made. Its pages are never used.
+# Address space that is freed when memory runs out, so that the report can be made. No code uses its pages, so they take
+# no physical memory.
 _reserve = [bytes(1 << 20)]
 
 
