@@ -1,8 +1,8 @@
 """Lessons in the store: ``lessons/<model>/<n>/`` with ``items.jsonl`` and ``lesson.json``.
 
-The gateway and other programs that ask for something write only below ``lessons/``: a new lesson, the request that
-added it (in ``lessons/<model>/requests/``), the file ``CANCEL`` in the folder of a lesson, and
-``lessons/<model>/roll_back.json``. The gateway therefore needs rights only for this folder of the store.
+Programs that add or cancel lessons, or request a roll-back, such as the gateway, write only below ``lessons/``: a new
+lesson, the request that added the lesson (in ``lessons/<model>/requests/``), the file ``CANCEL`` in the folder of a
+lesson, and ``lessons/<model>/roll_back.json``. The gateway therefore needs rights only for this folder of the store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nanochat_core.lessons.shapes import Shape, check_shape
 from nanochat_core.paths import check_name
 from nanochat_core.store import Store
 
-# A lesson is "damaged" if its lesson.json cannot be read. This state is never written.
+# A lesson is "damaged" if its lesson.json cannot be read. This state is only returned and never stored.
 State = Literal["queued", "training", "examining", "promoted", "refused", "failed", "canceled", "damaged"]
 UNDONE: tuple[State, ...] = ("queued", "training", "examining")
 
@@ -73,7 +73,7 @@ class RequestReused(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a lesson is given. The defaults were found by trial.
+    """How a model is trained on a lesson, and how much it may forget. The defaults were found by trial.
 
     Attributes:
         seed: seed of all random choices in the lesson.
@@ -83,7 +83,7 @@ class Plan:
         lr_scale: factor on pretraining's unscaled learning rates.
         batch_tokens: tokens per optimizer step.
         max_steps: largest number of optimizer steps.
-        margin: largest decrease in the share of right answers to other questions.
+        margin: largest permitted decrease in the share of right answers to questions that the lesson does not change.
     """
 
     seed: int = 1
@@ -102,9 +102,9 @@ class Lesson:
     Attributes:
         number: position among the lessons of the model, from 1.
         state: progress or result of the lesson. If a process died, its lesson is still ``training`` or ``examining``,
-            and is given again. It is ``damaged`` if its file cannot be read; only ``model``, ``number`` and ``reason``
-            are then known.
-        attempts: how often a process has begun to give the lesson.
+            and another process begins the lesson anew. If the file of a lesson cannot be read, the state is
+            ``damaged``, and only ``model``, ``number`` and ``reason`` are known.
+        attempts: how often a process has begun the lesson.
         who: name of the user who added the lesson.
         source: name of the file from which the items were read.
         created, finished: times in UTC (ISO 8601); ``finished`` is empty while the lesson is not done.
@@ -121,7 +121,7 @@ class Lesson:
             :mod:`examination`, before and after the lesson.
         wrong: the lesson's questions that the taught model answers wrongly.
         lost: questions that the model answered rightly before the lesson and wrongly after it.
-        decision: the gate's decision, as reports show it.
+        decision: the decision of the promotion gate, as reports show it.
         digest: sha256 of the taught weights; empty if there are none.
         reason: why the lesson failed, began anew or is damaged; empty otherwise.
     """
@@ -163,7 +163,7 @@ class RollBack:
     """The last request to promote the model of an earlier lesson again; number 0 is the model before its first lesson.
 
     ``reason`` says why the request failed or is damaged; empty otherwise. A request is ``damaged`` if its file cannot
-    be read. This state is never written.
+    be read. This state is only returned and never stored.
     """
 
     number: int
@@ -257,7 +257,7 @@ def items_digest(items: Sequence[Item]) -> str:
 
 
 def write_lesson(store: Store, lesson: Lesson) -> None:
-    """Store the lesson. Once a lesson is in the queue, only the program that gives it may change it.
+    """Store the lesson. Once it is in the queue, only the process that holds the lease on its model may call this.
 
     Raises UserError for a damaged lesson: its file stays as it is, so that a person can repair it.
     """
@@ -327,13 +327,13 @@ def lessons(store: Store, model: str, leave_out: Collection[int] = ()) -> list[L
     """All lessons of a model, the oldest first, apart from the numbers in ``leave_out``, whose files are not read."""
     found = []
     for number in sorted(numbers(store, model).difference(leave_out)):
-        with contextlib.suppress(NoLesson):  # somebody has just removed it
+        with contextlib.suppress(NoLesson):  # somebody has just removed the lesson
             found.append(read_lesson(store, model, number))
     return found
 
 
 def cancel_lesson(store: Store, model: str, number: int) -> None:
-    """Ask the program that gives a lesson to cancel it. Raises UserError if the lesson is done or does not exist.
+    """Request that a lesson is canceled. Raises UserError if the lesson is done or does not exist.
 
     A queued lesson is canceled when its turn comes, a lesson in training within ten steps, and a lesson in
     examination at the end of the examination. After the gate's decision, a lesson is not canceled any more.
@@ -386,7 +386,7 @@ def request_roll_back(store: Store, model: str, number: int, who: str) -> RollBa
 
 
 def read_roll_back(store: Store, model: str) -> tuple[RollBack, str] | None:
-    """The last request to roll back, and its version for :func:`finish_roll_back`. None if there is none."""
+    """The last request to roll back, and its version for :func:`finish_roll_back`; None if there is no request."""
     key = f"lessons/{model}/{_ROLL_BACK}"
     try:
         content, version = store.read_version(key)
@@ -447,7 +447,8 @@ def _json(record: Lesson | RollBack) -> bytes:
     content = json.dumps(
         with_format(dataclasses.asdict(record), _FORMAT), indent=1, ensure_ascii=False, allow_nan=False
     )
-    # Python represents a file name that is not valid UTF-8 with surrogates, which cannot be encoded as UTF-8.
+    # In Python, the name of a file that is not valid UTF-8 contains surrogates. They cannot be encoded, so each becomes
+    # a question mark.
     return f"{content}\n".encode(errors="replace")
 
 
