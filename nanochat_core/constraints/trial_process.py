@@ -4,8 +4,8 @@ The first line of the standard input is a JSON object with the tokenizer and the
 line is a constraint. The standard output gets one line for each input line: an empty object once llguidance is loaded,
 and then the outcomes. An outcome has one of these forms:
 
-- ``bytes``, the memory that the compilation took, and ``step_seconds``, the CPU time of the slowest step in some random
-  completions;
+- ``bytes``, the memory that the compilation took, and ``step_seconds``, the largest CPU time for one token of some
+  random completions;
 - ``limit``, the limit of llguidance that was reached;
 - ``refused``, the reason why the constraint cannot be used;
 - ``killed``, the signal that ended the compilation; 0 if llguidance failed.
