@@ -27,7 +27,7 @@ _chosen: LibraryChoice = "auto"
 
 
 def use_library(choice: LibraryChoice) -> None:
-    """Set the library for all later products of this process, as ``torch.set_num_threads`` sets the threads."""
+    """Set the library for all later products of this process."""
     global _chosen
     _chosen = choice
 
