@@ -80,7 +80,7 @@ class Plan:
         replay: mixture of conversations that training repeats, so that the model does not forget them; empty for the
             mixture on which the model was fine-tuned.
         share: share of the training examples that show the lesson. A lesson of few items gets a smaller share.
-        lr_scale: factor on pretraining's unscaled learning rates.
+        lr_scale: the learning rates of pretraining, before any other scaling, are multiplied by this.
         batch_tokens: tokens per optimizer step.
         max_steps: largest number of optimizer steps.
         margin: largest permitted decrease in the share of right answers to questions that the lesson does not change.
@@ -199,7 +199,7 @@ def add_lesson(
 
 
 def added_lesson(store: Store, model: str, items: Sequence[Item], plan: Plan, request: str) -> Lesson | None:
-    """The lesson that :func:`add_lesson` has added for this request; None if there is none.
+    """The lesson that :func:`add_lesson` has added for this request; None if the request has added no lesson.
 
     Raises RequestReused if the request was made before for other items or another plan.
     """
@@ -311,7 +311,7 @@ def _parsed(content: bytes, model: str, number: int, key: str) -> Lesson:
 
 
 def read_lesson_items(store: Store, lesson: Lesson) -> list[Item]:
-    """The items of a lesson. Raises UserError if the lesson is damaged, or if its items have changed."""
+    """The items of a lesson. Raises UserError if the lesson is damaged, or if its items differ from the added items."""
     check_undamaged(lesson)
     key = f"{folder(lesson.model, lesson.number)}/{_ITEMS}"
     try:
@@ -372,7 +372,7 @@ def check_roll_back(store: Store, model: str, number: int) -> tuple[str, str]:
 
 
 def request_roll_back(store: Store, model: str, number: int, who: str) -> RollBack:
-    """Ask ``jobs.teach.watch`` to roll back. Raises UserError as :func:`check_roll_back` does."""
+    """Ask ``jobs.teach.watch`` to roll the model back. Raises UserError as :func:`check_roll_back` does."""
     check_roll_back(store, model, number)
     asked, key = RollBack(number, who, now()), f"lessons/{model}/{_ROLL_BACK}"
     while True:
@@ -422,7 +422,7 @@ def numbers(store: Store, model: str) -> set[int]:
 
 
 def is_reserved(store: Store, model: str, number: int) -> bool:
-    """Whether a lesson has this number, or a program is adding it."""
+    """Whether a lesson has this number, or a program is adding a lesson with this number."""
     return store.exists(f"{folder(model, number)}/{_ITEMS}")
 
 
@@ -453,7 +453,7 @@ def _json(record: Lesson | RollBack) -> bytes:
 
 
 def _numbers(store: Store, model: str, *files: str) -> set[int]:
-    """The numbers of the folders of lessons that have one of these files."""
+    """The numbers of the lessons whose folders contain at least one of ``files``."""
     pattern = re.compile(rf"lessons/[^/]+/(\d{{6}})/({'|'.join(map(re.escape, files))})")
     found = (pattern.fullmatch(key) for key in store.keys(f"lessons/{model}"))
     return {int(match[1]) for match in found if match and int(match[1])}

@@ -494,7 +494,7 @@ class SandboxExecutor:
                 for peers in ((to_judge, from_judge), (to_candidate, from_candidate)):
                     workers.append(await self._start_worker(peers))
             finally:
-                # Only the workers keep the pipes open, so each of them notices when the other one ends.
+                # Only the workers keep the pipes open, so each worker notices when the other worker ends.
                 for fd in (to_judge, from_candidate, to_candidate, from_judge):
                     os.close(fd)
             for worker, source in zip(workers, (judge, candidate), strict=True):

@@ -108,7 +108,7 @@ class Profile(abc.ABC):
 
     @staticmethod
     def suggested() -> bool:
-        """Whether the setting ``auto`` should try this profile here."""
+        """Whether the setting ``auto`` should try this profile on this machine."""
         return True
 
     def _python(self, worker_dir: str, control_fd: int) -> list[str]:

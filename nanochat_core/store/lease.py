@@ -51,7 +51,7 @@ class NameInUse(UserError):
 
 
 class LeaseLost(UserError):
-    """Another program took over the name, because it saw no renewal of this program's lease in time."""
+    """Another program took over the name, because that program saw no renewal of this program's lease in time."""
 
 
 class Lease:
@@ -273,7 +273,7 @@ def _machine() -> str | None:
 def _process_start(pid: int) -> int | None:
     """When a process was started, in ticks since the boot; None if there is no such process, or it is a zombie.
 
-    Process ids are used again. The start time distinguishes two processes with the same id.
+    The system may give the id of an ended process to a new process. The start time distinguishes these two processes.
     """
     try:
         # proc(5): the name in parentheses may contain any bytes; the state follows it, and the start is the 22nd field.

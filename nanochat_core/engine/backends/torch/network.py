@@ -114,7 +114,7 @@ class TorchNetwork(ServingWeights):
 
 
 def _select(x: Tensor, wanted: int | Tensor) -> Tensor:
-    """The last ``wanted`` rows of ``x``, or the rows with these indices."""
+    """The last ``wanted`` rows of ``x``; if ``wanted`` is a tensor, the rows with these indices."""
     return x[len(x) - wanted :] if isinstance(wanted, int) else x.index_select(0, wanted)
 
 
