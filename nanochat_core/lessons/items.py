@@ -294,7 +294,7 @@ def _texts(paragraphs: Sequence[str]) -> Iterator[Item]:
 
 
 def _check(item: Item, where: str) -> None:
-    """Raise UserError if the item has no answer, an empty text, a special token or a control character."""
+    """Raise UserError if the item lacks a question, answer or text, or has a special token or a control character."""
     if item.messages and item.messages[-1].role != "assistant":
         raise UserError(f"{where} has no answer after its last question")
     if item.messages and (len(item.messages) < 2 or not item.question.strip() or not item.messages[-1].parts):

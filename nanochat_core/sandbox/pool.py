@@ -16,7 +16,7 @@ _RETRY_SECONDS = 1.0
 _SHRINK_SECONDS = 5.0
 _STARTS_AT_ONCE = 4
 # Pause before the pool replaces a worker that a call has just taken, because the fork would delay this call. Usually,
-# the call ends before the pause does, and then the executor refills the pool immediately.
+# the call ends before the pause does, and the executor then refills the pool.
 _PAUSE_SECONDS = 0.01
 
 

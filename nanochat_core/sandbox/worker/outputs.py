@@ -12,8 +12,8 @@ def collector(
 
     The argument of the function is the value of the code. The function returns a list of files (name, content, name,
     content, ...), and whether files are missing in the list because of the limits. The list has the regular files whose
-    names end with one of ``endings``, except unchanged files. ``given`` has the contents of the files before the code
-    ran, by name. Files that cannot be read are left out.
+    names end with one of ``endings``, except files that are in ``given`` with the same name and content. Files that
+    cannot be read are left out.
     """
     folder = os.getcwd()
 
