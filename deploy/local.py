@@ -1,8 +1,9 @@
 """Runs everything on one machine: sandbox, engine, gateway and teacher, and the training if there is no model.
 
-``make run`` calls this program. The gateway serves the chat page from the beginning. The page shows the training, and
-the engine serves the snapshots of fine-tuning until a model is promoted. If the model does not pass its examination,
-the last snapshot still answers. The program restarts a service that dies, and stops everything on Ctrl-C or SIGTERM.
+``make run`` calls this program. The teacher trains a model on the lessons that a person writes. The gateway serves the
+chat page from the beginning, and the page shows the training. Until a model is promoted, the engine serves the newest
+checkpoint of fine-tuning. If the promotion gate refuses the model, the engine continues to serve the last checkpoint.
+The program restarts a service that dies, and stops everything on Ctrl-C or SIGTERM.
 """
 
 import asyncio
@@ -246,7 +247,7 @@ async def run(settings: LocalSettings) -> int:
                 return 0
             if code:
                 return code
-        # If another program trains the model, the wait has no limit.
+        # If another program trains the model, nobody knows how long that takes, so the wait has no limit.
         seconds = math.inf if learning and not command else settings.ready_seconds
         await wait_until_answered(f"{url}/v1/models/{urllib.parse.quote(settings.model)}", seconds, settings.model)
         say(f"nanochat is ready: {url}")
@@ -272,7 +273,7 @@ async def run(settings: LocalSettings) -> int:
         announcing.cancel()
         stopped.cancel()
         interrupted = await training.stop()
-        # The gateway stops before the engine, so that its running answers can finish.
+        # The gateway stops before the engine, so that running answers can finish.
         for service in reversed(services):
             await service.stop()
         await asyncio.gather(trained, *running, return_exceptions=True)
@@ -312,7 +313,7 @@ async def no_training() -> int:
 
 
 def is_promoted(settings: LocalSettings) -> bool:
-    """Whether a revision of the model is promoted. A withdrawal writes ``none`` to the file ``PROMOTED``."""
+    """Whether a revision of the model is promoted. A withdrawn promotion leaves ``none`` in the file ``PROMOTED``."""
     try:
         return open_store(settings.home).read(f"models/{settings.model}/PROMOTED").strip() != b"none"
     except FileNotFoundError:
@@ -320,9 +321,10 @@ def is_promoted(settings: LocalSettings) -> bool:
 
 
 def training_command(settings: LocalSettings) -> list[str]:
-    """The command that trains the model; empty if another program is training it, on this machine or another one.
+    """The command that trains the model.
 
-    Raises UserError if the model is not the demo model and there is no text to train it on.
+    A model other than the demo model needs text to train on. Without text, the command is empty if another program, on
+    this or another machine, is training the model. Raises UserError if there is neither text nor such a program.
     """
     pipeline = [sys.executable, "-m", "jobs.train.pipeline", "--home", settings.home]
     if settings.model == "demo":

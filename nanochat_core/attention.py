@@ -19,8 +19,8 @@ from nanochat_core.errors import UserError
 BLOCK_ROWS = 64
 # A row is divided into at most this many blocks. Longer rows have larger blocks, so that the compiled code stays small.
 BLOCKS = 8
-# Longest row, in tokens, that is computed in blocks. The backward pass stores the attention weights of all blocks.
-# These weights take memory that grows with the square of the row's length.
+# Longest row, in tokens, that is computed in blocks. The backward pass stores the attention weights of all blocks, so
+# its memory grows with the square of the row's length.
 BLOCKWISE_TIME = 512
 # For each flash-attn package, fastest first: its module, and the lowest and the highest compute capability that it
 # supports. FlashAttention 3 runs only on Hopper.
@@ -148,7 +148,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row) & (row - column <= window)
 
-    # In compiled code, a few small kernels build the mask, once for all layers with the same window.
+    # This is cheap: in compiled code, a few small kernels build the mask, once for all layers with the same window.
     mask = flex.create_block_mask(visible, None, None, time, time, device=q.device)
     grouped = q.size(2) != k.size(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

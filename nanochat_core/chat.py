@@ -131,7 +131,7 @@ def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _join_system(messages: Sequence[Message]) -> list[Message]:
-    """Joins the system message to the start of the first user message: system messages have no special tokens."""
+    """Joins the system message to the first user message, because there are no special tokens for system messages."""
     if not messages or messages[0].role != "system":
         return list(messages)
     if len(messages) < 2:
@@ -179,10 +179,9 @@ class AssistantStream:
 
 
 def tool_output_text(result: str | None, stdout: str, error: str) -> str:
-    """The output of a Python call that the model reads.
+    """The text that the model reads after its Python call.
 
-    The output is the call's value. If there is no value, the output is the printed text. If nothing was printed, the
-    output is the error.
+    The text is the call's value. If there is no value, it is the printed text. If nothing was printed, it is the error.
     """
     if result is not None:
         return result

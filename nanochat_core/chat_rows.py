@@ -1,9 +1,9 @@
-"""Conversations in the forms of published files: the chat API's, ShareGPT's and Alpaca's."""
+"""Reads conversations in three forms of published data sets: the chat API's, ShareGPT's and Alpaca's."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Names of the speakers in ShareGPT's files, and their roles.
+# The role of each speaker that ShareGPT's files name.
 _SPEAKERS = {
     "system": "system",
     "human": "user",

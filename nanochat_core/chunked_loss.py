@@ -26,8 +26,8 @@ IGNORE_INDEX = -1
 # at full speed.
 CPU_CHUNK = 2**22
 GPU_CHUNK = 2**27
-# The number of computed rows is rounded up to a multiple of this, because the libraries need extra time for each number
-# of rows that they have not seen before.
+# The number of tokens whose logits are computed is rounded up to a multiple of this, because the libraries for matrix
+# products need extra time for each number of tokens that they have not seen before.
 ROWS_MULTIPLE = 128
 
 LossAndGradient = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -121,11 +121,11 @@ def loss_and_gradients(
 
 
 def _learned_rows(targets: Tensor, size: int) -> Iterator[Tensor | slice]:
-    """Yield indices of rows in chunks of at most ``size``. Together, the chunks contain every counted target."""
+    """Yield indices of tokens in chunks of at most ``size``. Each token with a counted target is in a chunk."""
     count = targets.numel()
     rows = None
-    # In fine-tuning, half of the targets are not counted, and a CPU skips their rows. A GPU computes all rows: to learn
-    # the number of counted targets, the host would have to wait for the GPU's queued work.
+    # In fine-tuning, half of the targets are not counted, and a CPU skips their tokens. A GPU computes all tokens: to
+    # learn the number of counted targets, the host would have to wait for the GPU's queued work.
     if not targets.is_cuda:
         ignored = targets == IGNORE_INDEX
         learned = -(-(count - int(ignored.sum())) // ROWS_MULTIPLE) * ROWS_MULTIPLE

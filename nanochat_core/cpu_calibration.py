@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 # A candidate that is not the default must save at least this share of the default's time. Smaller differences are
 # mostly noise.
 LEAST_GAIN = 0.05
-# Each candidate runs at least this many times, and more often if this many seconds have not passed. Its fastest run
-# counts.
+# The candidates run in turn until each has run _LEAST_RUNS times, and _SECONDS for each candidate have passed. The
+# fastest run of a candidate counts.
 _LEAST_RUNS, _SECONDS = 4, 0.1
 
 
@@ -128,12 +128,15 @@ def _read(path: Path) -> dict[str, Answer]:
 
 @functools.cache
 def _identity() -> str:
-    """A digest of the processor and the version of torch. Many processors share a name such as "AMD EPYC"."""
+    """A digest of the processor and the version of torch.
+
+    The processor's name is not enough to identify it, because many processors share a name such as "AMD EPYC".
+    """
     try:
         first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:
         first = ""
-    # The other lines, such as the frequency, change while the machine runs.
+    # Other lines are left out, because some of them, such as the frequency, change while the machine runs.
     fixed = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features", "CPU part")
     lines = [line for line in first.splitlines() if line.partition(":")[0].strip() in fixed]
     return hashlib.sha256("\n".join([*lines, torch.__version__]).encode()).hexdigest()[:16]

@@ -27,7 +27,7 @@ _chosen: LibraryChoice = "auto"
 
 
 def use_library(choice: LibraryChoice) -> None:
-    """Set the library for all later products of this process, as ``torch.set_num_threads`` sets the threads."""
+    """Set the library for all later products of this process."""
     global _chosen
     _chosen = choice
 
@@ -116,7 +116,8 @@ class FastLinear(nn.Module):
 def use_faster_products(module: nn.Module) -> None:
     """Lets oneDNN multiply where it is faster. The parameters stay the same objects and keep their names.
 
-    A layer is left as it is if torch's default library is faster for its output and for the gradient of its input.
+    A layer stays unchanged if torch's default library is faster both for the layer's output and for the gradient of the
+    layer's input.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

@@ -17,7 +17,8 @@ from nanochat_core.errors import UserError
 log = logging.getLogger(__name__)
 
 LOOKUP_SECONDS = 2.0
-"""Usual time between two lookups. A cluster's name server itself keeps its answers for about five seconds."""
+"""Usual time between two lookups. More frequent lookups would hardly find changes earlier, because the name server of a
+cluster keeps its answers for about five seconds."""
 
 # Time limit of a lookup. All names are looked up together, so a name without an answer delays all other addresses.
 _TIMEOUT_SECONDS = 5.0
@@ -98,8 +99,8 @@ async def watch_endpoints(
         except Exception as error:
             if name not in failing:
                 reason = str(error) or "the name server does not answer"
-                # A lookup may fail with these errors. OSError includes TimeoutError, an impossible name raises
-                # UnicodeError, and a thread that cannot start raises RuntimeError.
+                # Any other error is a mistake in the code, so its traceback is logged. OSError includes TimeoutError,
+                # an impossible name raises UnicodeError, and a thread that cannot start raises RuntimeError.
                 unexpected = not isinstance(error, OSError | UnicodeError | RuntimeError)
                 facts = {"host": name, "reason": reason, "kept": known[name]}
                 log.warning("lookup failed", exc_info=unexpected, extra=facts)

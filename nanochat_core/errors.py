@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Callable
 
-# Exit code of the gate, and of a pipeline or a lesson whose model the gate refused. The code 2 means a wrong setting,
-# and codes from 128 on make Kubernetes restart the job.
+# Exit code if the promotion gate, which decides whether a model may be served, refuses a model: the exit code of the
+# gate itself, of a training pipeline and of a program that teaches lessons. The code 2 is taken: it means a wrong
+# setting. Codes from 128 on are not used, because they make Kubernetes restart the job.
 EXIT_REFUSED = 3
-# Exit code of a lesson that failed for a reason other than the gate, such as an answer that is too long.
+# Exit code of a lesson that failed, although the gate did not refuse it: an answer may be too long, for example.
 EXIT_FAILED = 4
-# Exit code of a lesson that somebody canceled. The code 1 is not used here: Python exits with it after a crash.
+# Exit code of a lesson that somebody canceled. The code 1 is not used here, because Python exits with 1 after a crash.
 EXIT_CANCELED = 5
 
 # The CPU's allocator, CUDA, cuBLAS and cuDNN report a lack of memory as RuntimeErrors with these texts.

@@ -22,7 +22,7 @@ from pathlib import Path
 SPINS = 1000
 # Milliseconds that a waiting thread of Intel's or LLVM's library spins; their default is 200.
 BLOCK_MILLISECONDS = 0
-# Variables by which a user chooses how threads wait. If one of them is set, it stays in force.
+# Variables by which a user chooses how threads wait. If one of them is set, its value is kept.
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _LIBRARIES = ("libgomp", "libiomp", "libomp")
 

@@ -38,7 +38,7 @@ def write_progress(store: Store, model: str, part: str, fields: Mapping[str, Any
 
 
 def remove_progress(store: Store, model: str, part: str) -> None:
-    """Remove ``progress/<model>/<part>.json`` and the folders that this makes empty.
+    """Remove ``progress/<model>/<part>.json``, and its folders if they are empty then.
 
     Raises StoreError if the store fails.
     """

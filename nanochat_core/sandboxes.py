@@ -86,7 +86,7 @@ class Sandboxes:
     async def execute(
         self, request: sandbox_pb2.ExecuteRequest, seconds: float, on_output: OnOutput | None = None
     ) -> sandbox_pb2.ExecuteReply:
-        """Run the code of a request. If ``request`` limits the wall time, this field is lowered to fit ``seconds``.
+        """Run the code of a request. If ``request`` limits the wall time, the limit is lowered to fit ``seconds``.
 
         If ``on_output`` is given, it is also called with the output while the code runs. Once the code has written
         something, the call is not repeated, so that no output is passed on twice.

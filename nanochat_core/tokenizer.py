@@ -116,7 +116,7 @@ class Tokenizer:
             return np.asarray(self.encode(text), dtype=np.uint32)
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # only encode_ordinary replaces lone surrogates
+        except UnicodeEncodeError:  # a lone surrogate, which only encode_ordinary replaces
             return np.asarray(self.encode(text), dtype=np.uint32)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 2) -> list[list[int]]:

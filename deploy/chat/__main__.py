@@ -132,7 +132,7 @@ class Chat:
 
 
 def main() -> None:
-    """Answers one question. Without a question, holds a conversation if standard input is a terminal."""
+    """Holds a conversation if there is no ``-p`` and standard input is a terminal. Otherwise, answers one question."""
     arguments = [_SHORT.get(argument, argument) for argument in sys.argv[1:]]
     config = settings.load(ChatSettings, prefix="NANOCHAT_CHAT", program=_PROGRAM, argv=arguments)
     if config.prompt is None and sys.stdin.isatty():

@@ -80,7 +80,7 @@ class ChatClient:
 
 
 def _pieces(lines: Iterator[str]) -> Iterator[Piece]:
-    """Reads the lines of server-sent events. Raises UserError for an error event, or if the last one is not [DONE]."""
+    """Reads the lines of server-sent events. Raises UserError for an error event or if the last event is not [DONE]."""
     for line in lines:
         data = line.removeprefix("data:").strip()
         if data == line.strip():  # a comment, or the empty line between events

@@ -18,7 +18,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """All messages of a request: the system message, if there is one, and the turns."""
+        """The messages of a request: the system message, if there is one, and then the questions and answers."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
     def ask(self, text: str) -> None:

@@ -28,7 +28,7 @@ def split_blocks(text: str) -> tuple[str, str]:
 
 
 class AnswerView:
-    """Shows one answer. Complete blocks are printed for good; only the last block is drawn again while it grows.
+    """Shows one answer. Complete blocks are printed once; only the last block is drawn again while it grows.
 
     Use it as a context manager.
     """
@@ -80,7 +80,7 @@ class AnswerView:
             self._print(Panel(Text(str(event.get("output", ""))), title=title, title_align="left", border_style=style))
 
     def _flush(self) -> None:
-        """Prints the last block for good."""
+        """Prints the last block, which is now complete and is not drawn again."""
         tail, self._tail = self._tail, ""
         if self._live is not None:
             self._live.update(Text(""))

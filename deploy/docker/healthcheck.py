@@ -1,7 +1,7 @@
 """Exit with 0 if a service is healthy, otherwise with 1.
 
-Usage: ``healthcheck.py http://HOST:PORT/PATH`` or ``healthcheck.py grpc://HOST:PORT``. HTTP is spoken over TLS if the
-gateway has a certificate.
+Usage: ``healthcheck.py http://HOST:PORT/PATH`` or ``healthcheck.py grpc://HOST:PORT``. The HTTP request uses TLS
+if the gateway has a certificate.
 """
 
 import http.client
@@ -34,7 +34,7 @@ def http_is_healthy(address: str, path: str) -> bool:
 
 def grpc_is_serving(address: str) -> bool:
     """Whether the standard gRPC health service reports SERVING for the whole server."""
-    import grpc  # this import is slow, and HTTP does not need it
+    import grpc  # not at the top: this import is slow, and a check over HTTP does not need it
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     with grpc.insecure_channel(address) as channel:

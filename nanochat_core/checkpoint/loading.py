@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 LoadedT = TypeVar("LoadedT")
 
 META_FORMAT = 1
-# Since format 2, the position in the training data also contains the parts of documents that were not packed yet.
+# Since format 2, the position in the training data also says which parts of documents are not packed into rows yet.
 TRAINER_STATE_FORMAT = 2
 
 
@@ -228,7 +228,8 @@ class TrainerState:
     manifest: Manifest
     values: dict[str, Any]
     _store: Store
-    # By file, then by tensor name: the tensor's first row that the file stores, and the number of these rows.
+    # For each file, the rows of each tensor that the file stores: (index of the first row, number of rows), by the
+    # tensor's name.
     _index: dict[str, dict[str, tuple[int, int]]]
     _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 

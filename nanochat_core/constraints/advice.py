@@ -10,9 +10,8 @@ from nanochat_core.constraints.constraint import Constraint, ConstraintError, Co
 _REPETITION = re.compile(r"\\.|\{(?P<least>\d+)(?:,(?P<most>\d*))?\}|(?P<other>[*+?])", re.DOTALL)
 # Keywords of JSON schema whose value is a number of repetitions.
 _COUNTS = ("maxItems", "minItems", "maxLength", "minLength", "maxProperties", "minProperties")
-# In a schema, the advice names the pattern with the most repetitions or the highest count. If neither number reaches
-# this limit, the advice names the keyword with the highest count. If this count is below the limit too, the advice
-# names the size of the schema.
+# The advice for a schema names the first of these causes: the worst pattern, if it has at least _LARGE repetitions or a
+# count of at least _LARGE; the keyword with the highest count, if this count is at least _LARGE; the schema's size.
 _LARGE = 100
 
 
@@ -45,7 +44,7 @@ def _described(repetitions: int, largest: int) -> str:
 def _repetitions(pattern: str) -> tuple[int, int]:
     """Return the number of repetition operators in a regular expression, and their largest count.
 
-    Operators inside of character classes are counted too, because this is only a hint and not a parser.
+    Operators inside character classes are counted too, although they repeat nothing: an estimate is enough for advice.
     """
     found, largest = 0, 0
     for match in _REPETITION.finditer(pattern):

@@ -28,7 +28,7 @@ _LIMITS: Mapping[str, Any] = {
     "step_lexer_fuel": 50_000,
     "max_lexer_states": 20_000,
     "max_grammar_size": 20_000,
-    "max_items_in_row": 20_000,  # an object needs four items for each optional property
+    "max_items_in_row": 20_000,  # so many, because an object needs four items for each optional property
     "precompute_large_lexemes": False,  # True slows compilation down and does not speed steps up
     "verbose_errors": False,  # verbose errors quote the schema and the answer, which logs must not contain
 }

@@ -35,7 +35,7 @@ _VARIABLES = ("PATH", "LD_LIBRARY_PATH")
 
 
 def slow_step(constraint: Constraint) -> str:
-    """Return the reason for refusing a constraint, because a token of its completions takes too much CPU time."""
+    """Return the error text for a constraint that is refused because one token takes too much CPU time."""
     return f"a token of its answers takes more than {MOST_STEP_SECONDS:g} s of CPU time: {advice(constraint)}"
 
 

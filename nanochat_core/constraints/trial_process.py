@@ -4,8 +4,8 @@ The first line of the standard input is a JSON object with the tokenizer and the
 line is a constraint. The standard output gets one line for each input line: an empty object once llguidance is loaded,
 and then the outcomes. An outcome has one of these forms:
 
-- ``bytes``, the memory that the compilation took, and ``step_seconds``, the CPU time of the slowest step in some random
-  completions;
+- ``bytes``, the memory that the compilation took, and ``step_seconds``, the largest CPU time for one token of some
+  random completions;
 - ``limit``, the limit of llguidance that was reached;
 - ``refused``, the reason why the constraint cannot be used;
 - ``killed``, the signal that ended the compilation; 0 if llguidance failed.
@@ -68,7 +68,7 @@ def _outcome(compiler: Compiler, constraint: Constraint) -> dict[str, Any]:
     child = os.fork()  # safe, because this process has one thread
     if not child:
         try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # llguidance's panics quote the constraint
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # discards panics, which quote the constraint
             _limit_resources()
             os.write(writer, json.dumps(_compiled(compiler, constraint)).encode())
         except BaseException:  # a panic in a Rust library is a BaseException, not an Exception
@@ -85,7 +85,8 @@ def _outcome(compiler: Compiler, constraint: Constraint) -> dict[str, Any]:
 
 
 def _compiled(compiler: Compiler, constraint: Constraint) -> dict[str, Any]:
-    # The first use of llguidance after a fork takes memory for the library's pages, which must not be counted.
+    # The first use of llguidance after a fork takes memory for the library's pages. This memory must not be counted, so
+    # something else is compiled first.
     compiler.compile(Constraint(ConstraintKind.JSON_OBJECT))
     before = _peak_bytes()
     try:

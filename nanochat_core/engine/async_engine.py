@@ -83,7 +83,7 @@ class Stream:
             self.accepted.set_exception(error)
 
     def abandon(self) -> None:
-        """Stop waiting for acceptance. An error is marked as read, because asyncio logs errors that nobody has read."""
+        """Stop waiting for acceptance of the request. Mark an error as read, so that asyncio does not log it."""
         if not self.accepted.cancel() and not self.accepted.cancelled():
             self.accepted.exception()
 

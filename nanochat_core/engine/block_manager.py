@@ -193,7 +193,10 @@ class _BlockPool:
         return block
 
     def source_of_copy(self, parent: bytes) -> int:
-        """Return the block to copy as the next one after the block with hash ``parent``. Mark it as recently used."""
+        """Return the block to copy for a sequence whose last shared block has the hash ``parent``.
+
+        The returned block counts as recently used from now on.
+        """
         block, _tokens = self.index.offers[parent]
         if not self.references[block]:
             self.free.move_to_end(block)

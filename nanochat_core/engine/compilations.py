@@ -18,8 +18,8 @@ from nanochat_core.engine.constraints import Grammar, Grammars
 
 log = logging.getLogger(__name__)
 
-# Number of constraints that are compiled at the same time. At most one of them belongs to the same caller, so a caller
-# with expensive constraints leaves at least one process to other callers.
+# Number of constraints that are compiled at the same time, each in a process. Each caller uses at most one process at a
+# time, so a caller with expensive constraints leaves at least one process to other callers.
 PROCESSES = 2
 
 

@@ -19,7 +19,7 @@ CPU_CACHE_BYTES = 1 << 30
 # also the largest block size.
 KEY_TILE = 512
 # PyTorch's operators compute the attention of several chunks together if each has at most this many tokens. A token and
-# its draft form one chunk, so they must not be longer.
+# its draft form one chunk, so together they must not have more tokens than this.
 MOST_ROWS = 8
 
 

@@ -99,7 +99,8 @@ class Matcher:
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if time.thread_time() - began > MOST_STEP_SECONDS:
             self._on_slow()
-        # After an error the matcher allows only the end of the text, even if the text does not match.
+        # The matcher's answer about the end of the text is not used: after an error, the matcher allows only the end of
+        # the text, even if the text does not match.
         complete = self.complete
         _set_bit(mask, self._end, False)
         for token in self._stops:

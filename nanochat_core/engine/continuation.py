@@ -57,7 +57,7 @@ class _Replay:
         return end or End()
 
     def _append(self, token: Token) -> tuple[End | None, ToolCall | None]:
-        """Append a sampled token. Returns the end if the token ends the choice, and the call if it completes a call."""
+        """Append a sampled token. Returns an End if the token ends the choice, or the call that the token completes."""
         seq, matcher = self._seq, self._seq.matcher
         if token.forced:
             raise self._error("has a forced token that does not follow a call")

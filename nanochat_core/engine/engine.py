@@ -167,7 +167,7 @@ class Engine:
         return self._outputs.take()
 
     def stream(self, requests: Iterable[Request]) -> Generator[Output]:
-        """Answer requests with continuous batching, and yield their outputs as they come, until all choices have ended.
+        """Answer requests with continuous batching, and yield their outputs immediately, until all choices have ended.
 
         The engine must not have other requests. While the queue is full, requests wait in this method. If the caller
         stops iterating, requests that are still in flight are canceled.
@@ -262,7 +262,7 @@ class Engine:
         self.blocks.forget()
 
     def warm_up(self) -> None:
-        """Run a large and a small step, so that the first requests are not slower. Call this before any request."""
+        """Run a large and a small step, so that the first requests are as fast as later ones. Call this before them."""
         with self._on_device():
             self.runner.warm_up()
         smallest = min(group.num_blocks for group in self.blocks.groups)

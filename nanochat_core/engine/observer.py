@@ -9,7 +9,7 @@ from nanochat_core.engine.scheduler import Chunk
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """Numbers of sequences in each state, of blocks of the fullest cache group, and of tokens still to be computed."""
+    """The engine's load: numbers of sequences, of blocks in the fullest cache group, and of tokens to compute."""
 
     running: int = 0
     waiting: int = 0

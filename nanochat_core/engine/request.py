@@ -54,8 +54,8 @@ class SamplingParams:
     seed: int | None = None  # None lets the engine choose a seed
     max_tokens: int = 0  # maximum number of sampled tokens and tool tokens together; 0 means up to the context length
     stop_token_ids: frozenset[int] = frozenset()  # each ends the sequence and is reported as its last token
-    # Number of most likely tokens whose log probabilities are reported together with each token's own. None reports no
-    # log probabilities.
+    # For each sampled token, its log probability is reported, and also the log probabilities of this number of the most
+    # likely tokens. None reports no log probabilities.
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # added to the logits, by token id
     constraint: Constraint | None = None

@@ -147,7 +147,7 @@ class Scheduler:
         most_drafted = self.draft_length(len(self.running))
         while position < len(self.running):  # preemptions may shorten the list
             seq = self.running[position]
-            if seq.length == seq.max_length:  # the token in flight is the sequence's last token
+            if seq.length == seq.max_length:  # the token in flight is the last one, so nothing is left to compute
                 position += 1
                 continue
             # A long prompt leaves one token of the budget to each sequence after it.

@@ -26,7 +26,11 @@ class State(enum.Enum):
 
 
 class Sequence:
-    """One choice of a request. Prefill, decoding, tool output and recomputation are the case ``remaining > 0``."""
+    """One choice of a request.
+
+    Prefill, decoding, tool output and recomputation need no separate states: in each case, ``remaining`` known tokens
+    must still be computed.
+    """
 
     def __init__(self, request: Request, choice: int, arrival: int, sample_key: int, max_length: int) -> None:
         """

@@ -75,7 +75,7 @@ class LaunchedStep:
 
     @property
     def can_be_overtaken(self) -> bool:
-        """Whether the next step can start before these tokens are read: not with drafts, penalties or constraints."""
+        """Whether the next step can start before these tokens are read; false with drafts, penalties or constraints."""
         return all(chunk.seq.is_memoryless and not chunk.draft for chunk in self.chunks)
 
     def read(self) -> list[tuple[Chunk, list[Token]]]:

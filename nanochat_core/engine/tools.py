@@ -125,7 +125,7 @@ class ToolLoop:
             self._arrived.wait()
 
     def append_output(self, seq: Sequence, result: ToolResult) -> list[Token]:
-        """Append and return the tokens that show ``result`` to the model. If they do not fit, there are none."""
+        """Append and return the tokens that show ``result`` to the model; none if not all of these tokens fit."""
         ids = [self._output_start, *self._tokenizer.encode(result.output), self._output_end]
         if len(seq.tokens) + len(ids) > seq.max_length:
             return []

@@ -1,4 +1,4 @@
-"""What a person wants to teach, read from JSON lines, Markdown or plain text."""
+"""Reads what a person wants to teach: JSON lines, Markdown or plain text."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def to_json(message: Message) -> dict[str, Any]:
 
 
 def read_items(path: str) -> list[Item]:
-    """The items in a local file. Raises UserError if there is no such file, or if it is too large or not a lesson."""
+    """The items in a local file. Raises UserError if the file does not exist, is too large or has invalid content."""
     file = user_path(path)
     if not file.is_file():
         raise UserError(f"{path} is not a file")
@@ -294,7 +294,7 @@ def _texts(paragraphs: Sequence[str]) -> Iterator[Item]:
 
 
 def _check(item: Item, where: str) -> None:
-    """Raise UserError if the item has no answer, an empty text, or characters that no lesson needs."""
+    """Raise UserError if the item lacks a question, answer or text, or has a special token or a control character."""
     if item.messages and item.messages[-1].role != "assistant":
         raise UserError(f"{where} has no answer after its last question")
     if item.messages and (len(item.messages) < 2 or not item.question.strip() or not item.messages[-1].parts):

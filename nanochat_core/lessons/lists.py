@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from nanochat_core.lessons.records import Lesson, NoLesson, is_reserved, numbers, read_lesson
 from nanochat_core.store import Store
 
-# Number of lessons that are done and are kept in memory.
+# Maximum number of finished lessons that are kept in memory.
 _KEPT = 1000
-# Time between listings of a model's folder: a listing takes longer with each file in the folder. Between two listings,
-# new lessons are found by asking the store for the next number.
+# Time between two listings of a model's folder. Listings are rare, because a folder with more files takes longer to
+# list. Between two listings, new lessons are found by asking the store for the lesson with the next number.
 _LIST_SECONDS = 60.0
 
 
@@ -51,8 +51,8 @@ class LessonLists:
     def undone(self, model: str, most: int) -> int:
         """The number of lessons of a model that are not done, or ``most`` if there are more.
 
-        Lessons are given in the order of their numbers, so the lessons that are not done are the newest ones. Only the
-        ``most`` newest lessons are read.
+        A model learns its lessons in the order of their numbers, so the lessons that are not done are the newest ones.
+        Only the ``most`` newest lessons are read.
         """
         return sum(not lesson.done for lesson in self.page(model, most, None, newest_first=True)[0])
 

@@ -1,8 +1,8 @@
 """Lessons in the store: ``lessons/<model>/<n>/`` with ``items.jsonl`` and ``lesson.json``.
 
-The gateway and other programs that ask for something write only below ``lessons/``: a new lesson, the request that
-added it (in ``lessons/<model>/requests/``), the file ``CANCEL`` in the folder of a lesson, and
-``lessons/<model>/roll_back.json``. The gateway therefore needs rights only for this folder of the store.
+Programs that add or cancel lessons, or request a roll-back, such as the gateway, write only below ``lessons/``: a new
+lesson, the request that added the lesson (in ``lessons/<model>/requests/``), the file ``CANCEL`` in the folder of a
+lesson, and ``lessons/<model>/roll_back.json``. The gateway therefore needs rights only for this folder of the store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nanochat_core.lessons.shapes import Shape, check_shape
 from nanochat_core.paths import check_name
 from nanochat_core.store import Store
 
-# A lesson is "damaged" if its lesson.json cannot be read. This state is never written.
+# A lesson is "damaged" if its lesson.json cannot be read. This state is only returned and never stored.
 State = Literal["queued", "training", "examining", "promoted", "refused", "failed", "canceled", "damaged"]
 UNDONE: tuple[State, ...] = ("queued", "training", "examining")
 
@@ -73,17 +73,17 @@ class RequestReused(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a lesson is given. The defaults were found by trial.
+    """How a model is trained on a lesson, and how much it may forget. The defaults were found by trial.
 
     Attributes:
         seed: seed of all random choices in the lesson.
         replay: mixture of conversations that training repeats, so that the model does not forget them; empty for the
             mixture on which the model was fine-tuned.
         share: share of the training examples that show the lesson. A lesson of few items gets a smaller share.
-        lr_scale: factor on pretraining's unscaled learning rates.
+        lr_scale: the learning rates of pretraining, before any other scaling, are multiplied by this.
         batch_tokens: tokens per optimizer step.
         max_steps: largest number of optimizer steps.
-        margin: largest decrease in the share of right answers to other questions.
+        margin: largest permitted decrease in the share of right answers to questions that the lesson does not change.
     """
 
     seed: int = 1
@@ -102,9 +102,9 @@ class Lesson:
     Attributes:
         number: position among the lessons of the model, from 1.
         state: progress or result of the lesson. If a process died, its lesson is still ``training`` or ``examining``,
-            and is given again. It is ``damaged`` if its file cannot be read; only ``model``, ``number`` and ``reason``
-            are then known.
-        attempts: how often a process has begun to give the lesson.
+            and another process begins the lesson anew. If the file of a lesson cannot be read, the state is
+            ``damaged``, and only ``model``, ``number`` and ``reason`` are known.
+        attempts: how often a process has begun the lesson.
         who: name of the user who added the lesson.
         source: name of the file from which the items were read.
         created, finished: times in UTC (ISO 8601); ``finished`` is empty while the lesson is not done.
@@ -121,7 +121,7 @@ class Lesson:
             :mod:`examination`, before and after the lesson.
         wrong: the lesson's questions that the taught model answers wrongly.
         lost: questions that the model answered rightly before the lesson and wrongly after it.
-        decision: the gate's decision, as reports show it.
+        decision: the decision of the promotion gate, as reports show it.
         digest: sha256 of the taught weights; empty if there are none.
         reason: why the lesson failed, began anew or is damaged; empty otherwise.
     """
@@ -163,7 +163,7 @@ class RollBack:
     """The last request to promote the model of an earlier lesson again; number 0 is the model before its first lesson.
 
     ``reason`` says why the request failed or is damaged; empty otherwise. A request is ``damaged`` if its file cannot
-    be read. This state is never written.
+    be read. This state is only returned and never stored.
     """
 
     number: int
@@ -199,7 +199,7 @@ def add_lesson(
 
 
 def added_lesson(store: Store, model: str, items: Sequence[Item], plan: Plan, request: str) -> Lesson | None:
-    """The lesson that :func:`add_lesson` has added for this request; None if there is none.
+    """The lesson that :func:`add_lesson` has added for this request; None if the request has added no lesson.
 
     Raises RequestReused if the request was made before for other items or another plan.
     """
@@ -257,7 +257,7 @@ def items_digest(items: Sequence[Item]) -> str:
 
 
 def write_lesson(store: Store, lesson: Lesson) -> None:
-    """Store the lesson. Once a lesson is in the queue, only the program that gives it may change it.
+    """Store the lesson. Once it is in the queue, only the process that holds the lease on its model may call this.
 
     Raises UserError for a damaged lesson: its file stays as it is, so that a person can repair it.
     """
@@ -311,7 +311,7 @@ def _parsed(content: bytes, model: str, number: int, key: str) -> Lesson:
 
 
 def read_lesson_items(store: Store, lesson: Lesson) -> list[Item]:
-    """The items of a lesson. Raises UserError if the lesson is damaged, or if its items have changed."""
+    """The items of a lesson. Raises UserError if the lesson is damaged, or if its items differ from the added items."""
     check_undamaged(lesson)
     key = f"{folder(lesson.model, lesson.number)}/{_ITEMS}"
     try:
@@ -327,13 +327,13 @@ def lessons(store: Store, model: str, leave_out: Collection[int] = ()) -> list[L
     """All lessons of a model, the oldest first, apart from the numbers in ``leave_out``, whose files are not read."""
     found = []
     for number in sorted(numbers(store, model).difference(leave_out)):
-        with contextlib.suppress(NoLesson):  # somebody has just removed it
+        with contextlib.suppress(NoLesson):  # somebody has just removed the lesson
             found.append(read_lesson(store, model, number))
     return found
 
 
 def cancel_lesson(store: Store, model: str, number: int) -> None:
-    """Ask the program that gives a lesson to cancel it. Raises UserError if the lesson is done or does not exist.
+    """Request that a lesson is canceled. Raises UserError if the lesson is done or does not exist.
 
     A queued lesson is canceled when its turn comes, a lesson in training within ten steps, and a lesson in
     examination at the end of the examination. After the gate's decision, a lesson is not canceled any more.
@@ -372,7 +372,7 @@ def check_roll_back(store: Store, model: str, number: int) -> tuple[str, str]:
 
 
 def request_roll_back(store: Store, model: str, number: int, who: str) -> RollBack:
-    """Ask ``jobs.teach.watch`` to roll back. Raises UserError as :func:`check_roll_back` does."""
+    """Ask ``jobs.teach.watch`` to roll the model back. Raises UserError as :func:`check_roll_back` does."""
     check_roll_back(store, model, number)
     asked, key = RollBack(number, who, now()), f"lessons/{model}/{_ROLL_BACK}"
     while True:
@@ -386,7 +386,7 @@ def request_roll_back(store: Store, model: str, number: int, who: str) -> RollBa
 
 
 def read_roll_back(store: Store, model: str) -> tuple[RollBack, str] | None:
-    """The last request to roll back, and its version for :func:`finish_roll_back`. None if there is none."""
+    """The last request to roll back, and its version for :func:`finish_roll_back`; None if there is no request."""
     key = f"lessons/{model}/{_ROLL_BACK}"
     try:
         content, version = store.read_version(key)
@@ -422,7 +422,7 @@ def numbers(store: Store, model: str) -> set[int]:
 
 
 def is_reserved(store: Store, model: str, number: int) -> bool:
-    """Whether a lesson has this number, or a program is adding it."""
+    """Whether a lesson has this number, or a program is adding a lesson with this number."""
     return store.exists(f"{folder(model, number)}/{_ITEMS}")
 
 
@@ -447,12 +447,13 @@ def _json(record: Lesson | RollBack) -> bytes:
     content = json.dumps(
         with_format(dataclasses.asdict(record), _FORMAT), indent=1, ensure_ascii=False, allow_nan=False
     )
-    # Python represents a file name that is not valid UTF-8 with surrogates, which cannot be encoded as UTF-8.
+    # In Python, the name of a file that is not valid UTF-8 contains surrogates. They cannot be encoded, so each becomes
+    # a question mark.
     return f"{content}\n".encode(errors="replace")
 
 
 def _numbers(store: Store, model: str, *files: str) -> set[int]:
-    """The numbers of the folders of lessons that have one of these files."""
+    """The numbers of the lessons whose folders contain at least one of ``files``."""
     pattern = re.compile(rf"lessons/[^/]+/(\d{{6}})/({'|'.join(map(re.escape, files))})")
     found = (pattern.fullmatch(key) for key in store.keys(f"lessons/{model}"))
     return {int(match[1]) for match in found if match and int(match[1])}

@@ -1,4 +1,4 @@
-"""Bounded reading from a pipe that hostile code writes to."""
+"""Reads a bounded number of bytes from a pipe that hostile code writes to."""
 
 import codecs
 import os

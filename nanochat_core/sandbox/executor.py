@@ -235,11 +235,13 @@ class SandboxExecutor:
 
     @property
     def _most_bytes(self) -> int:
-        return min(self.config.max_file_bytes, self.config.scratch_bytes // 2)  # files occupy whole blocks
+        # Files need more space than their bytes, because they occupy whole blocks.
+        return min(self.config.max_file_bytes, self.config.scratch_bytes // 2)
 
     @property
     def _most_files(self) -> int:
-        return min(self.config.max_files, self.config.scratch_files // 16)  # the folders of a file count, too
+        # The limit ``scratch_files`` also counts the folders in the names of files.
+        return min(self.config.max_files, self.config.scratch_files // 16)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future = self._submit(work)
@@ -492,7 +494,7 @@ class SandboxExecutor:
                 for peers in ((to_judge, from_judge), (to_candidate, from_candidate)):
                     workers.append(await self._start_worker(peers))
             finally:
-                # Only the workers keep the pipes open, so each of them notices when the other one ends.
+                # Only the workers keep the pipes open, so each worker notices when the other worker ends.
                 for fd in (to_judge, from_candidate, to_candidate, from_judge):
                     os.close(fd)
             for worker, source in zip(workers, (judge, candidate), strict=True):
@@ -500,7 +502,7 @@ class SandboxExecutor:
             judging, answering = calls
             await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             if answering.done() and not judging.done():
-                answering.result()  # raises if the sandbox failed, so that this does not count as failed tests
+                answering.result()  # raises if the sandbox failed, so that the tests do not count as failed
             return await judging
         finally:
             for call in calls:

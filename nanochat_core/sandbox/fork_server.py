@@ -25,14 +25,14 @@ from nanochat_core.sandbox.worker import protocol
 
 log = logging.getLogger("nanochat.sandbox")
 
-START_SECONDS = 20.0  # longest time in which a worker must start
-# Longest time in which a fork server must start. It also imports packages, perhaps from a cold and busy disk.
+START_SECONDS = 20.0  # a worker must start within this time
+# A fork server must start within this time. It also imports packages, perhaps from a busy disk.
 _SERVER_START_SECONDS = 60.0
 _EXIT_SECONDS = 1.0
 # Longest wait until all processes have closed the standard error of a server that has ended.
 _LAST_WORDS_SECONDS = 0.2
-# A kill counts as recent for this long: the kernel may kill several processes at once, whose calls are then judged one
-# after the other.
+# A kill counts as recent for this long. The time is not shorter, because the kernel may kill several processes at once,
+# and the executor then determines the results of their calls one after the other.
 _OOM_SECONDS = 5.0
 _MESSAGE_BYTES = 1 << 16
 _SEND_BUFFER_BYTES = 1 << 20
@@ -175,7 +175,7 @@ class ForkServer:
         return server
 
     async def fork(self, scratch: str, fds: list[int]) -> tuple[int, int, asyncio.Future[Exit | None]]:
-        """Fork a worker with the scratch folder ``scratch``, in which ``fds`` become the descriptors 0, 1, 2 and so on.
+        """Fork a worker with the scratch folder ``scratch``. The worker gets ``fds`` as descriptors 0, 1, 2 and so on.
 
         Returns a pidfd, which the caller must close, the worker's process id, and a future with the worker's
         :class:`Exit`. The future's result is ``None`` if the server ended first. Raises WorkerFailed if the server
@@ -191,7 +191,8 @@ class ForkServer:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         message = protocol.pack([b"%d" % number, os.fsencode(scratch)])
         try:
-            self._control.sendmsg([message], rights)  # the buffer holds far more requests than there are calls
+            # The socket's buffer has room for far more requests than there are calls, so the buffer is never full.
+            self._control.sendmsg([message], rights)
             handle, pid = await asyncio.shield(started)
             return handle, pid, ended
         except OSError as error:

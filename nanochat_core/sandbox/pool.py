@@ -15,8 +15,8 @@ _RETRY_SECONDS = 1.0
 # these periods without such a call.
 _SHRINK_SECONDS = 5.0
 _STARTS_AT_ONCE = 4
-# Pause before the pool replaces a worker that a call has just taken, because the fork would delay this call. The
-# executor refills the pool when a call ends, which is usually earlier.
+# Pause before the pool replaces a worker that a call has just taken, because the fork would delay this call. Usually,
+# the call ends before the pause does, and the executor then refills the pool.
 _PAUSE_SECONDS = 0.01
 
 

@@ -108,7 +108,7 @@ class Profile(abc.ABC):
 
     @staticmethod
     def suggested() -> bool:
-        """Whether the setting ``auto`` should try this profile here."""
+        """Whether the setting ``auto`` should try this profile on this machine."""
         return True
 
     def _python(self, worker_dir: str, control_fd: int) -> list[str]:
@@ -170,7 +170,8 @@ class GvisorProfile(BwrapProfile):
     """
 
     name = "gvisor"
-    # To forbid namespaces, bubblewrap needs a setting in /proc. The system-call filter forbids them anyway.
+    # On gVisor, bubblewrap cannot forbid namespaces, because this needs a setting in /proc. The system-call filter
+    # forbids namespaces anyway.
     forbids_namespaces = False
     # On gVisor, bubblewrap cannot set up the loopback interface of a new network namespace.
     leaves_network = True
@@ -249,7 +250,7 @@ def namespace_options(program: str, forbid_more: bool = True, share_network: boo
     options += ["--share-net"] if share_network else []
     options += ["--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
     options += ["--setenv", "LD_BIND_NOW", "1"]  # see ForkServer.start
-    # The fork server mounts scratch file systems. Its workers give up this capability.
+    # The fork server needs this capability to mount scratch file systems. Its workers give up the capability.
     options += ["--cap-add", "CAP_SYS_ADMIN"]
     if forbid_more and "--disable-userns" in _help_of(program):
         options.append("--disable-userns")

@@ -168,7 +168,7 @@ def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
 
 
 def remove(folder: str) -> None:
-    """Remove ``folder`` with everything in it, as :func:`empty` does."""
+    """Empty ``folder`` by :func:`empty`, and then remove it."""
     try:
         empty(folder)
         os.rmdir(folder)

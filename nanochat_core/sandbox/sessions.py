@@ -28,7 +28,7 @@ class Session:
 
 
 class Sessions:
-    """Keeps at most ``limit`` sessions, or more while calls use them. Forgets a session after ``idle_seconds``.
+    """Keeps at most ``limit`` sessions, and forgets a session after ``idle_seconds``. Sessions in use are always kept.
 
     Attributes:
         waiting: calls that wait for another call of their session.

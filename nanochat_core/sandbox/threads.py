@@ -50,7 +50,7 @@ class ThreadRequests:
 
 
 def _count(thread: int) -> float:
-    """How many threads the process of ``thread`` has; infinity if the kernel does not show it."""
+    """How many threads the process of ``thread`` has; infinity if the kernel does not show the number."""
     try:
         with open(f"/proc/{thread}/status", "rb") as status:
             return next(int(line.split()[1]) for line in status if line.startswith(b"Threads:"))

@@ -169,8 +169,8 @@ class WorkerProcess:
     def set_limits(self, limits: Limits, receiving: int) -> None:
         """Set the kernel's limits for the worker's memory and CPU time.
 
-        The executor measures CPU time itself. The kernel's limit, in whole seconds, is a second line of defense. The
-        worker needs ``receiving`` bytes of memory to receive the request.
+        The executor measures CPU time itself and usually stops the call first. The kernel's limit of CPU time, in whole
+        seconds, is a fallback. The worker needs ``receiving`` bytes of memory to receive the request.
         """
         for number, value in (
             (resource.RLIMIT_AS, self.usage.address_space_bytes() + receiving + limits.memory_bytes),
@@ -244,7 +244,8 @@ class WorkerProcess:
         for fd in (self.stdin, self.stdout, self.stderr, self.result):
             os.set_blocking(fd, False)
         self._has_pipes = True
-        # Only untrusted code could end the worker, and no code runs yet. Therefore, the process id still belongs to it.
+        # Only untrusted code could end the worker, and no code runs yet. Therefore, the process id still belongs to the
+        # worker.
         handle, self._pid, self.ended = await self.server.fork(self._scratch or "", [*children, *peers])
         self.handle = self._own(handle)
         for fd in children:

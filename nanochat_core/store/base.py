@@ -51,8 +51,8 @@ class Store(ABC):
             version: version of the file that is replaced; None if there must be no such file.
 
         Returns:
-            The new version, or None if the file did not have ``version``. If an answer was lost, the result may be
-            None although the write succeeded. Read the content to find out.
+            The new version, or None if the file did not have ``version``. If the store's answer was lost, the
+            result may be None although the write succeeded. Read the content to find out.
         """
 
     @abstractmethod

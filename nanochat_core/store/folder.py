@@ -14,7 +14,8 @@ from nanochat_core.store.base import Store, StoreError, checked, disk_errors, hi
 
 log = logging.getLogger(__name__)
 
-# Name of the empty file that is locked on file systems that cannot lock folders. A hidden name is no key of the store.
+# Name of the empty file that is locked on file systems that cannot lock folders. The name is hidden, so the store never
+# lists the file.
 _LOCK = ".lock"
 
 
@@ -64,7 +65,7 @@ class FolderStore(Store):
         with self._locked(key), contextlib.suppress(FileNotFoundError):
             if self.read_version(key)[1] == version:
                 self.remove(key)
-                with contextlib.suppress(OSError):  # other files are in the folder
+                with contextlib.suppress(OSError):  # a folder that contains other files stays
                     for folder in path.parents[: len(checked(key).parents) - 1]:
                         folder.rmdir()
 
@@ -72,8 +73,9 @@ class FolderStore(Store):
     def _locked(self, key: str) -> Iterator[None]:
         """Excludes other processes from conditional writes. The system releases the locks of a process that dies.
 
-        The root is locked, and so is the folder directly below it that contains the key. A container may see only that
-        folder, such as a mounted ``lessons``, and can then not lock the root of the other processes.
+        Two folders are locked: the root, and the folder in the root that contains the key. The second lock is needed,
+        because a container may see only that folder, such as a mounted ``lessons``, and not the root that other
+        processes lock.
         """
         top = self.root / checked(key).parts[0]
         with contextlib.ExitStack() as stack:
@@ -86,7 +88,7 @@ class FolderStore(Store):
     def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
         try:
             stack.enter_context(_flock(folder, os.O_RDONLY))
-        except OSError:  # NFS locks no folders
+        except OSError:  # NFS cannot lock folders, so a file is locked instead
             try:
                 stack.enter_context(_flock(folder / _LOCK, os.O_RDWR | os.O_CREAT))
             except OSError as error:
@@ -207,7 +209,7 @@ def _raise_unless_gone(error: OSError) -> None:
 
 
 def _make_readable(path: Path, folder: Path) -> None:
-    """Gives ``path`` its folder's read and write permissions. Some libraries let only the owner read a new file."""
+    """Gives ``path`` its folder's read and write permissions: some libraries let only the owner read a new file."""
     path.chmod(folder.stat().st_mode & 0o666)
 
 

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 # A holder that has not renewed its lease for this long counts as dead, even if only the store has failed.
 LEASE_SECONDS = 60.0
-# The duration in a lease file is ignored if it is longer.
+# The duration that a lease file states is ignored if it is longer than this.
 _LONGEST_SECONDS = 3600.0
 _RENEWALS_PER_LEASE = 6
 _LOOKS_PER_LEASE = 30
@@ -51,7 +51,7 @@ class NameInUse(UserError):
 
 
 class LeaseLost(UserError):
-    """Another program took over the name, because it saw no renewal of this program's lease in time."""
+    """Another program took over the name, because that program saw no renewal of this program's lease in time."""
 
 
 class Lease:
@@ -110,8 +110,9 @@ class Lease:
         self._released.set()
         if self._thread is not None:
             self._thread.join()
-        with contextlib.suppress(StoreError, LeaseLost):  # another program can take the lease over when it has expired
-            self.renew()  # nobody takes over a lease that was just renewed
+        # If the removal fails, other programs wait until the lease has expired.
+        with contextlib.suppress(StoreError, LeaseLost):
+            self.renew()  # no program takes the lease over between its renewal and its removal
             assert self._version is not None
             self._store.remove_version(self._key, self._version)
 
@@ -130,7 +131,8 @@ class Lease:
             self._renewals += 1
             version = self._store.replace(self._key, self._content(), self._version)
             if version is None:
-                # The answer to an earlier write may have been lost, and somebody may have removed the file.
+                # This program still has the lease if an earlier write succeeded but its answer was lost, or if somebody
+                # removed the file.
                 content, found = self._read()
                 if found is not None and _parsed(content).get("token") != self._holder["token"]:
                     self._lost = LeaseLost(
@@ -150,7 +152,7 @@ class Lease:
         while True:
             content, version = self._read()
             holder = _parsed(content)
-            if holder.get("token") == self._holder["token"]:  # the answer to the write below was lost
+            if holder.get("token") == self._holder["token"]:  # the write below succeeded, but its answer was lost
                 self._version = version
                 return
             alive = _is_alive(holder)
@@ -271,7 +273,7 @@ def _machine() -> str | None:
 def _process_start(pid: int) -> int | None:
     """When a process was started, in ticks since the boot; None if there is no such process, or it is a zombie.
 
-    Process ids are used again. The start time distinguishes two processes with the same id.
+    The system may give the id of an ended process to a new process. The start time distinguishes these two processes.
     """
     try:
         # proc(5): the name in parentheses may contain any bytes; the state follows it, and the start is the 22nd field.

@@ -34,7 +34,7 @@ class Span:
         request_id: the request's id, the same in all services.
         trace_id: 32 hexadecimal digits, the same in all services.
         sampled: whether the services export the trace; None if that is not decided yet.
-        parent_id: 16 hexadecimal digits of the caller's span; empty if the trace begins here.
+        parent_id: 16 hexadecimal digits of the caller's span; empty if the trace begins in this service.
         tracestate: header of other tracing systems, passed on unchanged.
         span_id: 16 hexadecimal digits.
         attributes: values by name that are exported with the span.

@@ -27,7 +27,7 @@ class Tracer:
     """Makes and exports the spans of one service."""
 
     def __init__(self, service: str, settings: TracingSettings, ratio: float = 0.0) -> None:
-        """If a trace begins here, it is exported with the probability ``ratio``. For other traces, the caller decides.
+        """A trace that begins in this service is exported with probability ``ratio``. Callers decide on other traces.
 
         Raises UserError if traces are to be exported and the packages for that are not installed.
         """

@@ -28,7 +28,7 @@ class Runner(Protocol):
     """A network together with its KV cache."""
 
     def load(self, model: GPT) -> None:
-        """Replace the weights. The cache still contains keys and values that the old weights computed."""
+        """Replace the weights. The caller must then forget all cached prefixes, which the old weights computed."""
 
     def warm_up(self) -> None:
         """Do one-time work, such as recording CUDA graphs, that would slow down the first steps."""
@@ -96,7 +96,7 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGr
             "is a multiple of 16, and g++ (unless the kernels are built in); use quantization none here"
         )
     if config.kernels and gpu.usable(model.config, dtype, device):
-        # These modules import Triton. Only GPUs need Triton.
+        # Imported only here, because these modules import Triton, and only GPUs need Triton.
         from nanochat_core.engine.backends.gpu.network import GpuCache, GpuNetwork, flash_kernel
         from nanochat_core.engine.backends.gpu.runner import GpuRunner
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 _FROM_PEER, _TO_PEER = 4, 5
 _MAX_MESSAGE_BYTES = 16 << 20
-# An iterator with more items than this is not exchanged. It may be endless.
+# An iterator with more items than this is not exchanged, because it may be endless.
 _MAX_ITEMS = 100_000
 
 
@@ -163,7 +163,8 @@ def examine(context: str, tests: str, function: str) -> None:
         kind, content = answer
         if kind == "value":
             return decode(content)
-        # Tests may expect an exception. The candidate can only name a built-in one; other names become RuntimeError.
+        # Tests may expect an exception. The candidate can only name a built-in exception. Any other name becomes a
+        # RuntimeError.
         known = getattr(builtins, kind, None) if type(kind) is str else None
         if not (isinstance(known, type) and issubclass(known, Exception)):
             known = RuntimeError

@@ -7,7 +7,7 @@ from _frozen_importlib import ModuleSpec
 from _frozen_importlib_external import PathFinder
 from collections.abc import Callable, Sequence
 
-# Position of the argument uri of sqlite3.connect, after the database.
+# Index of the argument ``uri`` among the arguments that follow the database in sqlite3.connect.
 _URI_POSITION = 6
 
 
@@ -38,7 +38,7 @@ def _adapt_dbm(module: types.ModuleType) -> None:
 
 
 def _adapt_thread_pools(module: types.ModuleType) -> None:
-    """Let a pool work with the threads that it has if it may not start another one."""
+    """Let a pool work with the threads that it has if it may not start another thread."""
     start_one = module.ThreadPoolExecutor._adjust_thread_count
 
     def start_one_if_allowed(pool: types.SimpleNamespace) -> None:
@@ -52,7 +52,7 @@ def _adapt_thread_pools(module: types.ModuleType) -> None:
 
 
 def _adapt_event_loops(module: types.ModuleType) -> None:
-    """Let an event loop end even if no further thread may start. The loop would start a thread to end its pool."""
+    """Let an event loop end even if no thread may start. Unchanged, the loop starts a thread to end its thread pool."""
     shut_down = module.BaseEventLoop.shutdown_default_executor
 
     async def shut_down_with_any_thread(loop: types.SimpleNamespace, *arguments: object) -> None:

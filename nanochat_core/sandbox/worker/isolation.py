@@ -85,7 +85,7 @@ class Isolation:
         self.listener = _limit_threads(ask_threads, no_threads)
 
     def _may_mount(self, hidden: list[bytes]) -> bool:
-        """Whether the kernel allows mounts and namespaces. A child process tries it, because this cannot be undone."""
+        """Whether the kernel allows mounts and namespaces. A child tries both, because a process cannot undo them."""
         pid = os.fork()
         if pid:
             return os.waitpid(pid, 0)[1] == 0
@@ -135,7 +135,7 @@ class Isolation:
             self._rulesets[scratch] = kernel.file_rules(self._attribute, rules)
 
     def fork(self) -> int:
-        """Fork a worker, in new namespaces if it mounts its scratch file system. Returns as :func:`os.fork` does."""
+        """Like :func:`os.fork`. The worker is in new namespaces if it mounts its own scratch file system."""
         pid: int = kernel.fork(self._namespaces)
         return pid
 
@@ -148,7 +148,7 @@ class Isolation:
             kernel.mount_memory(self._scratch, self._options)
         os.chdir(self._scratch if self.private else scratch)
         kernel.drop_capabilities()
-        kernel.die_with_parent()  # called after drop_capabilities, because it may clear this setting
+        kernel.die_with_parent()  # called after drop_capabilities, which may clear this setting
         for number, limits in self._limits:
             resource.setrlimit(number, limits)
         if self._attribute:
@@ -170,7 +170,7 @@ def _limit_threads(ask: bytes, refuse: bytes) -> int:
             listener: int = kernel.ask_about_system_calls(kernel.FilterProgram(ask))
             return listener
         except OSError:
-            pass  # the kernel cannot ask another process
+            pass  # the kernel cannot ask another process about system calls
     kernel.restrict_system_calls(kernel.FilterProgram(refuse))
     return -1
 
@@ -197,7 +197,7 @@ def _load_libraries() -> None:
     for folder in sys.path:
         if os.path.basename(folder) == "lib-dynload":
             for name in sorted(os.listdir(folder)):
-                # Tk needs a display and many more libraries.
+                # The module for Tk is left out, because Tk needs a display and many more libraries.
                 if name.endswith(".so") and not name.startswith("_tkinter"):
                     kernel.load_library(os.path.join(folder, name))
 

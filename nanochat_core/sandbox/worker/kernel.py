@@ -55,7 +55,8 @@ class FilterProgram(ctypes.Structure):
         super().__init__(len(instructions) // 8, instructions)
 
 
-# Made once in the fork server, because for each object that a worker makes, the kernel may have to copy memory pages.
+# These objects are made once, in the fork server: for each object that a worker makes, the kernel may have to copy
+# memory pages.
 _NO_CAPABILITIES = (_CapabilityData * 2)()
 _CAPABILITY_HEADER = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
 
@@ -69,7 +70,7 @@ def load_library(path: str) -> None:
 
 
 def allocate_from_one_arena() -> None:
-    """Let all threads allocate from the same arena. glibc would reserve 64 MiB of address space for each thread."""
+    """Let all threads allocate from one arena. By default, glibc reserves 64 MiB of address space for each thread."""
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_ARENA_MAX, 1)
 
@@ -96,7 +97,7 @@ def give_up_new_privileges() -> None:
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
             break  # there are no more capabilities, or this process is unprivileged and cannot gain one
-    # This call fails only on kernels without ambient capabilities.
+    # An error is ignored, because this call fails only on kernels without ambient capabilities.
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     _prctl("non-dumpable", _PR_SET_DUMPABLE, 0)
 
@@ -107,7 +108,7 @@ def drop_capabilities() -> None:
 
 
 def unshare_mounts() -> None:
-    """Move this process to a new mount namespace, and also to a new user namespace if it otherwise may not mount."""
+    """Move this process to a new mount namespace, and also to a new user namespace if the kernel requires this."""
     if _libc.unshare(CLONE_NEWNS) < 0:
         user, group = os.geteuid(), os.getegid()
         _check(_libc.unshare(CLONE_NEWUSER | CLONE_NEWNS), "namespaces")

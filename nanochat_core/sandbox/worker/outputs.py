@@ -12,7 +12,8 @@ def collector(
 
     The argument of the function is the value of the code. The function returns a list of files (name, content, name,
     content, ...), and whether files are missing in the list because of the limits. The list has the regular files whose
-    names end with one of ``endings`` and whose content differs from ``given``. Files that cannot be read are left out.
+    names end with one of ``endings``, except files that are in ``given`` with the same name and content. Files that
+    cannot be read are left out.
     """
     folder = os.getcwd()
 

@@ -21,7 +21,8 @@ _MOST_WORKER_FDS = 8  # most descriptors that a worker gets
 
 def serve(control_fd: int) -> None:
     """Fork workers on request until the executor closes its end of the socket ``control_fd``."""
-    os.closerange(3, control_fd)  # a launcher may have left descriptors open, all with numbers below 1024
+    # Close all other descriptors: a launcher may have left some open, with numbers below 1024.
+    os.closerange(3, control_fd)
     os.closerange(control_fd + 1, 1024)
     while (free := os.dup(0)) < _MOST_WORKER_FDS:
         pass  # no other descriptor then ever has one of the numbers that workers give to their pipes

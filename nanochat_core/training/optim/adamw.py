@@ -32,8 +32,8 @@ SMALLEST_DIVIDED = 1024
 class AdamWShards(ParameterShards):
     """One parameter under AdamW.
 
-    A large parameter is divided by rows. A small parameter is not divided: every rank keeps its whole optimizer state
-    and makes the same update.
+    A large parameter is divided by rows. A small parameter is not divided: every rank keeps the whole state of the
+    parameter and makes the same update.
     """
 
     def __init__(self, name: str, parameter: Tensor, ranks: Ranks) -> None:

@@ -30,11 +30,11 @@ class OptimizerConfig:
     def scaled(
         self, *, matrices: float = 1.0, embeddings: float = 1.0, head: float = 1.0, scalars: float = 1.0
     ) -> OptimizerConfig:
-        """The same configuration with the learning rates of each kind of parameters multiplied by a factor.
+        """The same configuration, with the learning rate of each kind of parameters multiplied by a factor.
 
-        Embeddings are the token and the value embeddings. Scalars are all parameters except matrices, embeddings and
-        head. A factor of 0 freezes the parameters, because the weight decay of a step is also proportional to the
-        learning rate.
+        Each argument is the factor of the parameters that it names. Embeddings are the token and the value embeddings.
+        Scalars are all parameters except matrices, embeddings and head. A factor of 0 freezes the parameters, because
+        the weight decay of a step is also proportional to the learning rate.
         """
         return dataclasses.replace(
             self,

@@ -92,7 +92,7 @@ class MuonAdamW:
         return [unit.gradient for _, unit in self._units if unit.gradient is not None]
 
     def shards(self) -> Iterator[Shard]:
-        """The optimizer state that this rank stores, as references to the live tensors.
+        """The optimizer state that this rank stores in a checkpoint: the tensors themselves, not copies.
 
         If all ranks have the same state of a parameter, the first rank stores it.
         """

@@ -100,7 +100,7 @@ class ParameterShards(ABC):
         self._work.clear()
 
     def shards(self) -> Iterator[Shard]:
-        """The optimizer state that this rank stores in a checkpoint, as references to the live tensors."""
+        """The optimizer state that this rank stores in a checkpoint: the tensors themselves, not copies."""
         return (shard for shard, stored in self._state() if stored)
 
     def load(self, read: ReadRows) -> None:
@@ -139,6 +139,6 @@ class ParameterShards(ABC):
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """The gradient of a parameter that must have a gradient."""
+    """The gradient of a parameter. Fails if there is none, because every caller expects a gradient."""
     assert parameter.grad is not None
     return parameter.grad

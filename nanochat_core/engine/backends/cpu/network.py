@@ -55,8 +55,9 @@ class CpuAttention:
         )
 
     def with_logits(self, batch: Batch, queries: Tensor) -> Batch:
-        """The batch reduced to the tokens whose logits are needed. Only kernels that run after ``prepare`` may use it.
+        """The batch reduced to the tokens whose logits are needed.
 
+        Only kernels that run after ``prepare`` may use the result, because it lacks the fields that ``prepare`` reads.
         ``queries`` (tokens, dim) are the queries of these tokens.
         """
         counts = [chunk.logits for chunk in self.chunks]

@@ -71,7 +71,7 @@ def faster_weight(weight: Tensor) -> Weight:
 
 @functools.cache
 def _kernel_is_faster(out_features: int, in_features: int, threads: int) -> bool:
-    """Whether the kernel is faster than oneDNN and computes the same bits: a kept answer, or a new measurement."""
+    """Whether the kernel is faster than oneDNN and computes the same bits, by a kept answer or a new measurement."""
     draw = torch.Generator().manual_seed(0)
     weights: dict[str, Weight] = {}
     inputs: list[Tensor] = []

@@ -81,7 +81,7 @@ class GpuNetwork(ServingWeights):
             setattr(owner, name, there.copy_(getattr(owner, name)))
 
     def _places(self) -> list[tuple[object, str]]:
-        """For every tensor that kernels read, the object that has the tensor and the name of the attribute."""
+        """For every tensor that :meth:`load` must overwrite in place, the object and the attribute that refer to it."""
         own = ("_embedding", "_smear", "_value_table", "_turn_pairs", "_scales")
         weights = [w for layer in self._layers for w in (layer.qkv, layer.out, layer.up, layer.down)]
         return [*((self, name) for name in own), *((weight, "weight") for weight in (*weights, self._head))]

@@ -14,7 +14,8 @@ from nanochat_core.engine.step import TokenBatch
 
 # Kernels load this many numbers together, so each array begins at an index that is a multiple of this number.
 _ALIGNMENT = 4
-# Padding tokens use this row of the block tables. It contains the extra block of each group.
+# Padding tokens use this row of the block tables. The row names one extra block of each group, to which only padding
+# tokens write.
 _PADDING_ROW = 0
 
 
@@ -34,7 +35,10 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Inputs of a step: int32 tensors on the device. Steps of the same size use the same addresses."""
+    """Inputs of a step: int32 tensors on the device.
+
+    Steps of the same size use the same addresses, because CUDA graphs read fixed addresses.
+    """
 
     ids: Tensor  # (tokens,); the three following arrays have this shape too
     previous_ids: Tensor
@@ -75,7 +79,7 @@ class StepInputs:
             rows=sequences + 1,
             blocks=_aligned(-(-cache.config.context_length // cache.block_size)),
         )
-        # While the device copies one buffer, the next step is written to the other.
+        # While the device copies one buffer, the next step is written to the other buffer.
         self._host = [_HostBuffer(layout, cache.groups, pinned=cache.device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(layout.size, dtype=torch.int32, device=cache.device)
         self._layout = layout

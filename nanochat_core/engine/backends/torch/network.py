@@ -79,7 +79,8 @@ class TorchNetwork(ServingWeights):
         v = (v * scale).to(self.dtype).view(tokens, layer.n_kv_head, layer.head_dim)
         if value_embedding is not None:
             v = v + self._value_share(gate[0][:, : layer.n_kv_head], scale) * value_embedding.view(v.shape)
-        # Queries and keys become unit vectors here, so the scale of x does not matter. Rotation keeps their norm.
+        # Queries and keys become unit vectors here, so the scale of x does not matter. They can be rotated before that,
+        # because a rotation does not change the norm.
         pairs = torch.view_as_complex(qk.float().view(tokens, -1, layer.head_dim // 2, 2))
         qk = torch.view_as_real(pairs * turns).flatten(-2)
         qk = (qk * _square_sum(qk).rsqrt_()).to(self.dtype)
@@ -113,7 +114,7 @@ class TorchNetwork(ServingWeights):
 
 
 def _select(x: Tensor, wanted: int | Tensor) -> Tensor:
-    """The last ``wanted`` rows of ``x``, or the rows with these indices."""
+    """The last ``wanted`` rows of ``x``; if ``wanted`` is a tensor, the rows with these indices."""
     return x[len(x) - wanted :] if isinstance(wanted, int) else x.index_select(0, wanted)
 
 
