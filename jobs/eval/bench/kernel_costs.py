@@ -71,7 +71,7 @@ def decode_kernels(config: ModelConfig, batch: int, context: int) -> list[Kernel
 
     gated = sum(map(config.has_value_embedding, range(depth)))
     return [
-        Kernel("enter", 1, _BF16 * batch * 4 * dim),
+        Kernel("enter: embedding and the first norm", 1, _BF16 * batch * 4 * dim),
         product("product qkv", dim, dim + 2 * kv, depth),
         Kernel(
             "prepare: rotate, normalize, write to the cache",
@@ -79,20 +79,24 @@ def decode_kernels(config: ModelConfig, batch: int, context: int) -> list[Kernel
             _BF16 * batch * (depth * (2 * dim + 4 * kv) + gated * kv),
         ),
         Kernel(
-            "attend_tokens",
+            "attend_tokens: attention over parts of the context",
             depth,
             batch * sum(_BF16 * (2 * kv * keys + dim) + _FP32 * dim * n for keys, n in zip(seen, splits, strict=True)),
             4.0 * batch * dim * sum(seen),
         ),
-        Kernel("combine", depth, batch * sum(_FP32 * dim * n + _BF16 * dim for n in splits)),
+        Kernel(
+            "combine: join the parts of the attention",
+            depth,
+            batch * sum(_FP32 * dim * n + _BF16 * dim for n in splits),
+        ),
         product("product out", dim, dim, depth, added=dim),
         product("product up", dim, 4 * dim, depth),
-        Kernel("relu_square", depth, _BF16 * depth * batch * 8 * dim),
+        Kernel("relu_square: the MLP's activation", depth, _BF16 * depth * batch * 8 * dim),
         product("product down", 4 * dim, dim, depth),
         Kernel("finish: residuals and the next norm", depth, _BF16 * batch * dim * (4 * depth + 1)),
-        Kernel("leave", 1, _BF16 * batch * 3 * dim),
+        Kernel("leave: the last norm", 1, _BF16 * batch * 3 * dim),
         product("product head", dim, vocab, 1),
-        Kernel("softcap", 1, batch * vocab * (_BF16 + _FP32)),
+        Kernel("softcap: bound the logits", 1, batch * vocab * (_BF16 + _FP32)),
         Kernel("sampling", 1, batch * vocab * _FP32),
     ]
 
