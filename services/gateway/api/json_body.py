@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect
 
 from services.gateway.errors import ClientGone, bad_request
 
-# Larger bodies are parsed in a thread. Parsing a body of this size takes at most about 2 ms, whatever it contains; a body
-# of 1 MB takes up to 25 ms.
+# Larger bodies are parsed in a thread. Parsing a body of this size takes at most about 2 ms, whatever it contains; a
+# body of 1 MB takes up to 25 ms.
 _INLINE_BYTES = 65_536
 # After each large body, the parsing thread rests for this many times the duration of the parsing.
 _REST = 9
