@@ -12,10 +12,10 @@ _STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class Metrics(Observer):
-    """All metrics of an engine service, in a separate registry. The engine reports its events to this object."""
+    """All metrics of an engine service, in a registry of their own. The engine reports its events to this object."""
 
     def __init__(self, load: Callable[[], Load], sandboxes: Callable[[], int] = lambda: 0) -> None:
-        """``load`` returns the current load of all engines together.
+        """``load`` returns the current load, summed over the engines of all models in memory.
 
         ``sandboxes`` returns the number of sandboxes that accept calls.
         """

@@ -72,7 +72,7 @@ class ModelHost:
         return self._loader.training
 
     def load(self) -> Load:
-        """Load of all engines together."""
+        """The sum of the loads of all models' engines."""
         loads = [dataclasses.astuple(model.engine.load()) for model in self.models]
         return Load(*map(sum, zip(*loads, strict=True))) if loads else Load()
 
@@ -83,8 +83,9 @@ class ModelHost:
     async def follow(self, poll_seconds: float) -> None:
         """Serve the configured or promoted revision once it exists, and every revision that is promoted later.
 
-        With the setting ``snapshots``, also serve the newest checkpoint of fine-tuning until a revision is
-        promoted. A revision that :meth:`reload` has loaded serves until another revision is promoted.
+        With the setting ``snapshots``, also serve the newest checkpoint of fine-tuning or reinforcement learning (a
+        snapshot) until a revision is promoted. A revision that :meth:`reload` has loaded serves until another revision
+        is promoted.
 
         While a model serves, errors are only logged. Before the first model serves, errors are raised, except for two:
         a failure of a store that has answered before, and a failure to load a snapshot. The store may answer again, and
@@ -117,8 +118,8 @@ class ModelHost:
                     store_answered = True
                 followed = ref
             except Exception as error:
-                # A store that has answered before may answer again, so the loop then tries the checkpoint again. A
-                # damaged checkpoint stays damaged, so the loop does not try it again.
+                # A store that has answered before may answer again, so the next pass of this loop tries the checkpoint
+                # again. A damaged checkpoint stays damaged, so no later pass tries it.
                 store_lost = store_answered and isinstance(error, StoreError)
                 if self.current is None and not store_lost and not snapshot:
                     raise
@@ -145,7 +146,7 @@ class ModelHost:
         """Load a checkpoint beside the current model, then send new requests to the new model.
 
         Memory holds at most two models: if a replaced model still has answers to finish, loading waits for them. If the
-        caller is canceled, loading continues, and an error of the loading is logged.
+        calling task is canceled, loading continues, and an error of the loading is logged.
         """
         serving = asyncio.create_task(self._serve(ref))
         self._servings.add(serving)
@@ -206,8 +207,8 @@ class ModelHost:
             await asyncio.wait_for(old.engine.drained(), seconds)
         except TimeoutError:
             log.warning("answers of a replaced model were ended", extra={"revision": revision, "seconds": seconds})
-        # This wait has no time limit. Meanwhile the model stays in `models`, so longest_step() still shows a step that
-        # hangs.
+        # This wait needs no time limit: the model stays in `models` until the device loop has ended, so longest_step()
+        # still shows a step that hangs.
         await old.engine.stop(math.inf)
         self._replaced.remove(old)
         del old  # this is the last reference, so the next line can free the model's memory

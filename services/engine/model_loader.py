@@ -52,7 +52,7 @@ class ModelLoader:
         """The newest checkpoint of reinforcement learning or else of fine-tuning; None if there is neither.
 
         Also None if a revision was ever promoted, even if that promotion was withdrawn later. After a withdrawal, the
-        newest checkpoints may be checkpoints that the promotion gate has refused.
+        newest checkpoints may be checkpoints that the promotion gate has refused, so they must not be served.
         """
         if was_promoted(self.store, self.model):
             return None

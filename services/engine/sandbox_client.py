@@ -14,7 +14,7 @@ from nanochat_core.sandboxes import NoSandbox, Sandboxes
 from nanochat_core.tls import TlsFiles
 from nanochat_core.tracing.span import current_span
 
-# Id of the caller whose request makes the Python calls of this context; empty if the caller is unknown.
+# Id of the caller whose request is answered in the current context; empty if the caller is unknown.
 current_caller: contextvars.ContextVar[str] = contextvars.ContextVar("current_caller", default="")
 
 _UNAVAILABLE = ToolOutput("unavailable", "error: the Python sandbox is unavailable")
@@ -27,7 +27,7 @@ _MEDIA_TYPES = {
     ".gif": "image/gif",
     ".webp": "image/webp",
 }
-# The largest number of pictures of one call, and their largest total size. Further pictures are left out.
+# The largest number of pictures of one call, and their largest total size in bytes. Further pictures are left out.
 _MAX_PICTURES, _MAX_PICTURE_BYTES = 8, 2 << 20
 
 

@@ -1,4 +1,4 @@
-"""Runs the engine service: follows the promoted model, answers gRPC calls, and ends in an orderly way."""
+"""Runs the engine service: serves the promoted model over gRPC, and lets running answers finish before it ends."""
 
 import asyncio
 import contextlib
@@ -27,8 +27,8 @@ EXIT_DEVICE_LOOP_DIED = 70
 async def serve(settings: EngineSettings) -> int:
     """Serve until SIGTERM or SIGINT, then let running answers finish.
 
-    The port is open from the start. Health reports SERVING once a model is loaded. Returns the exit code of the
-    process.
+    The port is open from the start. gRPC's health service reports SERVING once a model is loaded. Returns the exit code
+    of the process.
     """
     service = GrpcService(SERVICE, settings, max_receive_bytes=_MAX_RECEIVE_BYTES, max_send_bytes=_MAX_SEND_BYTES)
     sandbox = None

@@ -183,7 +183,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                 context,
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"the request needs the weights {digest:.12}, but {current.ref.model} {current.ref.revision} has "
-                f"{current.info.digests[WEIGHTS]:.12}; send it to another replica",
+                f"{current.info.digests[WEIGHTS]:.12}; send the request to another replica",
             )
         return model
 
@@ -195,7 +195,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                 context,
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"the prompt was made with tokenizer {digest:.12}, but {model.ref.model} {model.ref.revision} has "
-                f"{served:.12}; get that tokenizer with GetModel and encode the prompt again",
+                f"{served:.12}; get the tokenizer {served:.12} with GetModel and encode the prompt again",
             )
 
 

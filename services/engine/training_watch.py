@@ -9,8 +9,8 @@ from nanochat_core.progress import read_progress, steps_done
 from nanochat_core.protos import engine_pb2
 from nanochat_core.store import LeaseWatch, Store
 
-# Folders of the store on which the programs of a pipeline hold a lease while they work. The folder of the last program
-# comes first.
+# Folders of the store. While a program of a pipeline works, it holds a lease (a lock that expires) on the folder into
+# which it writes. The folder of the last program comes first, so this program is named if several programs work.
 _MADE_IN = ("reports", "models", "tokenizers", "data")
 
 

@@ -33,7 +33,7 @@ class Connection(H11Protocol):
         self._arrival: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._refused = False  # whether an error was sent, so that the rest of the request is dropped
-        self._active = 0.0  # time of the loop, in seconds, at which the client last sent something
+        self._active = 0.0  # time, on the event loop's clock, at which the client last sent something
 
     @property
     def idle(self) -> bool:
@@ -41,7 +41,7 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begins to wait for a request. If there are too many connections, closes the one that is idle longest."""
+        """Begins to wait for a request. If there are too many connections, closes the one that was idle for longest."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(_UNSENT_BYTES)
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
@@ -119,7 +119,8 @@ class Connection(H11Protocol):
             self._close("idle")
 
     def _should_upgrade(self) -> bool:
-        # A server may ignore an upgrade (RFC 9110, section 7.8). uvicorn does so too, but with two warnings in the log.
+        # A server may ignore a request to upgrade the protocol (RFC 9110, section 7.8). uvicorn would ignore it, too,
+        # but would log two warnings.
         return False
 
     def _expect_request(self) -> None:
@@ -141,7 +142,7 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: ApiError, reason: str) -> None:
         """Answers with the error if no answer has begun, and closes the connection."""
-        head = not self.idle and self.scope["method"] == "HEAD"  # a response to HEAD has no body
+        head = not self.idle and self.scope["method"] == "HEAD"  # a response to HEAD has no body for the error
         if head or self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self._close(reason)
             return
@@ -176,5 +177,5 @@ class Connection(H11Protocol):
         self._closed.labels(reason).inc()
         self._request_arrived()
         self.connections.discard(self)
-        # close() would wait until the client has read everything.
+        # abort() closes at once; close() would wait until the client has read everything.
         self.transport.abort()

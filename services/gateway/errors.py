@@ -169,7 +169,7 @@ def from_rpc(error: grpc.aio.AioRpcError, *, started: bool, constraint: str | No
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         message = "The engine has as many requests as it can hold; try again shortly."
         return ApiError(429, message, code="engine_overloaded")
-    # An engine cancels running gRPC calls only while it shuts down.
+    # An engine cancels running gRPC calls only while it shuts down, so CANCELLED means the same as UNAVAILABLE.
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         reached = "The engine can't be reached at the moment; try again shortly."
         stopped = "The engine stopped in the middle of the answer; send the request again."
@@ -215,7 +215,7 @@ def _parameter_name(location: Sequence[str | int]) -> str:
     name = ""
     for step in location:
         name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
-    return shown(name)  # a key of an object may be part of the name
+    return shown(name)  # the name may contain a long key of the client's object
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

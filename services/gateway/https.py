@@ -39,6 +39,7 @@ def https_context(settings: HttpsSettings) -> ssl.SSLContext | None:
     def use_newest(connection: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _context: ssl.SSLContext) -> None:
         connection.context = files.current()
 
-    # OpenSSL calls this function in every handshake, even if the client names no server.
+    # OpenSSL calls this function in every handshake, even if the client names no server. So every new connection uses
+    # the newest files.
     first.sni_callback = use_newest
     return first

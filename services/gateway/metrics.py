@@ -10,7 +10,7 @@ _INTER_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1
 
 
 class Metrics:
-    """All metrics of one gateway, in a separate Prometheus registry."""
+    """All metrics of one gateway, in a Prometheus registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -420,7 +420,7 @@ def call_schema(tools: Sequence[FunctionTool]) -> dict[str, Any]:
     }
 
 
-# Keywords of JSON Schema whose values are data, and keywords whose values are objects that map names to schemas.
+# Keywords of JSON Schema whose values are data without references, and keywords whose values map names to schemas.
 _DATA_KEYWORDS = {"const", "default", "enum", "examples"}
 _NAMED_SCHEMAS = {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
 

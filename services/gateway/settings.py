@@ -138,7 +138,7 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         16_384, "largest accepted request line and headers of a request, in bytes", minimum=1024
     )
     max_connections: int = setting(
-        4096, "most connections of clients; a further one closes the connection that is idle longest", minimum=1
+        4096, "most connections of clients; a further one closes the connection that has been idle longest", minimum=1
     )
     arrival_seconds: float = setting(
         30.0, "most seconds from a request's first byte, or from a new connection, to the request's end", minimum=0.1
@@ -195,7 +195,7 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
     )
     trace_ratio: float = setting(
         1.0,
-        "share of the requests whose trace is exported; for a request that brings its own trace, its caller decides",
+        "share of the requests whose trace is exported; for a request that brings its own trace, the caller decides",
         minimum=0,
         maximum=1,
     )

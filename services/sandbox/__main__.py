@@ -1,4 +1,4 @@
-"""``python -m services.sandbox``: serves a sandbox executor over gRPC and ends in an orderly way."""
+"""``python -m services.sandbox``: serves the sandbox over gRPC, and lets running calls finish before it ends."""
 
 import asyncio
 import logging
@@ -50,7 +50,8 @@ async def serve(config: SandboxSettings, executor: SandboxExecutor) -> None:
         config,
         max_receive_bytes=config.max_code_bytes + config.max_file_bytes + _MESSAGE_OVERHEAD,
         # A reply contains three outputs: stdout, stderr and the result. Each invalid byte in an output is replaced by a
-        # character that needs three bytes in UTF-8, so an output grows at most by the factor 3.
+        # character that needs three bytes in UTF-8, so an output grows at most by the factor 3. Three such outputs need
+        # the factor 9.
         max_send_bytes=9 * config.max_output_bytes + config.max_file_bytes + _MESSAGE_OVERHEAD,
     )
     metrics = Metrics(executor)
@@ -69,7 +70,7 @@ async def serve(config: SandboxSettings, executor: SandboxExecutor) -> None:
 
 
 async def _probe(service: GrpcService, executor: SandboxExecutor, seconds: float) -> None:
-    """Make a test call every ``seconds`` seconds, and repeat a failed one at once.
+    """Make a test call every ``seconds`` seconds, and repeat a failed test call at once.
 
     The health service reports NOT_SERVING after two failures in a row, until a test call succeeds.
     """

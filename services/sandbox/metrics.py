@@ -10,7 +10,7 @@ _SECONDS = (0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 
 
 class Metrics:
-    """All metrics of a sandbox service, in a separate Prometheus registry."""
+    """All metrics of a sandbox service, in a Prometheus registry of their own."""
 
     def __init__(self, executor: SandboxExecutor) -> None:
         self.registry = CollectorRegistry()

@@ -18,7 +18,7 @@ log = logging.getLogger("nanochat.sandbox")
 
 # The log shows only this many characters of a request id, because the client chooses its length.
 _LOGGED_ID_CHARACTERS = 128
-# The end of the drain interrupts the calls that still run. This is the time for sending their replies.
+# Time for sending the replies of the calls that the end of the drain has interrupted.
 _REPLY_SECONDS = 2.0
 
 _FORMATS = {sandbox_pb2.RESULT_FORMAT_REPR: ResultFormat.REPR, sandbox_pb2.RESULT_FORMAT_STR: ResultFormat.STR}

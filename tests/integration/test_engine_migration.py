@@ -171,7 +171,8 @@ def test_a_request_that_needs_other_weights_is_refused(engines: list[EngineProce
         engine.tokens([1], weights_digest="0" * 64)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     expected = (
-        f"needs the weights 000000000000, but tiny {FIRST.revision} has {digest[:12]}; send it to another replica"
+        f"needs the weights 000000000000, but tiny {FIRST.revision} has {digest[:12]}; "
+        "send the request to another replica"
     )
     assert expected in caught.value.details()
 

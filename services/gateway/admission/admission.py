@@ -38,10 +38,10 @@ class Admission:
     """The keys, limits and usage of one gateway.
 
     Attributes:
-        redis: the connection to the Redis server that all gateways share; None if none is configured.
+        redis: the connection to the Redis server that all gateways share; None if the settings name no Redis server.
         store: the store of keys and usage.
         keyring: the keys in memory.
-        usage: the usage, including amounts that are not in the store yet.
+        usage: requests and tokens of each key, including those that are not in the store yet.
     """
 
     def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
@@ -67,9 +67,10 @@ class Admission:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Reads the keys, and starts the tasks that refresh the keys, write the usage and renew the leases of answers.
+        """Reads the keys, and starts the tasks that refresh the keys, write the usage and renew leases.
 
-        :meth:`aclose` ends these tasks.
+        In Redis, a running answer counts only as long as this gateway renews the answer's lease. :meth:`aclose` ends
+        the tasks.
         """
         await self.keyring.refresh()
         self._tasks = [asyncio.create_task(task) for task in (self.keyring.watch(), self._flush(), self._renew())]
@@ -117,7 +118,7 @@ class Admission:
         return grant
 
     async def finish(self, grant: Grant, prompt_tokens: int, completion_tokens: int, *, refused: bool) -> None:
-        """Replaces the request's reserved tokens by the tokens that it has used, and adds them to the usage.
+        """Replaces the request's reserved tokens by its used tokens, and adds the used tokens to the usage.
 
         Later calls for the same request do nothing. ``refused`` says whether the caller's token limit had no room for
         the request.
@@ -141,12 +142,13 @@ class Admission:
         while True:
             await asyncio.sleep(_RENEW_SECONDS)
             limiter = self._limiters[0]
-            # An answer that began while Redis was away is counted only in this process, so Redis has no lease of it.
+            # An answer that began while Redis did not answer is counted only in this process, so Redis has no lease to
+            # renew.
             limited = [g for g in self._running if g.caller.limits.answers and g.is_counted_by(limiter)]
             with contextlib.suppress(Away):
                 await limiter.renew((grant.caller.id, grant.answer) for grant in limited)
                 for grant in limited:
-                    if grant not in self._running:  # the answer has ended, and the renewal may have added it again
+                    if grant not in self._running:  # the answer has ended, but renew() may have added its lease again
                         await limiter.settle(grant.caller.id, grant.caller.limits, 0, grant.answer)
 
 

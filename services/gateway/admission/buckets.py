@@ -6,7 +6,8 @@ generic cell rate algorithm of ITU-T I.371, with costs.)
 
 All numbers are whole, so that Redis and Python compute the same results and no fraction is lost. Time is in
 microseconds. One request or token is 60,000,000 units, because a bucket with the limit L then leaks exactly L units in
-a microsecond. Lua's numbers are exact up to 2^53, which is 15 times the largest bucket (``MAX_LIMIT``).
+a microsecond. Redis computes in Lua, whose numbers are exact up to 2^53. That is 15 times the largest bucket
+(``MAX_LIMIT``).
 """
 
 import dataclasses
@@ -51,5 +52,5 @@ class Bucket:
         return -(-self.spent // limit) if limit else 0
 
     def room_in(self, limit: int, cost: int) -> int:
-        """Returns the microseconds until there is room for ``cost``, which is at most the limit."""
+        """Returns the microseconds until there is room for ``cost``. The cost must not exceed the limit."""
         return max(0, -(-(self.spent + cost * UNITS - limit * UNITS) // limit))

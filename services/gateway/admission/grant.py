@@ -92,8 +92,8 @@ class Grant:
 
         Returns whether this is the first call. Later calls do nothing.
 
-        If a limiter is away, the reserved tokens count until they have leaked, and the answer counts until
-        its lease ends.
+        If a limiter does not answer, the reserved tokens count until they have leaked from its bucket, and the answer
+        counts until its lease ends (``limiter.py`` explains bucket and lease).
         """
         if self._settled:
             return False

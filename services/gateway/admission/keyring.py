@@ -54,13 +54,13 @@ class Keyring:
         """
         asked = time.monotonic()
         async with self._lock:
-            if self._confirmed >= asked:  # another request has checked the store since then
+            if self._confirmed >= asked:  # another request has checked the store since this call began
                 return
             began = time.monotonic()
             try:
                 version = await self._store.version()
                 if version != self._version:
-                    # If a key changes after this call of version(), the next check finds the change.
+                    # A key may change between version() and load(). The next check then finds another version.
                     self._keys = await self._store.load()
                     self._version = version
             except (Away, StoreError) as error:

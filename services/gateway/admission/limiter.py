@@ -1,4 +1,8 @@
-"""Counts the requests, tokens and answers of callers, and refuses requests that exceed a limit."""
+"""Counts the requests, tokens and answers of callers, and refuses requests that exceed a limit.
+
+Requests and tokens fill a bucket that leaks at a constant rate (``buckets.py``). In Redis, a running answer has a
+lease: the answer counts until it ends, or until its gateway no longer renews the lease.
+"""
 
 import abc
 import dataclasses
@@ -10,7 +14,7 @@ from services.gateway.admission.buckets import Bucket
 from services.gateway.admission.keys import Limits
 
 LEASE_SECONDS = 30.0
-"""A running answer counts for this long after its last renewal, so that the answers of a dead gateway are forgotten."""
+"""A running answer counts for this long after its lease was renewed, so the answers of a dead gateway stop counting."""
 
 # With this number of callers in memory, the limiter begins to look for callers that it can forget.
 _KEPT_CALLERS = 1000
@@ -26,7 +30,7 @@ class Kind(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The amounts that a request uses of its caller's limits.
+    """The amounts that a request adds to the counts of its caller.
 
     Attributes:
         requests: number of requests.
@@ -46,7 +50,7 @@ class Verdict:
     The amounts and times describe the state after the request. They are 0 for a limit that is not set.
 
     Attributes:
-        refused_by: the limit that has no room. None if the request may pass; the limiter has then counted its cost.
+        refused_by: the limit that has no room. None if the request may pass and the limiter has counted its cost.
         retry_us: microseconds until the refusing limit has room; 0 for the limit on answers, which has room when
             another answer ends.
         requests_left, tokens_left: how many requests and tokens may pass now.
@@ -83,7 +87,7 @@ class Limiter(abc.ABC):
 
     @abc.abstractmethod
     async def renew(self, answers: Iterable[tuple[str, str]]) -> None:
-        """Extends the leases of running answers. An answer is given as the id of its caller and its own id."""
+        """Extends the leases of running answers. Each of ``answers`` is a pair: a caller's id and an answer's id."""
 
 
 @dataclasses.dataclass

@@ -15,8 +15,8 @@ from services.gateway.middleware.request_log import RequestRecord
 class AdmissionMiddleware:
     """ASGI middleware that answers 401, 403, 429 or 503 to requests that the gateway does not accept.
 
-    For a path that needs a scope, ``scope["state"]["caller"]`` becomes the :class:`Caller`. For a POST request to the
-    model or the sandbox, ``scope["state"]["grant"]`` becomes the :class:`Grant`.
+    If the path needs a permission (a scope of a key), the ASGI scope's ``["state"]["caller"]`` becomes the
+    :class:`Caller`. For a POST request to the model or the sandbox, ``["state"]["grant"]`` becomes the :class:`Grant`.
     """
 
     def __init__(self, app: ASGIApp, admission: Admission, metrics: Metrics) -> None:
@@ -57,7 +57,8 @@ class AdmissionMiddleware:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(grant.headers())
             elif message["type"] == "http.response.body" and not message.get("more_body"):
-                # The client may send its next request as soon as this part arrives, so the grant is settled first.
+                # The client may send its next request as soon as the response's end arrives. So the tokens of this
+                # request are counted before the end is sent.
                 await finish()
             await send(message)
 

@@ -33,5 +33,5 @@ class RedisLimiter(Limiter):
 
 
 def _names(caller: str) -> list[str]:
-    # The braces keep both names on one node of a cluster.
+    # The braces keep both names on one node of a Redis cluster, because a script can use the names of one node only.
     return [f"nanochat:limits:{{{caller}}}", f"nanochat:answers:{{{caller}}}"]

@@ -27,7 +27,7 @@ _PAUSE_SECONDS = 0.5
 
 
 class RedisLink:
-    """A Redis server. After a failure, all calls fail immediately for half a second. Then one call tests the server.
+    """Calls a Redis server. After a failure, all calls fail at once for half a second. Then one call tests the server.
 
     No call is repeated: Redis may have executed a call whose reply was lost, and a limit must not count it twice.
     """
@@ -50,7 +50,7 @@ class RedisLink:
                 retry=Retry(NoBackoff(), 0),
             )
         except (ValueError, TypeError) as error:
-            # The message of the error may quote a part of the password.
+            # The original message may quote a part of the password, so the new message does not repeat it.
             raise UserError("the Redis URL is malformed; use redis://[user:password@]host:port/database") from error
         self._client: Redis = Redis.from_pool(pool)
         self._scripts: dict[str, AsyncScript] = {}

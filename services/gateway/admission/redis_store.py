@@ -15,11 +15,11 @@ _USAGE_KEPT_SECONDS = 400 * 86400
 
 
 class RedisStore(KeyStore):
-    """Keeps in Redis a hash with the records, a counter of their changes, and a hash for the usage of each day."""
+    """Keeps in Redis a hash of the keys' records, a counter of changes to the keys, and a hash of each day's usage."""
 
     def __init__(self, link: RedisLink) -> None:
         self._link = link
-        # Each program numbers its own batches, so the number of its last batch has a Redis key of its own.
+        # Each process numbers its own batches, so each process stores the number of its last batch under its own name.
         self._sender = f"nanochat:{{usage}}:sender:{secrets.token_hex(8)}"
 
     async def version(self) -> Hashable:

@@ -1,4 +1,4 @@
-"""Maps the path of a request to the scope that the request needs."""
+"""Maps the path of a request to the scope (permission) that the request needs."""
 
 from services.gateway.admission.keys import Scope
 

@@ -32,11 +32,11 @@ class KeyStore(abc.ABC):
 
     @abc.abstractmethod
     async def add_usage(self, batch: int, usage: UsageTable) -> None:
-        """Adds a batch of usage, unless it was added before. Each program numbers its batches in increasing order."""
+        """Adds a batch of usage, unless it was added before. Each process numbers its batches in increasing order."""
 
     @abc.abstractmethod
     async def has_batch(self, batch: int) -> bool:
-        """Whether this program's batch with this number, or a later batch, has been added."""
+        """Whether this process's batch with this number, or a later batch, has been added."""
 
     @abc.abstractmethod
     async def usage(self, days: Sequence[str]) -> dict[tuple[str, str], Usage]:

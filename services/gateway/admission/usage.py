@@ -26,7 +26,7 @@ class Usage:
     completion_tokens: int = 0
 
     def plus(self, other: Self) -> Self:
-        """Returns the sum of both amounts."""
+        """Returns the sum of this usage and ``other``."""
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
         return dataclasses.replace(self, **dict(zip(FIELDS, map(sum, zip(mine, theirs, strict=True)), strict=True)))
 

@@ -20,7 +20,7 @@ class UsageBook:
         self._sent: UsageTable = {}  # the batch that the store may or may not have
         self._batch = 0
         self._last_problem = ""
-        self._lock = asyncio.Lock()  # so that no batch is written during a read, which could count it twice
+        self._lock = asyncio.Lock()  # a read during the write of a batch could count the batch twice
 
     def add(self, day: str, key: str, usage: Usage) -> None:
         """Counts the usage of a key on a day."""

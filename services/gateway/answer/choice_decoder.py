@@ -18,7 +18,7 @@ _FINISH_REASONS = {engine_pb2.FINISH_REASON_STOP: "stop", engine_pb2.FINISH_REAS
 
 @dataclasses.dataclass(slots=True)
 class Call:
-    """A part of a call of the client's tool. The first part has the id and the function's name."""
+    """A part of a call of a client's tool. The first part has the call's id and the function's name."""
 
     id: str = ""
     name: str = ""
@@ -32,10 +32,10 @@ class Call:
 
 @dataclasses.dataclass(slots=True)
 class Delta:
-    """The part of a choice that a chunk makes visible."""
+    """The part of a choice that one chunk of the engine makes visible to the client."""
 
     text: str = ""
-    # The prompt's tokens with their log probabilities, from the second token on, in the first delta of the choice.
+    # In the first delta of a choice: the prompt's tokens from the second on, with their log probabilities.
     prompt_tokens: list[engine_pb2.Token] = dataclasses.field(default_factory=list)
     # The tokens of the new text, if the request asked for log probabilities.
     tokens: list[engine_pb2.Token] = dataclasses.field(default_factory=list)
@@ -179,7 +179,8 @@ class ChoiceDecoder:
 
     def _release(self, delta: Delta) -> None:
         """Moves the tokens and events that belong to the text shown so far into ``delta``."""
-        # If no stop string ended the choice, its end also releases a last special token, which has no text.
+        # A token waits until text after its offset is shown. After a special token at the end of the choice, there is
+        # no text. Therefore the end releases all waiting tokens, unless a stop string has cut off their text.
         to_end = self.finish_reason is not None and not self._filter.stopped
         while self._waiting_tokens and (to_end or self._waiting_tokens[0][0] < self._shown):
             offset, token = self._waiting_tokens.popleft()

@@ -21,7 +21,7 @@ async def decode_choices(
     calls: bool = False,
     prompt_only: bool = False,
 ) -> AsyncIterator[tuple[int, Delta]]:
-    """Yields ``(choice index, delta)`` until all ``n`` choices of the prompt end, and adds the counts to ``record``.
+    """Yields ``(choice index, delta)`` until all ``n`` choices of the prompt end. Adds the token counts to ``record``.
 
     Args:
         stops: strings that end a choice.
@@ -54,8 +54,8 @@ async def decode_choices(
         delta = decoder.feed(chunk)
         if calls:
             delta = readers[index].read(delta)
-        # The last chunk has the engine's count of tokens. If a stop string ends the choice earlier, the decoder's count
-        # stays.
+        # The last chunk has the engine's count of tokens. If a stop string ends the choice before the last chunk, the
+        # decoder's count is the final one.
         counted = decoder.token_count
         if chunk.HasField("usage"):
             counted = chunk.usage.completion_tokens
@@ -72,7 +72,7 @@ async def decode_choices(
         completion_tokens[index] = counted
         if delta.finish_reason is not None:
             unfinished -= 1
-            stream.finish(index)  # a stop string ends the choice only here, so the engine may still write tokens
+            stream.finish(index)  # the engine does not know stop strings, so it may still be writing this choice
             metrics.finished.labels(delta.finish_reason).inc()
         yield index, delta
 

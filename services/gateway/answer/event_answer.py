@@ -13,7 +13,7 @@ Event = dict[str, Any]
 
 
 class EventAnswer(Answer):
-    """Writes an answer as events. For a request without a stream, the same events build the object of the response."""
+    """Writes an answer as events. A client that asks for no stream gets one JSON object with the same content."""
 
     named_events = True
 

@@ -87,8 +87,8 @@ class EventStream(Response):
     async def _beat(self, send: Send) -> None:
         while True:
             now = time.monotonic()
-            # A request that waits for an engine may still fail. It then needs an error status, which a heartbeat would
-            # prevent.
+            # A request that waits for an engine may still fail and need an error status. A heartbeat would send the
+            # status 200 before that, so no heartbeat is sent while placed_at() returns None.
             since = self._last_sent if self._started else self._placed_at()
             if since is None:
                 since = now

@@ -40,7 +40,7 @@ def completion_logprobs(
 
 
 def _top(tokenizer: Tokenizer, token: engine_pb2.Token) -> dict[str, float]:
-    """Returns the log probabilities of the alternatives by their texts.
+    """Maps the text of each alternative token to its log probability.
 
     Of alternatives with equal text, only the likeliest is kept. Tokens that are parts of characters may have the same
     text.

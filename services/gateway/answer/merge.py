@@ -14,8 +14,8 @@ _AHEAD = 16
 async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """Yields the items of all sources as they arrive; the items of one source keep their order.
 
-    If a source raises an error, the other sources are closed, and the error is raised here. Closing the merged stream
-    closes the sources.
+    If a source raises an error, the other sources are closed, and the merged stream raises the error. Closing the
+    merged stream closes the sources.
     """
     queue: asyncio.Queue[T | Exception] = asyncio.Queue(_AHEAD)
 

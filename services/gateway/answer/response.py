@@ -47,9 +47,10 @@ class Answer(abc.ABC):
         self.prompts = prompts
         self._request = request
         self._grant: Grant = request.state.grant
-        self._charged: set[int] = set()  # prompts whose tokens are reserved
+        self._charged: set[int] = set()  # indices of the prompts whose tokens are reserved
         self._pool = pool
-        # The engine always gets a seed, so that two replicas answer the same engine request with the same tokens.
+        # The engine always gets a seed, so that a second replica that repeats or continues an answer writes the same
+        # tokens as the first replica would.
         self._seed = secrets.randbits(64) if body.seed is None else body.seed
         self._streams: dict[int, Stream] = {}  # by the prompt's index
 
@@ -74,8 +75,8 @@ class Answer(abc.ABC):
     def encode(value: dict[str, Any]) -> bytes:
         """Returns an object of the response as JSON.
 
-        FastAPI's own encoder would take seconds for the log probabilities of many prompts. orjson refuses huge
-        integers, so the object must contain no values that the client sent.
+        orjson is used, because FastAPI's own encoder would take seconds for the log probabilities of many prompts.
+        orjson refuses huge integers, so the object must contain no values that the client sent.
         """
         return orjson.dumps(value)
 
@@ -131,6 +132,6 @@ class Answer(abc.ABC):
         return self._streams[index // self.n].model
 
     def _placed_at(self) -> float | None:
-        """Returns the time at which the first prompt reached an engine, or None while all prompts wait for one."""
+        """Returns the time at which the first prompt reached an engine, or None while all prompts wait for engines."""
         times = [stream.placed_at for stream in self._streams.values()]
         return min((time for time in times if time is not None), default=None)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 
 class StopFilter:
-    """Passes text on up to the first complete stop string, without this string.
+    """Passes on the text that precedes the first complete stop string.
 
     The first complete stop string ends the text and sets ``stopped``. If several stop strings become complete at the
-    same character, the longest one counts. So the result depends on the text alone and not on how it is cut into
+    same character, the longest one counts. So the result depends on the text alone, and not on its division into
     pieces. The filter holds back text that may still become a stop string.
     """
 

@@ -10,7 +10,8 @@ import uuid
 
 from services.gateway.answer.choice_decoder import Call, Delta
 
-# The match ends before the first character of the arguments, so the result does not depend on how the text is cut.
+# The pattern matches only once the first character of the arguments has arrived. So an optional space before the
+# arguments is always a part of the match, however the text is cut into deltas.
 _HEAD = re.compile(r'\{"name": ?"([A-Za-z0-9_-]{1,64})", ?"arguments": ?(?=[^ ])')
 
 
@@ -43,7 +44,7 @@ class CallReader:
             return dataclasses.replace(delta, text=text)
         # A brace at the end is held back, because the call's own last brace is not a part of the arguments.
         passed = self._held.removesuffix("}")
-        # A stop string may cut the text after a brace within the arguments. The call is then not complete.
+        # A stop string may cut the text after a brace within the arguments. Such a call is not complete.
         complete = delta.finish_reason == "stop" and delta.stop_string is None and passed != self._held
         if delta.finish_reason and not complete:
             passed = self._held

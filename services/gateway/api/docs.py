@@ -50,7 +50,7 @@ def _operation(title: str, operation: dict[str, Any], spec: dict[str, Any]) -> I
     yield f"<p>{escape(operation.get('description', ''))}</p>"
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
     if body:
-        # An optional body is a choice between its schema and null.
+        # The schema of an optional body is a choice between an object and null. Only the object is described.
         schema = _resolve(next((each for each in body.get("anyOf", ()) if "$ref" in each), body), spec)
         yield from _parameters(schema, spec)
         yield f"<h3>Example request</h3>{_code(schema.get('example'))}"

@@ -15,7 +15,8 @@ from starlette.requests import ClientDisconnect
 
 from services.gateway.errors import ClientGone, bad_request
 
-# Parsing a body of this size takes at most about 2 ms, whatever it contains; a body of 1 MB takes up to 25 ms.
+# Larger bodies are parsed in a thread. Parsing a body of this size takes at most about 2 ms, whatever it contains; a
+# body of 1 MB takes up to 25 ms.
 _INLINE_BYTES = 65_536
 # After each large body, the parsing thread rests for this many times the duration of the parsing.
 _REST = 9
@@ -41,7 +42,7 @@ class _Parser:
     def _parse(self, body: bytes) -> Any:
         time.sleep(max(0.0, self._rest_ends - time.monotonic()))
         began = time.monotonic()
-        # The value may contain a million objects, and the garbage collector would visit them again and again meanwhile.
+        # The value may contain a million objects. The garbage collector would visit them many times during the parsing.
         # Only this one thread switches the collector, so no other call switches it on again too early.
         gc.disable()
         try:
@@ -59,7 +60,7 @@ class JsonRoute(APIRoute):
     """A route that parses request bodies with :func:`parse`. Large bodies are parsed outside the event loop."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Returns FastAPI's handler, called with a :class:`_JsonRequest`."""
+        """Returns a handler that passes each request to FastAPI's handler as a :class:`_JsonRequest`."""
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:

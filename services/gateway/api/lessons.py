@@ -1,7 +1,8 @@
 """`/v1/lessons`: lessons for the served model, for callers whose key has the scope `admin`.
 
-The gateway only writes each request into the folder `lessons/` of the artifact store. The program `jobs.teach.watch`
-reads the requests there, and trains, examines and promotes the model.
+A lesson is a list of questions and answers, or of texts, that the model is to learn. The gateway only writes each
+request into the folder `lessons/` of the artifact store. The program `jobs.teach.watch` reads the requests there, and
+trains, examines and promotes the model.
 """
 
 import asyncio
@@ -184,8 +185,8 @@ async def retrieve_lesson(number: _Number, pool: PoolDep, store: StoreDep, model
 
 @router.post("/{number}/cancel", summary="Cancel a lesson")
 async def cancel(number: _Number, pool: PoolDep, store: StoreDep, model: _Model = None) -> dict[str, Any]:
-    """Cancel a lesson: at its turn if it is queued, within ten steps if it is in training, and at the end of the
-    examination if it is in examination."""
+    """Cancel a lesson. A queued lesson ends when its turn comes, a lesson in training within ten steps, and a lesson in
+    examination at the end of the examination."""
     name = _served(pool, model).info.name
 
     def ask() -> dict[str, Any]:
@@ -204,7 +205,8 @@ async def roll_back(
     store: StoreDep,
     model: _Model = None,
 ) -> dict[str, Any]:
-    """Promote the model of a promoted lesson again. The number 0 stands for the model before its first lesson."""
+    """Promote again the model as it was after this lesson, which must have been promoted. The number 0 stands for the
+    model before its first lesson."""
     name, who = _served(pool, model).info.name, _who(request, admission)
     return await _done(lambda: dataclasses.asdict(request_roll_back(store, name, number, who)))
 

@@ -16,7 +16,7 @@ from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc, no_engi
 router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 
 _TIMEOUT_SECONDS = 5.0
-# For this time, all pages that watch a run get the same answer, so that many pages cause no more reads than one page.
+# For this time, all open pages get the same answer, so that many pages cause no more reads than one page.
 _FRESH_SECONDS = 1.0
 _NOT_FOUND = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)  # engines of earlier versions lack this call
 
@@ -81,7 +81,7 @@ async def progress(pool: PoolDep, reader: Annotated[ProgressReader, Depends(_rea
 
     `run` has the stages of the pipeline (null if a stage was started alone), and `stages` has the steps, loss curve,
     held-out metrics and answers of each training stage. `served` is the revision that answers new requests now. While
-    `promoted` is null, the served revision is a snapshot. `age_seconds` is 0 while a program works on the model;
-    afterwards, it is the time since the last progress was written.
+    `promoted` is null, the served revision is a snapshot: a checkpoint that is not promoted. `age_seconds` is 0 while a
+    program works on the model; afterwards, it is the time since the last progress was written.
     """
     return await reader.read(pool)

@@ -35,7 +35,8 @@ _media_types = mimetypes.MimeTypes()
 
 
 class ExecutionLimits(ApiModel):
-    """The resources that the code may use. 0 means the sandbox's default. Values above its maximum are reduced."""
+    """The resources that the code may use. 0 means the sandbox's default. Values above the sandbox's maximum are
+    reduced to this maximum."""
 
     wall_seconds: float = Field(0, ge=0, description="seconds from the beginning of the code to its end")
     cpu_seconds: float = Field(0, ge=0)
@@ -118,7 +119,7 @@ def _message(body: SandboxRequest, request: Request) -> sandbox_pb2.ExecuteReque
 def _content(data: str, param: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):  # text that is not ASCII is a ValueError
+    except (binascii.Error, ValueError):  # text that is not ASCII raises a ValueError
         raise invalid_value(f"Invalid {param}: it is not base64.", param) from None
 
 

@@ -27,14 +27,15 @@ then load this address again.</p>
 _ASSET_CACHE = "public, max-age=31536000, immutable"
 # For each other file, the browser asks every time whether it has changed. The usual answer is 304 (not modified).
 _CACHE = "no-cache"
-# The build writes compressed files beside the others. The first coding that the browser accepts is sent.
+# Beside a file, the build may write compressed copies with these endings. The gateway sends the first copy whose coding
+# the browser accepts.
 _CODINGS = {"br": ".br", "gzip": ".gz"}
 # Methods that endpoints of the API may have. HEAD is not listed, because middleware answers it wherever there is GET.
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 def built_page(folder: str, name: str) -> Response:
-    """Returns a page of the build, such as ``report.html``, that an endpoint serves.
+    """Returns the response of an endpoint that serves a page of the build, such as ``report.html``.
 
     Raises:
         ApiError: 404 if the web page is not built.
@@ -46,8 +47,8 @@ def built_page(folder: str, name: str) -> Response:
 
 
 class WebPage(StaticFiles):
-    """Serves the files of the folder. A file is sent compressed if the build has compressed it and the browser accepts
-    that.
+    """Serves the files of the front-end build. If the build has written a compressed copy of a file, and the browser
+    accepts its coding, the copy is sent.
 
     While there is no ``index.html``, serves a page with build instructions.
     """
@@ -104,7 +105,7 @@ def _no_endpoint(path: str, scope: Scope, *, file: bool) -> HTTPException:
     """Returns the error for a request that no endpoint serves: 405 if the path exists with other methods, else 404.
 
     ``file`` says whether the folder has a file at the path. A request whose path belongs to an endpoint with other
-    methods also reaches this class, because it is mounted for every path.
+    methods also reaches :class:`WebPage`, because that class is mounted for every path.
     """
     allowed = {"GET"} if file or path == "." else set()
     for route in scope["app"].routes:

@@ -281,7 +281,7 @@ class Stream:
         self._wish.canary = False
         unavailable = code is grpc.StatusCode.UNAVAILABLE
         # When an engine dies, many calls fail together with UNAVAILABLE. Only the first of these failures counts: it
-        # marks the engine down, and later ones find it down.
+        # marks the engine down, and the later failures find the engine down already.
         counts = replica.up or not unavailable
         if counts and replica.outlier.failed(place, time.monotonic()):
             self._pool.metrics.ejections.inc()

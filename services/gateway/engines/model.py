@@ -10,7 +10,7 @@ from nanochat_core.tokenizer import Tokenizer
 
 _WEIGHTS, _TOKENIZER = "model.safetensors", "tokenizer.json"  # keys of ModelInfo.digests
 
-# Equal JSON gives the same object, so replicas of one model share a tokenizer.
+# The cache returns the same object for equal JSON, so replicas of one model share a tokenizer.
 _load_tokenizer = functools.lru_cache(maxsize=4)(Tokenizer.from_json)
 
 

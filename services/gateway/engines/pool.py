@@ -25,7 +25,7 @@ Lookup = Callable[[str], Iterable[str]]
 
 @dataclasses.dataclass(eq=False)
 class Wish:
-    """Requirements of a request for its engine.
+    """The requirements that the engine of a request must meet, and preferences for the choice of the engine.
 
     Attributes:
         name: the model's name in the request; None or an empty name stands for the only model that is served.
@@ -182,7 +182,7 @@ class EnginePool:
         return unknown or bool(self._unfound)
 
     def pick(self, name: str | None) -> tuple[Replica, ServedModel]:
-        """Returns a healthy replica, and the model that it serves, for a short call that needs no place.
+        """Returns a healthy replica and the model that it serves, for a short call without reserved room.
 
         Raises:
             ApiError: 404 or 400 for the same reasons as in :meth:`model`; 503 if no healthy engine has the model.
@@ -202,7 +202,7 @@ class EnginePool:
         return self._router.prompt(ids)
 
     def ticket(self, wish: Wish, *, caller: str, priority: int) -> Ticket[Place]:
-        """Returns a ticket for :meth:`place`."""
+        """Returns the ticket with which the request can wait in :meth:`place`."""
         take = functools.partial(self._take, wish)
         return Ticket(take, Place.give_back, caller=caller, priority=priority, cost=wish.sequences)
 
@@ -254,7 +254,7 @@ class EnginePool:
         if not ready:
             return None
         now = time.monotonic()
-        # If all replicas are ejected, use them anyway.
+        # If all replicas are ejected, use them anyway, because a call that may fail is better than none.
         ready = [replica for replica in ready if replica.outlier.allows(now)] or ready
         if self.settings.canary and wish.weights is None and not (ready := self._share(wish, ready)):
             return None

@@ -29,7 +29,8 @@ _DOWN_POLL_SECONDS = 0.5
 # The engine counts as hung after this many health checks in a row without an answer in time. A single late answer may
 # only mean that the processor is busy.
 _MISSES_OF_A_HANG = 2
-# A call may be this many chunks ahead of the client. A slow client therefore slows the engine's stream down.
+# A call reads at most this many chunks that the client has not received yet. So a slow client slows the engine's stream
+# down.
 _AHEAD = 16
 
 
@@ -166,7 +167,8 @@ class Replica:
                 except grpc.aio.AioRpcError as error:
                     self._check_failed(error, began)
             except Exception:
-                # The checks continue. The error may come from ``on_change``, so ``on_change`` is not called again here.
+                # The checks continue after every error. ``on_change`` is not called here, because it may have raised
+                # the error.
                 logger.exception("engine check failed", extra={"address": self.address})
                 self._misses, self._miss_began = 0, None
                 self._set_down("the check failed")

@@ -94,13 +94,13 @@ class Turns:
         self._names[call_id] = name
 
     def result(self, call_id: str, text: str, param: str) -> None:
-        """Adds a tool's result. If there is no such call, raises an :class:`ApiError` that names ``param``."""
+        """Adds a tool's result. If no call has this id, raises an :class:`ApiError` that names ``param``."""
         if call_id not in self._names:
             raise invalid_value(f"{param} names no call of an assistant message before it.", param)
         self._asked.append(f"{self._names[call_id]} returned: {text}")
 
     def answer(self, parts: tuple[Part, ...], *, joined: bool = False) -> None:
-        """Adds an assistant message. If ``joined``, no blank line separates it from an assistant message before it."""
+        """Adds an assistant message. If ``joined``, it follows a previous assistant message without a blank line."""
         self._end_question()
         if self._turns and self._turns[-1].role == "assistant":
             between = () if joined else (Part("text", _SEPARATOR),)
@@ -297,7 +297,8 @@ async def off_loop(size: int, work: Callable[[], T]) -> T:
 
 
 def _refuse_far_too_long(model: ServedModel, characters: int, param: str) -> None:
-    # Every character has at least one byte, so this is a lower bound of the token count. It needs no encoding.
+    # Every character has at least one byte, so this quotient is a lower bound of the token count. The quotient is known
+    # before the text is encoded.
     at_least = characters // model.longest_token_bytes
     if at_least > model.context_length:
         raise _too_long(model, f"at least {at_least}", param)

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 # The queue does not immediately remove a ticket that has left, or a caller without a ticket, because it would have to
-# search all tickets. It removes them together when there are more than this number plus twice the waiting tickets.
+# search all tickets. It removes them together once it has more entries than this number plus twice the waiting tickets.
 _KEPT = 100
 
 
@@ -27,7 +27,7 @@ class Ticket(Generic[T]):
         take: reserves and returns the place that the request waits for, or returns None if no place is free now. An
             exception ends the wait.
         give_back: undoes ``take`` for a request that left the queue at the same moment.
-        kind: if ``take`` returns None, the queue tries no other ticket of the same kind before the next change.
+        kind: if ``take`` returns None, the same call of :meth:`FairQueue.serve` tries no other ticket of this kind.
         caller: id of the caller that sent the request.
         priority: lower values go first.
         cost: number of sequences that the request needs.
@@ -57,7 +57,7 @@ class FairQueue(Generic[T]):
     """
 
     def __init__(self, limit: int) -> None:
-        """At most ``limit`` bounded tickets wait at a time."""
+        """At most ``limit`` tickets that are ``bounded`` wait at a time."""
         self._limit = limit
         # Each kind has a heap of (priority, start time, number, ticket, future). If a ticket has left, its future is
         # done.
@@ -107,7 +107,7 @@ class FairQueue(Generic[T]):
             self._forget()
 
     def serve(self) -> None:
-        """Ends the wait of every ticket whose ``take`` succeeds now, in order."""
+        """Calls ``take`` of waiting tickets in the order of priority and start time. Each success ends a wait."""
         heads = [heap[0] for kind in list(self._heaps) if (heap := self._live(kind))]
         heapq.heapify(heads)
         while heads:

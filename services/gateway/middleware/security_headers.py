@@ -14,7 +14,7 @@ _HEADERS = {
 
 
 class SecurityHeaders:
-    """ASGI middleware that adds these headers to every response."""
+    """ASGI middleware that adds the headers of ``_HEADERS`` to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

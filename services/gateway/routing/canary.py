@@ -4,8 +4,8 @@ Each answer has one outcome: the time to its first token, which is infinite if i
 it is infinite, or larger than 1.5 times the 95th percentile of the finite outcomes of the model's other revisions. So
 errors and much too slow answers count alike. By this definition, some outcomes of the other revisions are bad, too.
 
-The new revision, called the canary, does worse if, with high confidence, its share of bad outcomes is larger than that
-share of the other revisions. With few outcomes, the share alone says little: if the only outcome is bad, the share is
+The new revision, called the canary, does worse if, with high confidence, its share of bad outcomes is larger than the
+others' share of bad outcomes. With few outcomes, the share alone says little: if the only outcome is bad, the share is
 1. Therefore the Wilson score interval (Wilson 1927) bounds both shares. For ``k`` bad outcomes among ``n`` and ``z``
 standard deviations, its ends are
 

@@ -1,10 +1,10 @@
 """Remembers the prompts that each replica got, and finds the replicas that have computed the beginning of a prompt.
 
-**Hash chain.** A prompt is cut into blocks as in the engine's prefix cache. Each block's hash covers its tokens and
-the hash of the block before it, so it identifies the whole prefix up to the end of the block.
+**Hash chain.** A prompt is cut into blocks as in the engine's prefix cache. The hash of a block covers the tokens of
+the block and the hash of the previous block, so the hash identifies the whole prefix up to the end of the block.
 
 **Marks.** To store every prefix would cost 128 entries for a prompt of 2,048 tokens in blocks of 16. The index stores
-only some of them, called marks: the prefixes of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks, and the longest prefix. A
+only some prefixes, called marks: the prefixes of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... blocks, and the longest prefix. A
 prompt of n blocks leaves about 2 log2(n) marks, 14 in the example. The next turn of a chat begins with the whole
 previous prompt, whose longest mark is therefore found. If two prompts share any other prefix, the index finds at least
 two thirds of its full blocks, because each number of blocks in the series, from 3 on, is at most 3/2 of the number
@@ -25,10 +25,12 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-# A prefix counts as cached up to this multiple of the estimated capacity. Without the margin, the router would never
-# look for a prefix beyond the estimate, so a low estimate could never rise.
+# A prefix counts as cached while the tokens written since its last use are at most this multiple of the estimated
+# capacity. Without this margin, the router would never look for a prefix older than the estimate, so a low estimate
+# could never rise.
 _MARGIN = 1.25
-# A lost prefix lowers the estimate at most to this share of its old value: a canceled call may also be the cause.
+# A missing prefix lowers the estimate to no less than this share of its old value, because a canceled call may also be
+# the reason why the prefix is missing.
 _DECREASE = 0.9
 
 
@@ -56,8 +58,8 @@ class CacheClock:
     def read(self, now: float) -> float:
         """Returns an estimate of the number of tokens that were written to the cache so far.
 
-        It is the sum of the tokens that this gateway sent and of an estimate for everything else (other gateways,
-        generated tokens): one whole cache in each ``max_age`` seconds.
+        The estimate is the number of tokens that this gateway sent, plus an allowance for other tokens (from other
+        gateways, and of answers). The allowance grows by ``capacity`` tokens in each ``max_age`` seconds.
         """
         if now > self._read:
             self._written += (now - self._read) * self.capacity / self._max_age
@@ -126,7 +128,7 @@ class PrefixIndex:
         return self._entries
 
     def marks(self, hashes: Sequence[int]) -> list[Mark]:
-        """Returns the stored marks among these prefixes, the longest first."""
+        """Returns the stored marks among the prefixes with these hashes, the longest first."""
         size, find = self._block_tokens, self._holders.get
         return [
             (blocks * size, hashes[blocks - 1], holders)
@@ -155,7 +157,7 @@ class PrefixIndex:
         return found
 
     def use(self, replica: CacheClock, hashes: Sequence[int], now: float) -> None:
-        """Records that the replica has these prefixes in its cache from now on."""
+        """Records that the replica has the prefixes with these hashes in its cache from now on."""
         reading = replica.read(now)
         # The longest prefix comes first and is therefore dropped first, as in the engine's cache.
         for blocks in _marked_blocks(len(hashes)):

@@ -15,12 +15,12 @@ number of tokens that it computes until the new prompt is done, with other delay
          + full_cache_tokens * max(0, used share of the KV cache - 0.8) / 0.2
 
 *Uncached tokens* come from an index of what each replica was sent (:mod:`services.gateway.routing.prefix_index`), so
-the engines need not report their caches' contents. They weigh more than waiting tokens, because work that is done twice
-also delays the requests that come later. *Waiting tokens* come from the replica's last report. The report may be a
-second old. The router therefore also counts the tokens that it sent lately, and uses the larger of the two numbers.
-This count decays exponentially, with the time between two reports as the time constant. *Sequences* slow each other
-down while they decode. A *full cache* means that a new sequence waits for another one to end, or preempts it. The idea
-to add uncached and decoded work is from the KV router of NVIDIA Dynamo, whose cost is
+the engines need not report their caches' contents. Uncached tokens weigh more than waiting tokens, because work that is
+done twice also delays the requests that come later. *Waiting tokens* come from the replica's last report. The report
+may be a second old. The router therefore also counts the tokens that it sent lately, and uses the larger of the two
+numbers. This count decays exponentially, with the time between two reports as the time constant. *Sequences* slow each
+other down while they decode. A *full cache* means that a new sequence waits until another sequence ends, or preempts
+another sequence. The idea to add the work of prefill and of decode is from NVIDIA Dynamo's KV router, whose cost is
 ``overlap_weight * prefill blocks + decode blocks``. Dynamo's engines publish an event for each cached block. Dynamo
 also has an approximate mode, in which the router remembers what it sent, as this router does.
 
@@ -29,27 +29,27 @@ prompt (at most 6), and two random ones. If no replica holds a beginning, the ch
 replicas. This is the *power of two choices* (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing",
 2001): of n requests on n replicas, the busiest replica gets about log log n / log 2. With one random choice, it would
 get about log n / log log n. Unlike the choice of the least loaded replica, this rule doesn't send the requests of all
-gateways to the same replica until the next report. If there are at most 8 replicas, all are compared. Equal costs are
-decided by chance.
+gateways to the same replica until the next report. If there are at most 8 replicas, all are compared. Chance decides
+between equal costs.
 
 **The bound.** With the cost alone, prompts with a popular prefix would go to one replica until its queue is as long as
 the prefix. Therefore a replica that has more than c times the mean number of sequences is no candidate. This is the
 rule of *consistent hashing with bounded loads* (Mirrokni, Thorup, Zadimoghaddam, arXiv 1608.01350): with m sequences on
-n replicas, each takes at most ``ceil(c * (m + 1) / n)``. A popular prefix then spreads: the next replica computes it
-once, is in the index from then on, and gets its share. SGLang's cache-aware router has a similar rule, but for the
-whole fleet: it routes by prefix only as long as the largest and the smallest load are close, and by the shortest queue
-otherwise. A replica with few sequences, ``free_sequences``, is always below the bound. If there are more than 256
-replicas, the mean is estimated from a sample of at least 128 replicas.
+n replicas, each replica takes at most ``ceil(c * (m + 1) / n)``. A popular prefix then spreads: another replica
+computes the prefix once, is in the index from then on, and gets its share of the prompts. SGLang's cache-aware router
+has a similar rule, but for the whole fleet: it routes by prefix only as long as the largest and the smallest load are
+close, and by the shortest queue otherwise. A replica with fewer than ``free_sequences`` sequences is never excluded by
+the bound. If there are more than 256 replicas, the mean is estimated from a sample of at least 128 replicas.
 
 **New replicas** have an empty cache and no load, so all requests without a known prefix would go to new replicas.
-Therefore a replica that joined t seconds ago counts as if it already had ``1 - t / warm_up_seconds`` of the mean number
-of sequences, so its load rises along a straight line (Envoy calls this *slow start*).
+Therefore the router adds ``1 - t / warm_up_seconds`` times the mean number of sequences to the sequences of a replica
+that joined t seconds ago, so the replica's load rises along a straight line (Envoy calls this *slow start*).
 
 **Corrections.** How long a replica keeps a prefix depends on the size of its cache and on requests that this gateway
 doesn't see. The router starts with an estimate, and each answer says how many tokens were in the cache. If an expected
-prefix was lost after d other tokens were written, the cache keeps fewer than d tokens, or something unusual happened:
-the estimate falls, by at most 10 %. If the prefix was found, the cache keeps at least d. The end of an answer also
-counts as a use of its prompt, because an engine never reuses the blocks of a running sequence.
+prefix was lost after d other tokens were written, the cache keeps fewer than d tokens, or something unusual happened.
+The estimate therefore falls, but by at most 10 %. If the prefix was found, the cache keeps at least d tokens. The end
+of an answer also counts as a use of its prompt, because an engine never reuses the blocks of a running sequence.
 """
 
 import math
@@ -78,7 +78,7 @@ class ReplicaLoad:
     """The load of a replica.
 
     Attributes:
-        sequences: sequences that run or wait there, including those that this gateway sent since the last report.
+        sequences: running and waiting sequences, including those that this gateway sent since the last report.
         waiting_tokens: prompt tokens that the replica still has to compute, as of its last report.
         kv_used: share of the KV cache that running sequences hold, from 0 to 1, as of its last report.
     """
@@ -161,7 +161,7 @@ class Router:
         return sum([loads[name].sequences for name in sample]) * len(names) / len(sample)
 
     def sent(self, replica: str, prompt: Prompt, now: float) -> None:
-        """Records that the prompt is sent to the replica, so that later prompts with its beginning find it there."""
+        """Records that the prompt is sent to the replica, so that :meth:`choose` knows the prefixes in its cache."""
         known = self._replicas.get(replica)
         if known is None:
             return

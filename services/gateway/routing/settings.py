@@ -17,7 +17,7 @@ class RoutingSettings:
         warm_up_seconds: time in which a new replica rises to its full share of the load.
         report_seconds: time between two reports of a replica's load.
         cache_tokens: first estimate of the tokens that a replica's cache keeps. Answers correct it.
-        max_age_seconds: time after which an idle replica's cache counts as overwritten by others.
+        max_age_seconds: time after which a cache counts as overwritten, even if this gateway sent the replica nothing.
         max_entries: most pairs of a marked prefix and a replica that the router remembers.
     """
 

@@ -35,7 +35,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "output_config": ({},),
     "thinking": ({"type": "disabled"},),
 }
-# Name of the model's own Python tool in answers. Anthropic's server gives its Python tool the same name.
+# Name of the model's own Python tool in answers. Clients know this name, because Anthropic's server uses it for its own
+# Python tool.
 PYTHON_TOOL = "code_execution"
 
 

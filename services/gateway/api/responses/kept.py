@@ -74,7 +74,7 @@ class KeptResponses:
     async def item(self, caller: str, item_id: str, param: str) -> dict[str, Any]:
         """Returns an item of an earlier output. Raises the same errors as :meth:`conversation`.
 
-        ``param`` is the name of the request's parameter that contains the item's id. Errors name it.
+        ``param`` is the name of the request's parameter that contains the item's id. Errors name this parameter.
         """
         item: dict[str, Any] = await self._get(caller, item_id, param, "Item")
         return item
@@ -82,7 +82,7 @@ class KeptResponses:
     async def keep(
         self, caller: str, response_id: str, asked: list[dict[str, Any]], output: list[dict[str, Any]]
     ) -> None:
-        """Keeps a response: the items of its conversation (``asked``), and its ``output`` without pictures.
+        """Keeps a response: the items that the model answered (``asked``), and the ``output`` without pictures.
 
         Pictures are left out, because the model does not see them. If the store does not answer, a warning is logged.
         """

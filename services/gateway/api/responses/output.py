@@ -20,7 +20,7 @@ class Output:
     deltas.
 
     Attributes:
-        items: the output items so far; :meth:`add` completes the last one.
+        items: the output items so far. A later call of :meth:`add` may still extend the last item.
     """
 
     def __init__(self, *, logprobs: bool) -> None:
@@ -88,7 +88,7 @@ class Output:
             yield self._event("response.function_call_arguments.delta", delta=call.arguments)
 
     def _begin_python(self, code: str) -> Iterator[Event]:
-        # Each call runs in a container of its own, which ends with the call.
+        # Each call runs in a container of its own, which ends with the call. So each call gets a new container id.
         container = f"cntr_{uuid.uuid4().hex}"
         yield from self._begin("code_interpreter_call", "ci", code="", container_id=container, outputs=None)
         assert self._open is not None

@@ -17,7 +17,7 @@ def turns_of(items: Sequence[InputItem], instructions: str | None, tools: Sequen
     Raises an :class:`ApiError` with status 400 if a function's result has no call before it.
     """
     turns = Turns([instructions] if instructions is not None else [], tools)
-    in_call = False  # whether the last item was a Python call, so that text after it belongs to the same message
+    in_call = False  # whether the previous item was a Python call, so that text after it belongs to the same message
     for i, item in enumerate(items):
         python = item.type == "code_interpreter_call"
         if python:
