@@ -43,7 +43,7 @@ def run_program(
 
 
 def print_subcommands(program: str, subcommands: Mapping[str, type[JobSettings]]) -> None:
-    """Print the help of a program that consists of subcommands, each with the first sentence of its settings."""
+    """Print the help of a program that consists of subcommands: their names, and the first sentence about each."""
     print(f"usage: {program} COMMAND [FLAGS]; {program} COMMAND --help lists the command's flags\n")
     for name, settings in subcommands.items():
         print(f"  {name:12}{(settings.__doc__ or '').strip().splitlines()[0]}")
@@ -63,8 +63,8 @@ def run_command(
 
     Args:
         command: module and subcommand for the usage text, such as ``jobs.train.dataset list``.
-        name: name of the program in its log lines, such as ``chat-eval``. The names of its environment variables
-            follow from it and begin, for this example, with ``NANOCHAT_CHAT_EVAL``.
+        name: name of the program in its log lines, such as ``chat-eval``. The environment variables of this program
+            then begin with ``NANOCHAT_CHAT_EVAL``.
         argv: arguments that replace the arguments of the command line.
     """
     prefix = f"NANOCHAT_{name.upper().replace('-', '_')}"

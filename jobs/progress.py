@@ -18,7 +18,7 @@ LOG_INTERVAL_SECONDS = 5.0
 _SHORTEST_BAR = 6
 # Width of a bar if the terminal does not report its size, as in some containers.
 _USUAL_COLUMNS = 80
-# tqdm hides a bar if the terminal has too few rows for it, so the bar always gets this number of rows.
+# tqdm hides a bar if the terminal has too few rows for it, so tqdm is told that every terminal has this many rows.
 _ROWS = 20
 
 

@@ -56,7 +56,7 @@ class DatasetSource:
     folder: Path | None = None
 
     def find(self, files: DatasetFiles) -> dict[str, Path]:
-        """Local paths of the files. Each key is the name by which error messages call the file.
+        """The local path of each file. The key of a path is the file's name in error messages.
 
         Raises UserError if the folder does not exist, or if neither the folder nor the store has the files. The message
         says how to get the files.

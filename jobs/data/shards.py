@@ -91,7 +91,7 @@ def read_manifest(store: Store, name: str) -> Manifest | None:
 
 
 def _checked(info: ShardInfo) -> ShardInfo:
-    """Raises ValueError or TypeError if a field has a value that :func:`describe_shard` never gives."""
+    """Return ``info``. Raises ValueError or TypeError if a field has a value that :func:`describe_shard` never sets."""
     numbers = [info.bytes, *info.row_groups]
     if any(type(number) is not int or number < 0 for number in numbers) or len(bytes.fromhex(info.sha256)) != 32:
         raise ValueError(f"{info} describes no shard")
@@ -349,7 +349,7 @@ def describe_shard(path: Path, shown: str) -> ShardInfo:
 
 
 def _add_shard(folder: Path, shards: dict[str, ShardInfo], documents: Iterable[str]) -> int:
-    """Write the next shard if there is a document. Returns the shard's number of documents."""
+    """Write ``documents`` as the next shard, and return their number. Without documents, no shard is added."""
     path = folder / f"shard_{len(shards):05d}.parquet"
     schema = pa.schema({"text": pa.string()})
     iterator = iter(documents)

@@ -80,7 +80,9 @@ def run(settings: GenerateSettings, show: Callable[[str], None], show_tool: Call
     tokenizer = checkpoint.tokenizer
     chat = settings.mode == "chat" or (settings.mode == "auto" and checkpoint.ref.stage != "base")
     if settings.system and not chat:
-        raise UserError("--system belongs to a chat, but the prompt is continued as text; add --mode chat, or leave it")
+        raise UserError(
+            "--system belongs to a chat, but the prompt is continued as text; add --mode chat, or leave --system out"
+        )
     ids = chat_prompt(tokenizer, settings.system, prompt) if chat else [tokenizer.bos_id, *tokenizer.encode(prompt)]
     seed = secrets.randbits(63) if settings.seed is None else settings.seed
     request = Request(

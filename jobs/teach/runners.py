@@ -26,7 +26,7 @@ class Ended:
 
     Attributes:
         exit_code: its exit code, or the negative number of the signal that killed it.
-        attempts: for the number of each lesson that the program had to give, the attempts before the program began.
+        attempts: the number of earlier attempts at each lesson that the program had to give, by the lesson's number.
         reason: how the program ended, if more is known than the exit code; empty otherwise.
     """
 

@@ -194,7 +194,7 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
     if recorded.state == "damaged":
         return recorded
     if state == "queued":
-        # To begin anew is no interruption, so the attempts are counted from 0 again.
+        # The lesson begins anew. This is no interruption, so the attempts are counted from 0 again.
         anew = _written(store, recorded, lease, state=state, reason=reason, attempts=0)
         return _give(store, anew, machine, lease)
     return _ended(store, recorded, lease, state, reason)
@@ -373,7 +373,7 @@ def _neighbors(store: Store, memory: Memory, items: Sequence[Item], lesson: Less
 def _parent(store: Store, lesson: Lesson) -> Checkpoint:
     """The checkpoint from which the training starts: the promoted checkpoint.
 
-    If the gate has promoted the lesson's own checkpoint already, the checkpoint from which the lesson started.
+    If the gate has promoted the lesson's own checkpoint already, this is the checkpoint that was promoted before.
     """
     if _promotion(store, lesson) is not None:
         return load_checkpoint(store, CheckpointRef.parse(lesson.model, lesson.parent["revision"]))
@@ -409,8 +409,8 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
 def _promotion(store: Store, lesson: Lesson) -> Decision | None:
     """The gate's decision that promoted the lesson's model; None if the model was never promoted.
 
-    A process may have died after the promotion and before it recorded that in the lesson. If somebody has rolled back
-    since then, the lesson must not be promoted again.
+    The lesson's own record does not answer this, because a process may have died after the promotion and before it
+    recorded the promotion in the lesson. If somebody has rolled back since then, the lesson must not be promoted again.
     """
     if not lesson.parent:  # The lesson never began. A checkpoint of its name belongs to another lessons folder.
         return None

@@ -166,7 +166,7 @@ class Watch:
         return time.monotonic() < self._interrupted.get(model, (0, 0.0))[1]
 
     def _in_training(self, model: str) -> bool:
-        """Whether a training program has the lease on the model. Only the lessons of this model wait for its end."""
+        """Whether a training program has the lease on the model. Then the lessons of this model have to wait."""
         lease = self._leases.setdefault(model, LeaseWatch(self._store, f"models/{model}"))
         return lease.program() not in ("", "jobs.teach")
 

@@ -1,4 +1,4 @@
-"""Evaluates a model on chat tasks, in chunks. Ranks share the chunks. The evaluation store keeps finished chunks."""
+"""Evaluates a model on chat tasks. The questions form chunks: each rank answers some of them, and stores each one."""
 
 import contextlib
 import dataclasses
@@ -43,9 +43,10 @@ def chunks_of(task: ChoiceTask | GenerativeTask) -> dict[str, range]:
 def missing_chunks(
     task: ChoiceTask | GenerativeTask, evaluation: Evaluation, ranks: Ranks
 ) -> Iterator[tuple[dict[str, range], Callable[[int], None]]]:
-    """Yields this rank's chunks that the evaluation store lacks, and a function to report answered questions.
+    """Yields this rank's chunks that are not stored yet, and a function that updates a progress display.
 
-    The function takes the number of further questions answered. A progress display is shown until the context ends.
+    The function takes the number of questions that were answered since its last call. The display is shown until the
+    context ends.
     """
     mine = dict(list(chunks_of(task).items())[ranks.rank :: ranks.size])
     missing = {name: numbers for name, numbers in mine.items() if evaluation.part(name) is None}
@@ -105,7 +106,7 @@ def evaluate_generative(
         graded: dict[str, dict[int, Future[GradedAnswers]]] = {name: {} for name in missing}
         for number, answers in generate(engine, tokenizer, task, list(chunk_of), sampling, samples):
             name = chunk_of[number]
-            # The tests of an answer's code run while the engine generates other answers.
+            # Another thread grades, so that the tests of an answer's code run while the engine generates other answers.
             graded[name][number] = graders.submit(_grade, task.questions[number], answers, sandbox)
             if len(graded[name]) == len(missing[name]):
                 futures = graded.pop(name)

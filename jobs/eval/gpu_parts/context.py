@@ -1,4 +1,4 @@
-"""The input of every part of the GPU verdict: the device, the sizes to measure, and the results of earlier parts."""
+"""The input of every part of ``jobs.eval.gpu``: the device, the sizes to measure, and the results of earlier parts."""
 
 import dataclasses
 import time
@@ -73,7 +73,7 @@ FULL = Scale(
     loaded_requests=64,
     cache_bytes=16 << 30,
     attention_heads=10,
-    tests="not compiles_for_gpus",  # needs no GPU, and takes minutes
+    tests="not compiles_for_gpus",  # those tests need no GPU and take minutes
 )
 # A CPU runs every part in this size, to show that the part works. The numbers say nothing about a GPU.
 SMALL = Scale(

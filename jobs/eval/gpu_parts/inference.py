@@ -43,7 +43,7 @@ def measure_inference(context: Context, depth: int) -> Result:
 
 @contextlib.contextmanager
 def _client(context: Context, model: GPT, config: EngineConfig) -> Iterator[CoreClient]:
-    """A client of a new engine. Earlier engines are freed first, because the caches of two may not fit."""
+    """A client of a new engine. Earlier engines are freed first, because the memory may be too small for two caches."""
     free_memory(context.device)
     engine = Engine(model, random_tokenizer(model.config.vocab_size), config)
     engine.warm_up()

@@ -46,7 +46,7 @@ class Api:
         Args:
             patience: seconds for which a call is repeated while the server does not answer; 0 tries it once.
         """
-        # The library's own types describe only objects that it has converted to its classes.
+        # The type is Any, because the library's own types do not describe objects in the form of JSON.
         self._objects: Any = CustomObjectsApi(client)
         self._core: Any = CoreV1Api(client)
         self._jobs = ("batch", "v1", namespace, "jobs")

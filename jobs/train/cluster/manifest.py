@@ -1,7 +1,7 @@
 """The objects that programs create in a cluster: PyTorchJobs, such as one for each attempt of a stage, and Events.
 
-Everything about a pod (image, resources, node selector, volumes) comes from a PodTemplate. Labels and annotations of
-the PodTemplate itself become those of the PyTorchJob, for example the name of a queue of Kueue.
+Everything about a pod (image, resources, node selector, volumes) comes from a PodTemplate. The labels and annotations
+of the PodTemplate itself are copied to the PyTorchJob, for example the name of a queue of Kueue.
 """
 
 import copy

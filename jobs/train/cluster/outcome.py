@@ -19,7 +19,7 @@ _DISRUPTED = "DisruptionTarget"
 # The node of a pod counts as lost if the pod should have ended this long ago. If the pod still runs and tries to write,
 # the lease on the model's name prevents this.
 _LOST_SECONDS = 300.0
-# A container waits briefly for these reasons whenever it starts.
+# A container waits briefly for these reasons whenever it starts, so they are not reported.
 _STARTING = ("ContainerCreating", "PodInitializing")
 
 

@@ -233,7 +233,10 @@ class StageJobs:
             self._report(attempt, *found)
 
     def _after_failure(self, stage: StageRun, attempts: Sequence[Attempt], following: int) -> int | None:
-        """Decide what follows the failure of the last attempt."""
+        """Decide what follows the failure of the last attempt, and do it.
+
+        Returns the stage's exit code; None if there will be another attempt, whose number is ``following``.
+        """
         last = attempts[-1]
         if running := self._running_pods(of=last):
             self._report(last, "ending", f"waiting for the end of {', '.join(running)}")
@@ -282,7 +285,7 @@ class StageJobs:
         return f"{OWNER_LABEL}={self._owner.uid}" + (f",{STAGE_LABEL}={stage}" if stage else "")
 
     def _report(self, attempt: Attempt, state: str, message: str = "") -> None:
-        """Log the state of an attempt and write it to the Job's annotation, if it has changed."""
+        """Log the state of an attempt and write it to the Job's annotation, unless this was the last report."""
         status = {"stage": attempt.stage, "attempt": str(attempt.number), "state": state, "message": message}
         if status == self._status:
             return

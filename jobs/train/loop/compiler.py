@@ -12,7 +12,7 @@ log = logging.getLogger("jobs.train")
 
 # A model has at most four kinds of blocks: with a short or full window, and with or without a value embedding. Each
 # kind may be compiled for two shapes, because the last micro-batch may have fewer rows. These 8 variants already reach
-# torch's own limit.
+# torch's default limit, so a higher limit is set.
 _COMPILED_VARIANTS = 32
 
 

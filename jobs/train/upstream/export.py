@@ -1,4 +1,4 @@
-"""Writes a checkpoint in the layout of karpathy/nanochat: the inverse of :mod:`jobs.train.upstream.checkpoint`."""
+"""Writes a checkpoint in the layout of karpathy/nanochat (upstream): the inverse of :mod:`.checkpoint`."""
 
 import json
 import pickle
