@@ -24,7 +24,7 @@ class JobSettings:
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG003
-        """Values that replace the defaults of settings. ``given`` has the settings that flags or variables give."""
+        """Values that replace the defaults of settings. ``given`` has the values of flags and environment variables."""
         return {}
 
 
@@ -81,7 +81,7 @@ def run_command(
 
 
 def make_output_folder(path: str, flag: str) -> Path:
-    """Make the folder that ``flag`` names, unless it exists. Raises a :class:`UserError` if it cannot be made."""
+    """Make the folder ``path`` unless it exists. If this fails, raises a :class:`UserError` that names ``flag``."""
     folder = user_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -120,7 +120,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic only in its type 
             initial=done,
             desc=label,
             leave=leave,
-            # The width is read when the bar is drawn. The bar has one line, whatever height the terminal reports.
+            # The number of columns is only a first value: format_dict reads the width whenever the bar is drawn.
             ncols=_USUAL_COLUMNS,
             nrows=_ROWS,
             file=sys.stderr,

@@ -43,7 +43,7 @@ class DatasetFiles:
 def on_hub(dataset: str, include: str) -> str:
     """The shell command that downloads the files of a dataset whose paths match the glob pattern ``include``.
 
-    It downloads them from the Hugging Face hub to the placeholder FOLDER.
+    The command downloads the files from the Hugging Face hub to FOLDER, which stands for the dataset's folder.
     """
     return f"hf download {dataset} --repo-type dataset --include '{include}' --local-dir FOLDER"
 

@@ -88,8 +88,8 @@ class LocalText:
         """sha256 of the contents of all files that are used, and of the column if it is not ``text``."""
         digest = hashlib.sha256(b"" if self.column == "text" else os.fsencode(self.column))
         splits = self.splits
-        # Without --val-data, the names of the files usually decide which files are for validation. It is then enough to
-        # digest the files in the order of their names.
+        # With --val-data, the same files can be divided in several ways, so the digest must tell which files are for
+        # training: these come first. Without --val-data, the division usually follows from the names of the files.
         files = [*splits.training, *splits.validation]
         for file in files if self.val_data else sorted(files):
             refuse_pointer(Path(file), file)

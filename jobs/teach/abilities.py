@@ -177,7 +177,7 @@ def _occurs(word: str, text: str) -> bool:
 
 
 def replaced(text: str, words: Mapping[str, str]) -> str:
-    """The text with whole words replaced. A replacement is not replaced again."""
+    """The text, with each whole word that is a key of ``words`` replaced by its value, which is not replaced again."""
     longest_first: Sequence[str] = sorted(words, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first))
     return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", lambda match: words[match[0]], text)

@@ -36,7 +36,7 @@ from nanochat_core.store import Store
 
 log = logging.getLogger("jobs.teach")
 
-# A label of PyTorchJobs and pods, with the name of the PodTemplate. It selects the lessons of one release.
+# A label of PyTorchJobs and pods, with the name of the PodTemplate. It selects the lessons of one Helm release.
 LESSONS_LABEL = "nanochat/lessons"
 # Annotations of PyTorchJobs and pods. They are not labels, because the name of a model may be too long for the value of
 # a label. ATTEMPTS is the number of attempts before this one.
@@ -132,7 +132,7 @@ class LessonJobs:
     ) -> None:
         """
         Args:
-            api: should have a ``patience`` of 0: a failed call need not be repeated, because the next round does so.
+            api: should have a ``patience`` of 0. A failed call need not be repeated, because the next round repeats it.
             template: reads the PodTemplate, which may have changed since the last PyTorchJob.
             arguments: returns the command that gives a lesson in the pod.
             end_canceled: starts a process that ends a canceled lesson.
@@ -281,7 +281,7 @@ class LessonJobs:
         return sorted({*still_running(pods, self._now()), *old})
 
     def _report(self, name: str, lesson: Lesson, state: str, message: str = "") -> None:
-        """Log the state of a PyTorchJob, unless it was logged before."""
+        """Log the state of a lesson's PyTorchJob, unless it is the state that was logged last."""
         if self._status.get(lesson.model) != (name, state, message):
             self._status[lesson.model] = name, state, message
             fields = {"model": lesson.model, "lesson": lesson.number, "job": name, "reason": message or None}
@@ -289,7 +289,7 @@ class LessonJobs:
 
 
 def _exit_code(job: LessonJob, pods: Sequence[Object]) -> tuple[int, str]:
-    """The exit code of a PyTorchJob that has ended, and a text that says how it ended. After a success, it is empty."""
+    """The exit code of a PyTorchJob that has ended, and a text that says how it ended (empty after a success)."""
     if job.has("Succeeded"):
         return 0, ""
     ends = [found for pod in pods if (found := pod_end(pod)) is not None]

@@ -125,7 +125,7 @@ def all_wordings(items: Sequence[Item]) -> dict[int, Wordings]:
 
 
 def asked_by(items: Sequence[Item], worded: Mapping[int, Wordings]) -> dict[str, Item]:
-    """The items by their :func:`normal` wordings."""
+    """For each :func:`normal` wording, the item whose question it asks. ``worded`` are the :func:`all_wordings`."""
     return {normal(each): items[i] for i, found in worded.items() for each in found.all}
 
 

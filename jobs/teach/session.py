@@ -139,7 +139,8 @@ def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
     revision, digest = check_roll_back(store, model, number)
     current = promoted(store, model)
     if number == 0 and current is not None:
-        # If the model was trained anew, its first lesson is not the first lesson in the store.
+        # The promoted checkpoint tells which lesson was its first. If the model was trained anew, this is not the first
+        # lesson in the store.
         inside = lineage(load_meta(store, current))
         if not inside:
             return current
@@ -412,7 +413,7 @@ def _promotion(store: Store, lesson: Lesson) -> Decision | None:
     The lesson's own record does not answer this, because a process may have died after the promotion and before it
     recorded the promotion in the lesson. If somebody has rolled back since then, the lesson must not be promoted again.
     """
-    if not lesson.parent:  # The lesson never began. A checkpoint of its name belongs to another lessons folder.
+    if not lesson.parent:  # The lesson never began. If its checkpoint exists, another folder ``lessons/`` made it.
         return None
     ref = taught_ref(lesson)
     try:

@@ -55,7 +55,7 @@ class WatchSettings(JobSettings):
 
     threads: int = setting(0, "CPU threads of a lesson; 0 leaves the choice to torch", minimum=0, maximum=4096)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to train on")
-    poll_seconds: float = setting(1.0, "time between two looks for new lessons", minimum=0.05, maximum=3600.0)
+    poll_seconds: float = setting(1.0, "seconds between two looks for new lessons", minimum=0.05, maximum=3600.0)
     cluster_jobs: str = setting(
         "", "file with the PodTemplate of the PyTorchJobs that give the lessons; without it, processes give them"
     )

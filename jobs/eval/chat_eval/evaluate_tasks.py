@@ -1,4 +1,4 @@
-"""Evaluates a model on chat tasks. The questions form chunks: each rank answers some of them, and stores each one."""
+"""Evaluates a model on chat tasks, chunk by chunk: a chunk is some questions of a task, which one rank answers."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,8 @@ from nanochat_core.training.distributed import Ranks
 
 log = logging.getLogger("jobs.eval.chat")
 
-# Number of questions in a chunk. An interrupted run loses at most one chunk of multiple-choice questions.
+# Number of questions in a chunk. A rank that is interrupted loses one chunk of a multiple-choice task, or all
+# unfinished chunks of a generative task, because these are answered together.
 _CHUNK = {"choice": 256, "generative": 32}
 # Number of tokens in one forward pass over multiple-choice questions, padding included.
 _FORWARD_TOKENS = 8192

@@ -133,7 +133,7 @@ class Context:
         return (self.clock() - started) / repeats
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as training compiles it. On a CPU, the compiler only traces it, which takes seconds."""
+        """The function, compiled as in training. On a CPU, it is only traced, which takes seconds."""
         backend = "inductor" if self.device.type == "cuda" else "eager"
         compiled: Callable[..., Any] = torch.compile(function, dynamic=False, backend=backend)
         return compiled

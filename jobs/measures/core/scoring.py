@@ -105,7 +105,7 @@ class Scorer:
         return self._of_pairs(hidden, np.array(pairs, dtype=np.int64).reshape(-1, 2), greedy)
 
     def _of_pairs(self, hidden: Tensor, pairs: np.ndarray, greedy: bool) -> np.ndarray:
-        """The losses of (row, target) pairs. The logits of each row are computed once."""
+        """The losses of pairs of a row of ``hidden`` and a target token. The logits of each row are computed once."""
         rows, place = np.unique(pairs[:, 0], return_inverse=True)
         order = np.argsort(place, kind="stable")
         place, targets = place[order], pairs[order, 1]

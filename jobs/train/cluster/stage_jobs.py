@@ -187,9 +187,9 @@ class StageJobs:
     def _start(self, stage: StageRun, number: int) -> None:
         """Create the PyTorchJob of an attempt, unless another process of the same Job has just done so.
 
-        While pods of a deleted PyTorchJob are ending, or a PyTorchJob of the same name belongs to a deleted Job, the
-        method only waits for a moment. Raises UserError if the Job of this pod is gone, because the cluster would then
-        delete the PyTorchJob immediately.
+        While pods of earlier attempts are still running, or while a deleted Job still has a PyTorchJob of this name,
+        the method only waits for a moment. Raises UserError if the Job of this pod is gone, because the cluster would
+        then delete the PyTorchJob immediately.
         """
         metadata = self._api.job(self._owner.name)["metadata"]
         if metadata["uid"] != self._owner.uid:
@@ -235,7 +235,8 @@ class StageJobs:
     def _after_failure(self, stage: StageRun, attempts: Sequence[Attempt], following: int) -> int | None:
         """Decide what follows the failure of the last attempt, and do it.
 
-        Returns the stage's exit code; None if there will be another attempt, whose number is ``following``.
+        Returns the stage's exit code. Returns None as long as this is undecided, because pods of the attempt still run,
+        and None if there will be another attempt, whose number is ``following``.
         """
         last = attempts[-1]
         if running := self._running_pods(of=last):
