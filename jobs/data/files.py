@@ -138,7 +138,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _is_found_anyway(folder: str, top: str) -> bool:
-    """Whether a walk from ``top`` need not follow a link to ``folder``.
+    """Whether a walk from ``top`` can ignore a link to ``folder``.
 
     This is true if the walk reaches ``folder`` without links, or if ``folder`` contains ``top``.
     """

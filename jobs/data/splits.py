@@ -25,7 +25,7 @@ _UNCLEAR = "several splits"
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The files of a dataset by their use.
+    """The files of a dataset, divided into training, validation and unused files.
 
     Attributes:
         training: files to train on, never empty.

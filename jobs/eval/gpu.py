@@ -33,7 +33,7 @@ RESULT_FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuSettings(JobSettings):
-    """Check this GPU's results and measure its speed. The next run goes on where a run was cut off."""
+    """Check this GPU's results and measure its speed. If a run is cut off, the next run goes on from there."""
 
     device: Literal["cuda", "cpu"] = setting("cuda", "device to check; cpu runs every part with tiny models")
     output: str = setting("docs/gpu", "folder for <card>.json, <card>.md and <card>.png")

@@ -133,7 +133,7 @@ def _ranks_of_lines(lines: Sequence[str], path: Path) -> dict[bytes, int]:
 def _ranks_of_merges(lines: Sequence[str], path: Path) -> dict[bytes, int]:
     """Each token's rank, from the lines of ``vocab.bpe``.
 
-    Every line names two tokens that are merged into one. A printable character represents each byte of a token.
+    Every line names two tokens that are merged into one. The file writes each byte of a token as a printable character.
     """
     plain = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in plain]

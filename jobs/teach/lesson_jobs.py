@@ -134,7 +134,7 @@ class LessonJobs:
         Args:
             api: should have a ``patience`` of 0. A failed call need not be repeated, because the next round repeats it.
             template: reads the PodTemplate, which may have changed since the last PyTorchJob.
-            arguments: returns the command that gives a lesson in the pod.
+            arguments: returns the command that the pod runs to give the lesson.
             end_canceled: starts a process that ends a canceled lesson.
             clock: returns seconds since any fixed moment.
             now: returns seconds since 1970.

@@ -1,4 +1,4 @@
-"""Gives the lessons of a model, one at a time: train, examine, and promote or refuse."""
+"""Gives a model its lessons, one at a time: train, examine, and promote or refuse."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Machine:
 
 
 def give_lessons(store: Store, model: str, machine: Machine, until: int) -> Lesson:
-    """Give the queued and interrupted lessons of a model in their order, up to lesson ``until``. Returns that lesson.
+    """Give a model its queued and interrupted lessons in their order, up to lesson ``until``. Returns lesson ``until``.
 
     If another program gives lessons to the model or trains it, this program waits until the other program has ended.
     """
@@ -162,7 +162,7 @@ def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
 
 
 def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesson:
-    """Give one lesson until it is done. The parts that an interrupted process has finished are not repeated.
+    """Give the model one lesson. The parts of the lesson that an interrupted process has finished are not repeated.
 
     If another revision is promoted meanwhile, for example by a roll-back, the lesson begins anew from that revision.
     """
@@ -202,7 +202,7 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
 
 
 def _ended(store: Store, lesson: Lesson, lease: Lease, state: State, reason: str) -> Lesson:
-    """Record ``state``, such as ``failed``, as the result; but ``promoted`` if the gate has promoted the model."""
+    """Record ``state``, such as ``failed``, as the result, or ``promoted`` if the gate has promoted the model."""
     done = dataclasses.replace(lesson, state=state, reason=reason)
     if (decision := _promotion(store, done)) is not None:
         # The model was promoted before the error, so the lesson has not failed. Only a part of its record is missing.

@@ -155,10 +155,10 @@ def go_back(
 ) -> float:
     """Move the weights toward the weights before the training until the model has forgotten little enough.
 
-    The weights go back in steps, at most until the share :data:`_NEAREST` of the way remains. They stop earlier if the
-    next step would lower the number of ``probes`` that the model answers exactly. Weights between those of a model and
-    those of its fine-tuned version forget less than the fine-tuned weights (Wortsman et al. 2022, "Robust fine-tuning
-    of zero-shot models").
+    The weights go back in steps, at most until the share :data:`_NEAREST` of the way remains. The last step is the one
+    before the model would answer fewer ``probes`` exactly. A model whose weights are between those of a model and its
+    fine-tuned version has forgotten less than the fine-tuned version (Wortsman et al. 2022, "Robust fine-tuning of
+    zero-shot models").
 
     Args:
         start: the parameters before the training, in the order of ``model.parameters()``.

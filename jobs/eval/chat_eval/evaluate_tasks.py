@@ -107,7 +107,7 @@ def evaluate_generative(
         graded: dict[str, dict[int, Future[GradedAnswers]]] = {name: {} for name in missing}
         for number, answers in generate(engine, tokenizer, task, list(chunk_of), sampling, samples):
             name = chunk_of[number]
-            # Another thread grades, so that the tests of an answer's code run while the engine generates other answers.
+            # Other threads grade, so that the tests of an answer's code run while the engine generates other answers.
             graded[name][number] = graders.submit(_grade, task.questions[number], answers, sandbox)
             if len(graded[name]) == len(missing[name]):
                 futures = graded.pop(name)

@@ -19,12 +19,12 @@ from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype,
 from nanochat_core.training.optim.muon import orthogonalize
 from nanochat_core.training.peak_flops import peak_flops
 
-# Tokens of a usual optimizer step. Its speed on one device is computed from the times of a pass and of an update.
+# Tokens of a usual optimizer step. The speed of such a step is computed from the measured times of its parts.
 GLOBAL_BATCH = 2**19
 
 
 class Step:
-    """Trains a model with random weights on random tokens, as the training loop does: compiled, by Muon and AdamW."""
+    """Trains a model on random tokens in the same way as the training loop: compiled, with Muon and AdamW."""
 
     def __init__(self, context: Context, depth: int, precision: str, rows: int) -> None:
         device, config = context.device, context.scale.model(depth)

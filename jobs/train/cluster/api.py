@@ -91,7 +91,7 @@ class Api:
         self._patch(self._pytorch_jobs, name, patch)
 
     def delete_pytorch_job(self, name: str, uid: str) -> None:
-        """Delete a PyTorchJob and its pods, unless it is gone or another one has its name now."""
+        """Delete a PyTorchJob and its pods, unless the PyTorchJob is gone or another PyTorchJob has its name now."""
         which = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
 
         def attempt(*arguments: Any, **options: Any) -> None:

@@ -235,8 +235,8 @@ class StageJobs:
     def _after_failure(self, stage: StageRun, attempts: Sequence[Attempt], following: int) -> int | None:
         """Decide what follows the failure of the last attempt, and do it.
 
-        Returns the stage's exit code. Returns None as long as this is undecided, because pods of the attempt still run,
-        and None if there will be another attempt, whose number is ``following``.
+        Returns the stage's exit code; None if pods of the last attempt still run, or if there will be another attempt,
+        whose number is ``following``.
         """
         last = attempts[-1]
         if running := self._running_pods(of=last):

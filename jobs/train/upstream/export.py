@@ -1,4 +1,7 @@
-"""Writes a checkpoint in the layout of karpathy/nanochat (upstream): the inverse of :mod:`.checkpoint`."""
+"""Writes a checkpoint in the layout of karpathy/nanochat (upstream).
+
+This is the inverse of :mod:`jobs.train.upstream.checkpoint`.
+"""
 
 import json
 import pickle
