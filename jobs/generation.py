@@ -1,4 +1,4 @@
-"""Text that an engine generates in this process: samples, answers that a person reads, and the model's Python tool."""
+"""Generates text with an engine in this process, decodes answers, and runs the Python code that a model calls."""
 
 import contextlib
 import re
@@ -20,7 +20,7 @@ SAMPLING = SamplingParams(temperature=0.8, top_k=50, max_tokens=120, seed=7)
 class SandboxTool:
     """A :class:`~nanochat_core.engine.ToolRunner` that runs an engine's tool calls in a sandbox of this process.
 
-    The sandbox service uses the same sandbox code.
+    The sandbox service runs code in the same way, so the output of a call has the same text there.
     """
 
     def __init__(self, executor: SandboxExecutor) -> None:

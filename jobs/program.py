@@ -24,7 +24,7 @@ class JobSettings:
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG003
-        """Values that replace the defaults of settings. ``given`` has the settings that flags or variables give."""
+        """Values that replace the defaults of settings. ``given`` has the values of flags and environment variables."""
         return {}
 
 
@@ -43,7 +43,7 @@ def run_program(
 
 
 def print_subcommands(program: str, subcommands: Mapping[str, type[JobSettings]]) -> None:
-    """Print the help of a program that consists of subcommands, each with the first sentence of its settings."""
+    """Print the help of a program that consists of subcommands: their names, and the first sentence about each."""
     print(f"usage: {program} COMMAND [FLAGS]; {program} COMMAND --help lists the command's flags\n")
     for name, settings in subcommands.items():
         print(f"  {name:12}{(settings.__doc__ or '').strip().splitlines()[0]}")
@@ -63,8 +63,8 @@ def run_command(
 
     Args:
         command: module and subcommand for the usage text, such as ``jobs.train.dataset list``.
-        name: name of the program in its log lines, such as ``chat-eval``. The names of its environment variables
-            follow from it and begin, for this example, with ``NANOCHAT_CHAT_EVAL``.
+        name: name of the program in its log lines, such as ``chat-eval``. The environment variables of this program
+            then begin with ``NANOCHAT_CHAT_EVAL``.
         argv: arguments that replace the arguments of the command line.
     """
     prefix = f"NANOCHAT_{name.upper().replace('-', '_')}"
@@ -81,7 +81,7 @@ def run_command(
 
 
 def make_output_folder(path: str, flag: str) -> Path:
-    """Make the folder that ``flag`` names, unless it exists. Raises a :class:`UserError` if it cannot be made."""
+    """Make the folder ``path`` unless it exists. If this fails, raises a :class:`UserError` that names ``flag``."""
     folder = user_path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ LOG_INTERVAL_SECONDS = 5.0
 _SHORTEST_BAR = 6
 # Width of a bar if the terminal does not report its size, as in some containers.
 _USUAL_COLUMNS = 80
-# tqdm hides a bar if the terminal has too few rows for it, so the bar always gets this number of rows.
+# tqdm hides a bar if the terminal has too few rows for it, so tqdm is told that every terminal has this many rows.
 _ROWS = 20
 
 
@@ -120,7 +120,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic only in its type 
             initial=done,
             desc=label,
             leave=leave,
-            # The width is read when the bar is drawn. The bar has one line, whatever height the terminal reports.
+            # The number of columns is only a first value: format_dict reads the width whenever the bar is drawn.
             ncols=_USUAL_COLUMNS,
             nrows=_ROWS,
             file=sys.stderr,

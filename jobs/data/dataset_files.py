@@ -43,7 +43,7 @@ class DatasetFiles:
 def on_hub(dataset: str, include: str) -> str:
     """The shell command that downloads the files of a dataset whose paths match the glob pattern ``include``.
 
-    It downloads them from the Hugging Face hub to the placeholder FOLDER.
+    The command downloads the files from the Hugging Face hub to FOLDER, which stands for the dataset's folder.
     """
     return f"hf download {dataset} --repo-type dataset --include '{include}' --local-dir FOLDER"
 
@@ -56,7 +56,7 @@ class DatasetSource:
     folder: Path | None = None
 
     def find(self, files: DatasetFiles) -> dict[str, Path]:
-        """Local paths of the files. Each key is the name by which error messages call the file.
+        """The local path of each file. The key of a path is the file's name in error messages.
 
         Raises UserError if the folder does not exist, or if neither the folder nor the store has the files. The message
         says how to get the files.

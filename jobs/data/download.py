@@ -23,8 +23,8 @@ from nanochat_core.store import Store, open_store
 
 log = logging.getLogger("jobs.data.download")
 
-# File names contain the shard's number with five digits. With more shards, the order of the names would differ from the
-# order of the numbers.
+# File names contain the shard's number with five digits. With more shards than this, some numbers would have six
+# digits, and the order of the names would differ from the order of the numbers.
 MOST_SHARDS = 100_000
 _LONGEST_SPECIFICATION = 4
 
@@ -122,7 +122,7 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
     if beyond:
         raise UserError(
             f"shard {beyond[0]} is not among the training shards 0-{last - 1} of {shown}; change --shards "
-            "(the last one is for validation and comes by itself)"
+            "(the last one is for validation and is always downloaded)"
         )
     manifest = _manifest(store, name, shown)
     missing = [n for n in sorted({*wanted, last}) if _file_name(n) not in manifest.shards]

@@ -30,11 +30,11 @@ _FORMATS: dict[str, Format] = {
     ".md": "text",
 }
 _COMPRESSED = (".gz", ".zst")
-ENDINGS = f"{', '.join(_FORMATS)}, or one of these but .parquet with {' or '.join(_COMPRESSED)} after it"
+ENDINGS = f"{', '.join(_FORMATS)}, or one of these except .parquet, followed by {' or '.join(_COMPRESSED)}"
 # Regular expression for the endings of files that consist of rows.
 ROWS_ENDING = r"\.(parquet|(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?)"
 
-# Names of files in a dataset's folder that are not data.
+# Files with these names describe the dataset in whose folder they are, so they are not read as data.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _READMES = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing", "requirements")
 
@@ -94,7 +94,7 @@ def find_files(path: Path) -> dict[str, Path]:
     others = Counter(_ending(name) for name in found if name not in readable)
     if not readable:
         if path.is_file():
-            raise UserError(f"{path} cannot be read by its ending; it must be one of {ENDINGS}")
+            raise UserError(f"{path} is not readable: its ending must be one of {ENDINGS}")
         listed = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5)) or "no files"
         raise UserError(f"{path} has {listed}, and nothing with the ending {ENDINGS}")
     if others:
@@ -138,7 +138,10 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _is_found_anyway(folder: str, top: str) -> bool:
-    """Whether ``folder`` is above ``top``, or a walk from ``top`` reaches ``folder`` without following links."""
+    """Whether a walk from ``top`` can ignore a link to ``folder``.
+
+    This is true if the walk reaches ``folder`` without links, or if ``folder`` contains ``top``.
+    """
     parts = os.path.relpath(folder, top).split(os.sep)
     if parts[0] == os.pardir:
         return {*parts} == {os.pardir}
@@ -175,7 +178,7 @@ def open_binary(path: Path, shown: str) -> io.BufferedReader:
     for mark, compression in _COMPRESSIONS.items():
         if start.startswith(mark):
             file.close()
-            # An Arrow stream has the methods of a raw file, but not its type.
+            # The Arrow stream is no io.RawIOBase, but it has all methods that BufferedReader calls.
             return io.BufferedReader(pa.input_stream(str(path), compression=compression), 2**16)
     return file
 

@@ -161,5 +161,5 @@ def _receive(response: httpx.Response, part: Path, start: int, stop: threading.E
 
 
 def _version_file(part: Path) -> Path:
-    """Path of a note about the version of ``part``: the ETag or date that the server gave when ``part`` was started."""
+    """Path of a note about the version of ``part``: the ETag or date that the server sent with the first bytes."""
     return part.with_name(part.name + ".version")

@@ -58,7 +58,9 @@ class LocalText:
 
     @functools.cached_property
     def splits(self) -> Splits:
-        """Paths of the files by their use. Without files for validation, a part of the training files is held out.
+        """Paths of the training files, the validation files, and the unused files.
+
+        If there are no validation files, the caller holds out a part of the training files.
 
         The files of ``val_data`` are for validation. If the names of these files state splits, only the files of the
         validation split are used.
@@ -86,8 +88,8 @@ class LocalText:
         """sha256 of the contents of all files that are used, and of the column if it is not ``text``."""
         digest = hashlib.sha256(b"" if self.column == "text" else os.fsencode(self.column))
         splits = self.splits
-        # Without --val-data, the names of the files usually decide which files are for validation. It is then enough to
-        # digest the files in the order of their names.
+        # With --val-data, the same files can be divided in several ways, so the digest must tell which files are for
+        # training: these come first. Without --val-data, the division usually follows from the names of the files.
         files = [*splits.training, *splits.validation]
         for file in files if self.val_data else sorted(files):
             refuse_pointer(Path(file), file)
@@ -96,15 +98,15 @@ class LocalText:
         return digest.hexdigest()
 
     def documents(self) -> tuple[Iterator[str], Iterator[str]]:
-        """The training documents and the validation documents. A log line says which file became which split.
+        """The training documents and the validation documents. A log line names the files of each split.
 
         If no file is for validation, the last twentieth of the documents is the validation split. The documents are in
         the order of the files' names. If there are many large files, the validation split is the last file instead. The
         validation split is taken from the end, so that neighboring passages of a book do not get into both splits. If
         the text has few documents, a document may be cut in two.
 
-        The iterators read the files while the caller takes documents. Only counting the documents reads the files
-        earlier.
+        The iterators read the files while the caller takes documents. If a share of the documents is held out, this
+        method first reads all files once to count the documents.
 
         Raises:
             UserError: as for :attr:`splits`. The iterators raise UserError if a file is damaged, does not fit its
@@ -133,7 +135,7 @@ class LocalText:
         )
 
     def _read(self, files: Iterable[str], quiet: bool = False) -> Iterator[str]:
-        """The documents of files that have text, without the byte order mark that some texts begin with.
+        """The documents of ``files`` that are not blank, without the byte order mark that some texts begin with.
 
         Unless ``quiet``, warnings name the rows and files without text. Raises UserError if no file has text.
         """
@@ -265,7 +267,7 @@ def _fields(row: Mapping[str, object]) -> str:
 def _read_plain(file: Path) -> Iterator[str]:
     """Plain text, cut at the first blank line after :data:`DOCUMENT_CHARACTERS`.
 
-    If the next :data:`DOCUMENT_CHARACTERS` characters have no blank line either, the text is cut at
+    If the :data:`DOCUMENT_CHARACTERS` characters after that position have no blank line, the text is cut at
     :func:`cut_position`.
     """
     rest = ""
@@ -276,7 +278,7 @@ def _read_plain(file: Path) -> Iterator[str]:
             if "\0" in read:
                 raise UserError(f"{file} holds a zero byte: it is not UTF-8 text")
             rest, ended, start = rest + read, not read, 0
-            # The separator after a document must be in the buffer too.
+            # The 2 is the length of the blank line after the longest document, which must be in the buffer too.
             while len(rest) - start > 2 * DOCUMENT_CHARACTERS + 2 or (ended and start < len(rest)):
                 end = rest.find("\n\n", start + DOCUMENT_CHARACTERS, start + 2 * DOCUMENT_CHARACTERS + 2)
                 skipped = 2

@@ -4,7 +4,7 @@ import dataclasses
 
 from nanochat_core.errors import UserError
 
-# In fine-tuning, a weight is the number of times that an epoch repeats a source. A larger weight is a mistake.
+# In fine-tuning, a weight is the number of times that an epoch repeats a source. A weight above this must be a mistake.
 MOST_WEIGHT = 1_000_000
 
 

@@ -80,7 +80,7 @@ def _json_values(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
     in_array = buffer.startswith("[", position)
     position += in_array
     while True:
-        position = _BETWEEN_VALUES.match(buffer, position).end()  # type: ignore[union-attr]  # matches the empty string
+        position = _BETWEEN_VALUES.match(buffer, position).end()  # type: ignore[union-attr]  # always matches
         if position == len(buffer):
             buffer, position = text.read(_READ_CHARACTERS), 0
             if buffer:
@@ -131,7 +131,7 @@ def _csv_lines(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
 
 
 class JsonRows:
-    """Rows in any order, from a file with one JSON object per line; blank lines are skipped.
+    """Access in any order to the rows of a file with one JSON object per line. Blank lines are skipped.
 
     The file is memory-mapped, so only the rows that are read take up memory.
     """

@@ -91,7 +91,7 @@ def read_manifest(store: Store, name: str) -> Manifest | None:
 
 
 def _checked(info: ShardInfo) -> ShardInfo:
-    """Raises ValueError or TypeError if a field has a value that :func:`describe_shard` never gives."""
+    """Return ``info``. Raises ValueError or TypeError if a field has a value that :func:`describe_shard` never sets."""
     numbers = [info.bytes, *info.row_groups]
     if any(type(number) is not int or number < 0 for number in numbers) or len(bytes.fromhex(info.sha256)) != 32:
         raise ValueError(f"{info} describes no shard")
@@ -109,7 +109,9 @@ def shard_keys(store: Store, name: str) -> list[str]:
 
 
 def split_shards(store: Store, name: str) -> Splits:
-    """Keys of the shards of ``data/<name>`` by their use. Training and validation have at least one shard each.
+    """Keys of the training, validation and unused shards of ``data/<name>``.
+
+    There is at least one training shard and at least one validation shard.
 
     The names of shards that a user put there may state their splits; see :func:`split_files`. Otherwise the last shard
     by name is the validation split.
@@ -144,7 +146,7 @@ def dataset_exists(store: Store, name: str) -> bool:
 
 
 def dataset_digest(store: Store, name: str) -> str:
-    """Digest of ``data/<name>``. If it changes, models must be trained again.
+    """Digest of ``data/<name>``. If the digest changes, models must be trained again.
 
     The digest comes from the manifest. Without a manifest it covers only the shards' names, because reading all shards
     would take too long.
@@ -228,9 +230,9 @@ class RowGroupCache:
 class TextDataset:
     """The documents of one split of ``data/<name>``, numbered from 0.
 
-    A shard is fetched from the store when one of its documents is first read. The constructor fetches shards that have
-    no entry in the manifest. Several threads may read at the same time. The default cache keeps up to 512 MiB of row
-    groups in memory.
+    A shard is fetched from the store when one of its documents is first read. A shard without an entry in the manifest
+    is fetched by the constructor, which must count its documents. Several threads may read at the same time. The
+    default cache keeps up to 512 MiB of row groups in memory.
     """
 
     def __init__(self, store: Store, name: str, split: str, cache: RowGroupCache | None = None) -> None:
@@ -292,7 +294,7 @@ class TextDataset:
 
 
 class Shard:
-    """One parquet file with a column of texts, which error messages call ``shown``.
+    """One parquet file with a column of texts. Error messages call the file ``shown``.
 
     A file that is damaged, is not parquet or has no such column of strings raises UserError.
     """
@@ -349,7 +351,7 @@ def describe_shard(path: Path, shown: str) -> ShardInfo:
 
 
 def _add_shard(folder: Path, shards: dict[str, ShardInfo], documents: Iterable[str]) -> int:
-    """Write the next shard if there is a document. Returns the shard's number of documents."""
+    """Write ``documents`` as the next shard, and return their number. Without documents, no shard is added."""
     path = folder / f"shard_{len(shards):05d}.parquet"
     schema = pa.schema({"text": pa.string()})
     iterator = iter(documents)

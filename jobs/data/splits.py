@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 
 from nanochat_core.errors import UserError
 
-# Words in the names of files and folders. "training" and "evaluation" are left out, because a text about one of these
-# subjects may have the word in its name too.
+# The split that a word in the name of a file or folder states. "training" and "evaluation" are left out, because a text
+# about one of these subjects may have the word in its name too.
 _SPLITS = {
     "train": "train",
     "val": "validation",
@@ -25,7 +25,7 @@ _UNCLEAR = "several splits"
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The files of a dataset by their use.
+    """The files of a dataset, divided into training, validation and unused files.
 
     Attributes:
         training: files to train on, never empty.

@@ -41,7 +41,7 @@ def check_replaceable(store: Store, name: str) -> None:
     except NewerFormatError:
         raise
     except UserError:
-        return  # There is no such tokenizer, or it is damaged.
+        return  # A missing or damaged tokenizer may be replaced.
 
 
 def trained_on(store: Store, name: str) -> str | None:

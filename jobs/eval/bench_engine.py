@@ -287,7 +287,7 @@ def load_model(settings: BenchEngineSettings) -> tuple[GPT, Tokenizer, dict[str,
 
 @contextlib.contextmanager
 def report_folder(settings: BenchEngineSettings) -> Iterator[Path]:
-    """The folder that the results are written to."""
+    """Yield the folder for the results. Without ``--output``, it appears in the store when the context ends."""
     if settings.output:
         yield make_output_folder(settings.output, "--output")
     else:

@@ -1,4 +1,4 @@
-"""Show the times of CPU libraries, and the chosen libraries: ``python -m jobs.eval.calibrate --depth 4``."""
+"""Show which CPU library computes each product of a model fastest: ``python -m jobs.eval.calibrate --depth 4``."""
 
 import dataclasses
 import itertools

@@ -7,7 +7,7 @@ from nanochat_core.store import Store
 def newest_stages(store: Store, model: str, revision: str = "") -> dict[str, Checkpoint]:
     """The newest complete checkpoint of each stage that the model has.
 
-    If ``revision`` is given, the checkpoint of this revision is taken for its stage, and later stages are left out.
+    If ``revision`` is given, its checkpoint replaces the newest one of the same stage, and later stages are left out.
     Raises UserError if the model has no checkpoint, or no checkpoint of this revision.
     """
     last = pick_checkpoint(store, model, revision, *STAGES)

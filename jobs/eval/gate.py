@@ -19,7 +19,7 @@ _MARKS = {True: "holds", False: "fails", None: "n/a"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GateSettings(JobSettings):
-    """Decide from its metrics whether a checkpoint may be promoted; the exit code is 3 if it may not."""
+    """Decide whether the metrics of a checkpoint allow its promotion; the exit code is 3 if they do not."""
 
     model: str = setting(help="name of the model in the store")
     revision: str = setting("", "<stage>/step_<n> or promoted; empty for the newest RL or else SFT checkpoint")

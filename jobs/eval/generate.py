@@ -80,7 +80,9 @@ def run(settings: GenerateSettings, show: Callable[[str], None], show_tool: Call
     tokenizer = checkpoint.tokenizer
     chat = settings.mode == "chat" or (settings.mode == "auto" and checkpoint.ref.stage != "base")
     if settings.system and not chat:
-        raise UserError("--system belongs to a chat, but the prompt is continued as text; add --mode chat, or leave it")
+        raise UserError(
+            "--system belongs to a chat, but the prompt is continued as text; add --mode chat, or leave --system out"
+        )
     ids = chat_prompt(tokenizer, settings.system, prompt) if chat else [tokenizer.bos_id, *tokenizer.encode(prompt)]
     seed = secrets.randbits(63) if settings.seed is None else settings.seed
     request = Request(
@@ -120,7 +122,7 @@ def run(settings: GenerateSettings, show: Callable[[str], None], show_tool: Call
 
 @contextlib.contextmanager
 def open_sandbox() -> Iterator[SandboxTool]:
-    """The sandbox of the model's Python calls. Raises UserError if this machine cannot isolate code."""
+    """Start the sandbox that runs the model's Python calls. Raises UserError if this machine cannot isolate code."""
     try:
         executor = SandboxExecutor().start()
     except SandboxUnavailable as error:
@@ -181,7 +183,7 @@ class Piece:
 def pieces(outputs: Iterable[Output], tokenizer: Tokenizer) -> Iterator[Piece]:
     """Decode an engine's outputs. A character is yielded when all its tokens have arrived.
 
-    Python code and its output are not part of the text. They are in ``tool``, in the form of Python's prompt.
+    Python code and its output are not part of the text. They are in ``tool``, and the code begins with ``>>>``.
     """
     streams: dict[int, AssistantStream] = {}
     for output in outputs:

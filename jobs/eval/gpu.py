@@ -1,8 +1,8 @@
 """Check and measure a GPU in one command: ``python -m jobs.eval.gpu``.
 
 The command needs torch with Triton, the packages of ``nanochat_core`` and, for the tests, pytest; it needs no network.
-Every part runs in a process of its own, and its outcome is written at once. If the command is cut off, the next run
-goes on with the part that was cut off.
+Every part of the check runs in a process of its own, and its outcome is written at once. The outcomes of all parts are
+the verdict on the GPU. If the command is cut off, the next run goes on with the part that was cut off.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ RESULT_FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuSettings(JobSettings):
-    """Check this GPU's results and measure its speed. The next run goes on where a run was cut off."""
+    """Check this GPU's results and measure its speed. If a run is cut off, the next run goes on from there."""
 
     device: Literal["cuda", "cpu"] = setting("cuda", "device to check; cpu runs every part with tiny models")
     output: str = setting("docs/gpu", "folder for <card>.json, <card>.md and <card>.png")
@@ -114,7 +114,7 @@ def _outcome(part: Part, task: dict[str, Any], left: float) -> dict[str, Any] | 
 
 
 class Verdict:
-    """The files of a verdict: the page, the plot, and ``<card>.json``, which tells a later run which parts have passed.
+    """The outcomes of all parts, and their files: a page, a plot, and ``<card>.json``, which a later run reads.
 
     Outcomes of an earlier run count if card, torch, scale and source code are the same. Parts that failed or were
     skipped run again.
@@ -159,7 +159,7 @@ class Verdict:
 
 
 def source_digest() -> str:
-    """A digest of the code that is measured: the core, the jobs, and the tests and comparisons that are parts."""
+    """A digest of the code that is measured: the core, the jobs, and the tests and comparisons that the parts run."""
     digest = hashlib.sha256()
     folders = ("nanochat_core", "jobs", "tests/unit", "tests/support", "tests/benchmarks")
     files = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp"))

@@ -1,7 +1,8 @@
 """Bytes per token of a tokenizer on texts of several domains, compared with the encodings of GPT-2 and GPT-4.
 
-The files of these encodings are not part of this project, and are never downloaded. This module reads files that flags
-name, or the files in tiktoken's cache. The cache has these files if another program has used the encodings.
+The files of these encodings are not part of this project, and are never downloaded. This module reads the files that
+the user names with flags, or else the files in tiktoken's cache. The cache has these files if another program has used
+the encodings.
 """
 
 import base64
@@ -45,7 +46,7 @@ class Encoding:
     Attributes:
         pattern: regular expression that splits text before merging.
         urls: where the file of tokens was published. tiktoken's cache names files by these URLs.
-        flag: flag that names the file.
+        flag: command-line flag with which the user names the file.
     """
 
     name: str
@@ -132,7 +133,7 @@ def _ranks_of_lines(lines: Sequence[str], path: Path) -> dict[bytes, int]:
 def _ranks_of_merges(lines: Sequence[str], path: Path) -> dict[bytes, int]:
     """Each token's rank, from the lines of ``vocab.bpe``.
 
-    Every line names two tokens that are merged into one. A printable character represents each byte of a token.
+    Every line names two tokens that are merged into one. The file writes each byte of a token as a printable character.
     """
     plain = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in plain]

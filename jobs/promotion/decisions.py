@@ -22,8 +22,8 @@ class Decision:
 
     Attributes:
         digest: sha256 of the checkpoint's weights.
-        against: model and revision of the checkpoint to compare with; empty if no other checkpoint was promoted. If the
-            checkpoint was promoted again without a comparison, the checkpoint that it replaced.
+        against: model and revision of the checkpoint with which this one was compared, or which it replaced if it was
+            promoted again without a comparison; empty if no other checkpoint was promoted.
         promoted: whether this decision promoted the checkpoint. A decision without ``--promote`` promotes nothing.
         time: UTC (ISO 8601).
     """
@@ -65,7 +65,7 @@ def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] |
     """The newest decision that promoted a checkpoint of the model, and the checkpoint's name.
 
     The decision is stored before the checkpoint is promoted. If the process died between these two writes, the
-    checkpoint is not promoted.
+    checkpoint is not promoted, although this decision says so.
     """
     return max(_promotions(store, model), key=lambda each: each[1].time, default=None)
 

@@ -65,7 +65,8 @@ def ancestors(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, Check
     An ancestor is a checkpoint from which ``checkpoint``, or another ancestor, was trained.
     """
     ref, meta = checkpoint.ref, checkpoint.meta
-    # A stage may leave the weights unchanged, so a parent and its child may have equal digests.
+    # A stage may leave the weights unchanged, so a parent and its child may have equal digests. Therefore the names of
+    # the checkpoints tell which of them have been found already.
     known = {ref}
     while True:
         inputs = set(meta.get("inputs", {}).values())

@@ -40,7 +40,7 @@ _MOST_CHARACTERS = 400
 _RIGHT_ANSWERS, _WRONG_ANSWERS = 1, 3
 # Of the steps at which training wrote samples, this many are shown: the first, the last, and some between them.
 _SAMPLED_STEPS = 5
-# Of the steps at which the model answered the questions during training, this many are shown.
+# Of the steps at which the model answered the questions of ``--ask`` during training, this many are shown.
 _ANSWERING_SNAPSHOTS = 10
 
 

@@ -8,7 +8,7 @@ _NUMBER = re.compile(r"(?<![\w.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)
 
 
 def plain_number(match: re.Match[str]) -> str:
-    """The matched number without commas. The groups of the match are a sign, another sign and the digits."""
+    """The matched number without commas. The groups are the signs before and after the dollar, and the digits."""
     before, after, digits = match.groups()
     return ("-" if before or after else "") + digits.replace(",", "")
 

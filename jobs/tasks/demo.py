@@ -1,4 +1,4 @@
-"""Demo: held-out conversations of the demo world."""
+"""The task ``demo``: held-out conversations about the invented world of :mod:`jobs.demo_world`."""
 
 from collections.abc import Sequence
 

@@ -54,7 +54,7 @@ class LetterTask:
 
 
 def spells(word: str, answer_text: str) -> bool:
-    """Whether the answer is only the word's spelling, with letters separated by spaces, commas or hyphens."""
+    """Whether the answer has a run of single letters that spells the word; spaces, commas or hyphens separate them."""
     spelled = ("".join(re.findall(r"\w", run)) for run in _SINGLE_LETTERS.findall(answer_text))
     return any(letters.lower() == word.lower() for letters in spelled)
 

@@ -59,9 +59,9 @@ def main(settings: TeachSettings) -> None:
 
 
 def _given(store: Store, model: str, settings: TeachSettings) -> Lesson:
-    """Give the undone lessons up to the one that the settings select, and return that lesson when it is done.
+    """Give the model its undone lessons, up to the lesson that the settings select. Returns the selected lesson.
 
-    With ``end_canceled``, only end that canceled lesson and return it.
+    With ``end_canceled``, only end the canceled lesson of that number, and return it.
     """
     if settings.end_canceled is not None:
         return end_canceled(store, model, settings.end_canceled)
@@ -89,10 +89,10 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _queued(store: Store, model: str, settings: TeachSettings) -> int:
-    """The number of the lesson to give.
+    """The number of the last lesson that this program gives to the model.
 
     If the command names a file, this is a new lesson, or the lesson that an interrupted run of the same command added.
-    Without a file, it is the last lesson that is not done.
+    Without a file, this is the last lesson that is not done.
     """
     undone = [lesson for lesson in lessons(store, model) if not lesson.done]
     if len(settings.lesson) == 1:

@@ -75,7 +75,7 @@ class Ability:
 
 
 def ability_of(item: Item) -> Ability | None:
-    """The ability of which an item is an example; None if it is not an example of one.
+    """The ability of which an item is an example; None if the item is no such example.
 
     An example is a single question whose answer is code, the code's output and a text. It has at least one argument.
     Raises UserError if the code is not Python.
@@ -177,14 +177,14 @@ def _occurs(word: str, text: str) -> bool:
 
 
 def replaced(text: str, words: Mapping[str, str]) -> str:
-    """The text with whole words replaced. A replacement is not replaced again."""
+    """The text, with each whole word that is a key of ``words`` replaced by its value, which is not replaced again."""
     longest_first: Sequence[str] = sorted(words, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first))
     return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", lambda match: words[match[0]], text)
 
 
 def draw_number(old: int, rng: random.Random) -> int:
-    """A number with as many digits as the old one. With fewer than four digits, it sometimes has one less or more."""
+    """A random number with as many digits as ``old``; one digit more or less is possible if ``old`` is below 1000."""
     digits = len(str(abs(old)))
     digits = max(1, digits + rng.choice((0, 0, 0, 0, -1, 1))) if digits < 4 else digits
     return rng.randrange(10 ** (digits - 1), 10**digits)

@@ -135,7 +135,7 @@ def examination(
     task = GenerativeTask(LESSON_QUESTIONS, tuple(questions), tools=True, max_tokens=_MAX_TOKENS)
     probes = [rendered(tokenizer, item.messages, row_tokens) for item in _some(chats, rng)]
     probes += [rendered(tokenizer, asked(item, wording), row_tokens) for item, wording in _some(unseen, rng)]
-    # The drills of one ability follow one another, so taking every n-th drill takes some of each ability.
+    # The drills of one ability follow one another, so every n-th drill is a sample with drills of each ability.
     probed = drills[:: -(-len(drills) // _PROBED_DRILLS) or 1]
     probes += [rendered(tokenizer, drill, row_tokens) for drill in probed]
     examined = [item.messages for item in kept]

@@ -1,10 +1,10 @@
 """Runs each lesson as a PyTorchJob of the cluster, and survives the end of its own process at any moment.
 
-As in :mod:`jobs.train.cluster.stage_jobs`, each round reads the PyTorchJobs and takes the one step for each model that
-their state requires. The name of a PyTorchJob follows from the model and the number of the lesson. A process that takes
-over therefore finds the PyTorchJob of the process before it, and two processes cannot create two PyTorchJobs for one
-lesson. A lesson that has to be tried again gets a new PyTorchJob of the same name, once the pods of the earlier
-PyTorchJob have ended.
+As in :mod:`jobs.train.cluster.stage_jobs`, each round reads the PyTorchJobs and takes, for each model, the one step
+that the state of the model's PyTorchJobs requires. The name of a PyTorchJob follows from the model and the number of
+the lesson. A process that takes over therefore finds the PyTorchJob of the process before it, and two processes cannot
+create two PyTorchJobs for one lesson. A lesson that has to be tried again gets a new PyTorchJob of the same name, once
+the pods of the earlier PyTorchJob have ended.
 
 A PyTorchJob that has ended stays for an hour or until the next attempt, so that its log can be read. The PyTorchJob of
 a canceled lesson is deleted at once.
@@ -36,7 +36,7 @@ from nanochat_core.store import Store
 
 log = logging.getLogger("jobs.teach")
 
-# A label of PyTorchJobs and pods, with the name of the PodTemplate. It selects the lessons of one release.
+# A label of PyTorchJobs and pods, with the name of the PodTemplate. It selects the lessons of one Helm release.
 LESSONS_LABEL = "nanochat/lessons"
 # Annotations of PyTorchJobs and pods. They are not labels, because the name of a model may be too long for the value of
 # a label. ATTEMPTS is the number of attempts before this one.
@@ -132,9 +132,9 @@ class LessonJobs:
     ) -> None:
         """
         Args:
-            api: it should have a patience of 0, because the next round repeats each call that failed.
+            api: should have a ``patience`` of 0. A failed call need not be repeated, because the next round repeats it.
             template: reads the PodTemplate, which may have changed since the last PyTorchJob.
-            arguments: returns the command that gives a lesson in the pod.
+            arguments: returns the command that the pod runs to give the lesson.
             end_canceled: starts a process that ends a canceled lesson.
             clock: returns seconds since any fixed moment.
             now: returns seconds since 1970.
@@ -188,7 +188,7 @@ class LessonJobs:
                 self._step(lesson, paused=model in paused)
 
     def settle(self, model: str, work: Callable[[], None]) -> None:
-        """Call ``work`` in a thread, because the lease of a program killed on another machine lasts up to a minute."""
+        """Call ``work`` in a thread: it may wait for up to a minute for the lease of a program that was killed."""
 
         def settle() -> None:
             try:
@@ -205,7 +205,7 @@ class LessonJobs:
             end(child)
 
     def _end(self, job: LessonJob) -> Ended | None:
-        """How a PyTorchJob ended; None if this is not known yet, or if an earlier process has counted it already."""
+        """How a PyTorchJob ended; None if this is not known yet, or if an earlier process has handled it already."""
         pods = self._pods_of(job)
         if still_running(pods, self._now()):
             return None
@@ -221,12 +221,12 @@ class LessonJobs:
         if state == "canceled":
             self._api.delete_pytorch_job(job.name, job.uid)
         self._told.add(job.uid)
-        if done and code not in ENDED:  # an earlier process has counted it
+        if done and code not in ENDED:  # an earlier process has counted this failed attempt and ended the lesson
             return None
         return Ended(job.model, code, {job.number: job.attempts}, reason)
 
     def _state(self, job: LessonJob) -> State | None:
-        """The state of the lesson that a PyTorchJob gives; None if somebody has removed the lesson."""
+        """The state of a PyTorchJob's lesson; None if somebody has removed the lesson from the store."""
         try:
             return read_lesson(self._store, job.model, job.number).state
         except NoLesson:
@@ -281,7 +281,7 @@ class LessonJobs:
         return sorted({*still_running(pods, self._now()), *old})
 
     def _report(self, name: str, lesson: Lesson, state: str, message: str = "") -> None:
-        """Log the state of a PyTorchJob, if it has changed."""
+        """Log the state of a lesson's PyTorchJob, unless it is the state that was logged last."""
         if self._status.get(lesson.model) != (name, state, message):
             self._status[lesson.model] = name, state, message
             fields = {"model": lesson.model, "lesson": lesson.number, "job": name, "reason": message or None}
@@ -289,7 +289,7 @@ class LessonJobs:
 
 
 def _exit_code(job: LessonJob, pods: Sequence[Object]) -> tuple[int, str]:
-    """The exit code of a PyTorchJob that has ended, and a text that says how it ended; empty after a success."""
+    """The exit code of a PyTorchJob that has ended, and a text that says how it ended (empty after a success)."""
     if job.has("Succeeded"):
         return 0, ""
     ends = [found for pod in pods if (found := pod_end(pod)) is not None]

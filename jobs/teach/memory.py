@@ -82,14 +82,14 @@ class Memory:
         conversations: conversations of fine-tuning in random order. Their answers agree with the lesson.
         validation: validation conversations of fine-tuning that the lesson does not change.
         near: the members of ``conversations`` that the model could confuse with the lesson: a question has a word of
-            the lesson's questions, or an answer says that the model does not know. None of the answers is one of the
-            lesson's.
+            the lesson's questions, or an answer says that the model does not know. A conversation with an answer of
+            the lesson is left out.
         examined: the conversations whose last questions are the most similar to the lesson's. The lesson is examined
             with them, so they are in neither ``conversations`` nor ``near``.
         items: items of the model's earlier lessons whose questions the lesson does not ask.
-        conflicts: the earlier answers that the lesson replaces. They are named to the user.
-        replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. If an earlier lesson replaces an
-            answer, that lesson named the answer to the user.
+        conflicts: the earlier answers that the lesson replaces. The lesson's result shows them to the user.
+        replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. The result of an earlier lesson
+            has already shown the answers that this earlier lesson replaced.
         answered: for each :func:`normal` wording of a question, the item that answers it: an item of the lesson, or an
             item of an earlier lesson that is still valid.
     """
@@ -125,7 +125,7 @@ def all_wordings(items: Sequence[Item]) -> dict[int, Wordings]:
 
 
 def asked_by(items: Sequence[Item], worded: Mapping[int, Wordings]) -> dict[str, Item]:
-    """The items by their :func:`normal` wordings."""
+    """For each :func:`normal` wording, the item whose question it asks. ``worded`` are the :func:`all_wordings`."""
     return {normal(each): items[i] for i, found in worded.items() for each in found.all}
 
 
@@ -196,10 +196,11 @@ def remember(
 
 
 def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Random) -> list[Conversation]:
-    """The conversations whose last questions have the largest shares of keywords in ``words``; at most _EXAMINED.
+    """The conversations whose last questions are the most similar to the lesson's questions; at most _EXAMINED.
 
-    If several conversations differ only in the last answer, one of them is returned. Conversations whose last question
-    has no word in ``words`` are left out.
+    ``words`` are the keywords of the lesson's questions. The similarity of a question is the share of its keywords that
+    are in ``words``. If several conversations differ only in the last answer, one of them is returned. Conversations
+    whose last question has no word in ``words`` are left out.
     """
 
     def similarity(conversation: Conversation) -> float:
@@ -261,9 +262,10 @@ def _item_for(question: str, asked: Mapping[str, Item]) -> Item | None:
 def _agreeing(
     conversation: Conversation, conflicts: Sequence[Conflict], asked: Mapping[str, Item], names: Mapping[str, str]
 ) -> Conversation | None:
-    """The conversation with the lesson's answers and names in place of the earlier ones.
+    """The conversation with the lesson's answers and names in place of the earlier answers and names.
 
-    None if an answer to another question contains an earlier answer, and the question also mentions that answer.
+    None if a replacement would not fit: an answer to another question than the lesson's contains an earlier answer, and
+    that other question has words of the earlier answer too.
     """
     messages = list(conversation)
     for i, message in enumerate(messages):

@@ -22,11 +22,11 @@ _STOP_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """A program that gave lessons and has ended.
+    """A program ``jobs.teach`` that has ended.
 
     Attributes:
         exit_code: its exit code, or the negative number of the signal that killed it.
-        attempts: for the number of each lesson that the program had to give, the attempts before the program began.
+        attempts: the number of earlier attempts at each lesson that the program had to give, by the lesson's number.
         reason: how the program ended, if more is known than the exit code; empty otherwise.
     """
 
@@ -37,7 +37,7 @@ class Ended:
 
 
 class Runner(Protocol):
-    """Runs the program ``jobs.teach``."""
+    """The interface of a runner, which runs the program ``jobs.teach`` for the waiting lessons."""
 
     @property
     def busy(self) -> bool:
@@ -62,7 +62,7 @@ class Runner(Protocol):
 
 
 class Processes:
-    """Runs one process at a time. The process gives all waiting lessons of one model."""
+    """Runs one process at a time. The process gives one model all its waiting lessons."""
 
     def __init__(self, start: Callable[[str], subprocess.Popen[bytes]]) -> None:
         """``start`` starts ``jobs.teach`` for a model."""
@@ -97,7 +97,7 @@ class Processes:
 
 
 def give_way(process: subprocess.Popen[bytes]) -> None:
-    """Lower the priority of a process."""
+    """Lower the priority of a process to the lowest one."""
     os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
 
 

@@ -1,4 +1,4 @@
-"""Gives the lessons of a model, one at a time: train, examine, and promote or refuse."""
+"""Gives a model its lessons, one at a time: train, examine, and promote or refuse."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Machine:
 
 
 def give_lessons(store: Store, model: str, machine: Machine, until: int) -> Lesson:
-    """Give the queued and interrupted lessons of a model in their order, up to lesson ``until``. Returns that lesson.
+    """Give a model its queued and interrupted lessons in their order, up to lesson ``until``. Returns lesson ``until``.
 
     If another program gives lessons to the model or trains it, this program waits until the other program has ended.
     """
@@ -139,7 +139,8 @@ def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
     revision, digest = check_roll_back(store, model, number)
     current = promoted(store, model)
     if number == 0 and current is not None:
-        # If the model was trained anew, its first lesson is not the first lesson in the store.
+        # The promoted checkpoint tells which lesson was its first. If the model was trained anew, this is not the first
+        # lesson in the store.
         inside = lineage(load_meta(store, current))
         if not inside:
             return current
@@ -161,7 +162,7 @@ def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
 
 
 def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesson:
-    """Give one lesson until it is done. The parts that an interrupted process has finished are not repeated.
+    """Give the model one lesson. The parts of the lesson that an interrupted process has finished are not repeated.
 
     If another revision is promoted meanwhile, for example by a roll-back, the lesson begins anew from that revision.
     """
@@ -194,14 +195,14 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
     if recorded.state == "damaged":
         return recorded
     if state == "queued":
-        # To begin anew is no interruption, so the attempts are counted from 0 again.
+        # The lesson begins anew. This is no interruption, so the attempts are counted from 0 again.
         anew = _written(store, recorded, lease, state=state, reason=reason, attempts=0)
         return _give(store, anew, machine, lease)
     return _ended(store, recorded, lease, state, reason)
 
 
 def _ended(store: Store, lesson: Lesson, lease: Lease, state: State, reason: str) -> Lesson:
-    """Record ``state``, such as ``failed``, as the result; but ``promoted`` if the gate has promoted the model."""
+    """Record ``state``, such as ``failed``, as the result, or ``promoted`` if the gate has promoted the model."""
     done = dataclasses.replace(lesson, state=state, reason=reason)
     if (decision := _promotion(store, done)) is not None:
         # The model was promoted before the error, so the lesson has not failed. Only a part of its record is missing.
@@ -373,7 +374,7 @@ def _neighbors(store: Store, memory: Memory, items: Sequence[Item], lesson: Less
 def _parent(store: Store, lesson: Lesson) -> Checkpoint:
     """The checkpoint from which the training starts: the promoted checkpoint.
 
-    If the gate has promoted the lesson's own checkpoint already, the checkpoint from which the lesson started.
+    If the gate has promoted the lesson's own checkpoint already, this is the checkpoint that was promoted before.
     """
     if _promotion(store, lesson) is not None:
         return load_checkpoint(store, CheckpointRef.parse(lesson.model, lesson.parent["revision"]))
@@ -409,10 +410,10 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
 def _promotion(store: Store, lesson: Lesson) -> Decision | None:
     """The gate's decision that promoted the lesson's model; None if the model was never promoted.
 
-    A process may have died after the promotion and before it recorded that in the lesson. If somebody has rolled back
-    since then, the lesson must not be promoted again.
+    The lesson's own record does not answer this, because a process may have died after the promotion and before it
+    recorded the promotion in the lesson. If somebody has rolled back since then, the lesson must not be promoted again.
     """
-    if not lesson.parent:  # The lesson never began. A checkpoint of its name belongs to another lessons folder.
+    if not lesson.parent:  # The lesson never began. If its checkpoint exists, another folder ``lessons/`` made it.
         return None
     ref = taught_ref(lesson)
     try:

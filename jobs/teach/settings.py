@@ -1,4 +1,4 @@
-"""The settings of the program that teaches."""
+"""The settings of the program ``jobs.teach``."""
 
 import dataclasses
 from typing import Literal

@@ -155,9 +155,9 @@ def go_back(
 ) -> float:
     """Move the weights toward the weights before the training until the model has forgotten little enough.
 
-    The weights go back in steps, at most until the share :data:`_NEAREST` of the way remains, and only as far as the
-    model answers no fewer ``probes`` exactly than the trained model. Interpolated weights between a model and
-    its fine-tuned version forget less than the fine-tuned weights (Wortsman et al. 2022, "Robust fine-tuning of
+    The weights go back in steps, at most until the share :data:`_NEAREST` of the way remains. The last step is the one
+    before the model would answer fewer ``probes`` exactly. A model whose weights are between those of a model and its
+    fine-tuned version has forgotten less than the fine-tuned version (Wortsman et al. 2022, "Robust fine-tuning of
     zero-shot models").
 
     Args:
@@ -190,8 +190,8 @@ def go_back(
 def answered(model: GPT, probes: Sequence[Probe]) -> list[bool]:
     """For each probe, whether greedy decoding gives exactly the tokens of its answer.
 
-    Greedy decoding does if each token of the answer is the most likely token after the tokens before it. One forward
-    pass over the whole probe is enough to see this.
+    This is so if each token of the answer is the most likely token after all tokens before it. One forward pass over
+    the whole probe is enough to see this.
     """
     device = model.smear_scale.device
     right = []

@@ -51,18 +51,18 @@ _RETRIED = (RetryableError.exit_code, 130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchSettings(JobSettings):
-    """Give the lessons that are put into the store, one after another, until this program is stopped."""
+    """Give models the lessons that are put into the store, until this program is stopped."""
 
     threads: int = setting(0, "CPU threads of a lesson; 0 leaves the choice to torch", minimum=0, maximum=4096)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to train on")
-    poll_seconds: float = setting(1.0, "time between two looks for new lessons", minimum=0.05, maximum=3600.0)
+    poll_seconds: float = setting(1.0, "seconds between two looks for new lessons", minimum=0.05, maximum=3600.0)
     cluster_jobs: str = setting(
         "", "file with the PodTemplate of the PyTorchJobs that give the lessons; without it, processes give them"
     )
 
 
 class Watch:
-    """Gives the lessons of one store: at most one lesson of a model at a time."""
+    """Gives the models of one store their lessons, and each model at most one lesson at a time."""
 
     def __init__(self, settings: WatchSettings, runner: Runner | None = None) -> None:
         """``runner`` runs the lessons; by default it is the one that the settings choose."""
@@ -166,7 +166,7 @@ class Watch:
         return time.monotonic() < self._interrupted.get(model, (0, 0.0))[1]
 
     def _in_training(self, model: str) -> bool:
-        """Whether a training program has the lease on the model. Only the lessons of this model wait for its end."""
+        """Whether a training program has the lease on the model. Then the lessons of this model have to wait."""
         lease = self._leases.setdefault(model, LeaseWatch(self._store, f"models/{model}"))
         return lease.program() not in ("", "jobs.teach")
 
@@ -223,11 +223,11 @@ class Watch:
         )
 
     def lesson_arguments(self, lesson: Lesson) -> list[str]:
-        """The command that gives a lesson, for another machine with the same store."""
+        """The command that gives the model a lesson on another machine, which uses the same store."""
         return ["python", *self._arguments(lesson.model, "--until", str(lesson.number))]
 
     def end_canceled(self, lesson: Lesson) -> subprocess.Popen[bytes]:
-        """Start a process that ends a canceled lesson that no other program gives."""
+        """Start a process that ends a canceled lesson, which no program gives any more."""
         return self._start(lesson.model, "--end-canceled", str(lesson.number))
 
 

@@ -220,7 +220,7 @@ def wordings(question: str, given: Sequence[str] = ()) -> Wordings:
 
 
 def is_intent(question: str, intent: int) -> bool:
-    """Whether a question is a wording of the intent with this index, such as :data:`NAME_INTENT`."""
+    """Whether a question is in the set of ``_INTENTS`` with the index ``intent``, such as :data:`NAME_INTENT`."""
     return normal(question) in {normal(each) for part in _INTENTS[intent] for each in part}
 
 

@@ -52,7 +52,7 @@ class PreloadedJob:
 def _run(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """Do the work of ``python -m`` in the forked process."""
     os.setpgid(0, 0)  # see Launcher._start: Ctrl-C must not reach the job
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # preload() has switched it off
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of the SIG_IGN that preload() has set
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [module, *arguments]

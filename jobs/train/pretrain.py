@@ -101,7 +101,7 @@ class PretrainSettings(StageSettings):
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """With ``--start-from``, the settings of the checkpoint's run."""
+        """With ``--start-from``, the settings of the run that made the checkpoint; otherwise none."""
         if not given.get("start_from"):
             return {}
         start = describe_pretrained(open_store(given.get("home", DEFAULT_HOME)), given["start_from"])

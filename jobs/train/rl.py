@@ -115,7 +115,8 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
             objective=PolicyGradient(
                 model,
                 clip=settings.clip,
-                # On policy, the same weights give both probabilities, and the ratio differs from 1 only by rounding.
+                # Without asynchronous rollouts, a step trains the weights that sampled its answers. The ratios then
+                # differ from 1 only by rounding, and only clipping needs them.
                 off_policy=settings.asynchronous or settings.clip > 0,
                 kl=settings.kl,
                 reference=reference,

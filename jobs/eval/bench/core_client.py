@@ -11,7 +11,7 @@ from nanochat_core.engine import Engine, QueueFull, Request, SamplingParams
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import SPECIAL_TOKENS
 
-# Sampled answers use this common top-k, so that the cost of sampling is part of the measured speed.
+# Sampled answers use top-k with this usual value, so that the cost of sampling is part of the measured speed.
 TOP_K = 50
 
 

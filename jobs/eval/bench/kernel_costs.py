@@ -12,7 +12,8 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.training.optim.muon import POLAR_EXPRESS
 
 _BF16, _FP32 = 2, 4
-# Keys in one split of attention, as in ``nanochat_core/engine/backends/gpu/network.py``. That module needs Triton.
+# Keys in one split of attention. ``nanochat_core/engine/backends/gpu/network.py`` has the same number, but that module
+# cannot be imported here, because it needs Triton.
 _SPLIT = 256
 
 
@@ -62,9 +63,9 @@ def decode_kernels(config: ModelConfig, batch: int, context: int) -> list[Kernel
     splits = [-(-keys // _SPLIT) for keys in seen]
 
     def product(name: str, into: int, out: int, count: int, added: int = 0) -> Kernel:
-        """Products of all tokens with ``count`` weights of shape (out, into).
+        """The kernel that multiplies all tokens with ``count`` weight matrices of shape (out, into).
 
-        ``added`` numbers per token are added to the result.
+        The kernel also adds ``added`` numbers per token to the result.
         """
         moved = into * out + batch * (into + out + added)
         return Kernel(name, count, _BF16 * count * moved, 2.0 * count * batch * into * out)

@@ -12,7 +12,8 @@ CPU = torch.device("cpu")
 def random_model(config: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device = CPU) -> GPT:
     """A model with random weights. Output projections are random too, although they start at zero in training.
 
-    The weights are drawn on ``device``, because a GPU fills a large model in a second. Devices draw different numbers.
+    The weights are drawn on ``device``, because a GPU fills a large model in a second. With the same seed, a CPU and a
+    GPU draw different weights.
     """
     with device:
         model = GPT(config, dtype)

@@ -1,4 +1,4 @@
-"""Evaluates a model on chat tasks, in chunks. Ranks share the chunks. The evaluation store keeps finished chunks."""
+"""Evaluates a model on chat tasks, chunk by chunk: a chunk is some questions of a task, which one rank answers."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,8 @@ from nanochat_core.training.distributed import Ranks
 
 log = logging.getLogger("jobs.eval.chat")
 
-# Number of questions in a chunk. An interrupted run loses at most one chunk of multiple-choice questions.
+# Number of questions in a chunk. A rank that is interrupted loses one chunk of a multiple-choice task, or all
+# unfinished chunks of a generative task, because these are answered together.
 _CHUNK = {"choice": 256, "generative": 32}
 # Number of tokens in one forward pass over multiple-choice questions, padding included.
 _FORWARD_TOKENS = 8192
@@ -43,9 +44,10 @@ def chunks_of(task: ChoiceTask | GenerativeTask) -> dict[str, range]:
 def missing_chunks(
     task: ChoiceTask | GenerativeTask, evaluation: Evaluation, ranks: Ranks
 ) -> Iterator[tuple[dict[str, range], Callable[[int], None]]]:
-    """Yields this rank's chunks that the evaluation store lacks, and a function to report answered questions.
+    """Yields this rank's chunks that are not stored yet, and a function that updates a progress display.
 
-    The function takes the number of further questions answered. A progress display is shown until the context ends.
+    The function takes the number of questions that were answered since its last call. The display is shown until the
+    context ends.
     """
     mine = dict(list(chunks_of(task).items())[ranks.rank :: ranks.size])
     missing = {name: numbers for name, numbers in mine.items() if evaluation.part(name) is None}
@@ -105,7 +107,7 @@ def evaluate_generative(
         graded: dict[str, dict[int, Future[GradedAnswers]]] = {name: {} for name in missing}
         for number, answers in generate(engine, tokenizer, task, list(chunk_of), sampling, samples):
             name = chunk_of[number]
-            # The tests of an answer's code run while the engine generates other answers.
+            # Other threads grade, so that the tests of an answer's code run while the engine generates other answers.
             graded[name][number] = graders.submit(_grade, task.questions[number], answers, sandbox)
             if len(graded[name]) == len(missing[name]):
                 futures = graded.pop(name)

@@ -48,7 +48,7 @@ class GradedAnswers:
 
 
 def score(task: ChoiceTask | GenerativeTask, graded: Sequence[GradedAnswers], samples: int) -> dict[str, Json]:
-    """The metrics and examples of one task, as a result stores them under ``tasks``.
+    """The metrics and examples of one task, in the form that ``result.json`` has under ``tasks``.
 
     ``graded`` has the answers in the order of the task's questions: one answer to each multiple-choice question, or
     ``samples`` answers to each open question.

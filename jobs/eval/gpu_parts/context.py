@@ -1,4 +1,4 @@
-"""The input of every part of the GPU verdict: the device, the sizes to measure, and the results of earlier parts."""
+"""The input of every part of ``jobs.eval.gpu``: the device, the sizes to measure, and the results of earlier parts."""
 
 import dataclasses
 import time
@@ -73,7 +73,7 @@ FULL = Scale(
     loaded_requests=64,
     cache_bytes=16 << 30,
     attention_heads=10,
-    tests="not compiles_for_gpus",  # needs no GPU, and takes minutes
+    tests="not compiles_for_gpus",  # those tests need no GPU and take minutes
 )
 # A CPU runs every part in this size, to show that the part works. The numbers say nothing about a GPU.
 SMALL = Scale(
@@ -133,7 +133,7 @@ class Context:
         return (self.clock() - started) / repeats
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as training compiles it. On a CPU, the compiler only traces it, which takes seconds."""
+        """The function, compiled as in training. On a CPU, it is only traced, which takes seconds."""
         backend = "inductor" if self.device.type == "cuda" else "eager"
         compiled: Callable[..., Any] = torch.compile(function, dynamic=False, backend=backend)
         return compiled

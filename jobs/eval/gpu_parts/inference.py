@@ -29,7 +29,8 @@ def measure_inference(context: Context, depth: int) -> Result:
         max_waiting=2 * max(most, scale.loaded_requests),
         token_budget=max(EngineConfig.token_budget, most),
         kv_cache_bytes=scale.cache_bytes,
-        # A model with random weights repeats itself, so drafts would be right more often than with a trained model.
+        # A model with random weights repeats itself, so speculative drafts would be right more often than with a
+        # trained model.
         speculative_tokens=0,
     )
     without_graphs = dataclasses.replace(decoding, cuda_graphs=False)
@@ -43,7 +44,7 @@ def measure_inference(context: Context, depth: int) -> Result:
 
 @contextlib.contextmanager
 def _client(context: Context, model: GPT, config: EngineConfig) -> Iterator[CoreClient]:
-    """A client of a new engine. Earlier engines are freed first, because the caches of two may not fit."""
+    """A client of a new engine. Earlier engines are freed first, because the memory may be too small for two caches."""
     free_memory(context.device)
     engine = Engine(model, random_tokenizer(model.config.vocab_size), config)
     engine.warm_up()

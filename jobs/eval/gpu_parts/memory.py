@@ -20,7 +20,7 @@ def plan_memory(_context: Context) -> Result:
 
 
 def plan(config: ModelConfig, rows: int) -> Result:
-    """Bytes that a model in bf16 takes.
+    """The memory that a model in bf16 needs, in bytes.
 
     ``saved_bytes`` is the memory that the forward pass of a micro-batch of ``rows`` rows keeps for the backward pass if
     the model is not compiled. A compiled model keeps less, because its backward pass repeats cheap operations.

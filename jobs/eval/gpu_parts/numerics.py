@@ -13,10 +13,11 @@ from nanochat_core.device import DTYPES
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.model import GPT
 
-# A small model shows the same errors as a large model.
+# A small model is enough, because it shows the same errors as a large model.
 MODEL = ModelConfig.from_depth(4, vocab_size=512, head_dim=64, context_length=512)
 _PROMPT_LENGTHS, _OUTPUT_TOKENS = (5, 40, 300), 32
-# Largest difference of a log probability in fp32. Sums in another order change the last bits.
+# Largest difference of a log probability in fp32. The engine adds numbers in another order than a plain forward pass,
+# so the last bits differ.
 _MOST_FP32 = 5e-3
 # In bf16, the engine's error may be at most this many times the error of a plain forward pass. Both are mean squares of
 # the differences from fp32.

@@ -1,4 +1,4 @@
-"""The GPU verdict as a Markdown page and as a plot."""
+"""The outcomes of ``jobs.eval.gpu`` as a Markdown page and as a plot."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _SMALL = "**Tiny models show here that every part works. The speeds say nothing 
 
 
 def page(document: Document, names: Sequence[str], plot: str) -> str:
-    """The page of a verdict.
+    """The page with the outcomes of all parts.
 
     Args:
         document: the content of the JSON file; its parts may be incomplete.
@@ -62,7 +62,7 @@ def page(document: Document, names: Sequence[str], plot: str) -> str:
 
 
 def plot_verdict(path: Path, document: Document) -> None:
-    """Draw decoding by batch size, unless there is nothing to draw, or no library to draw with."""
+    """Draw the speed of decoding by batch size. Without measurements or without matplotlib, nothing is written."""
     rows = {
         name: outcome["result"]["decode"]
         for name, outcome in document["parts"].items()

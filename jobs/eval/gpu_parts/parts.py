@@ -1,4 +1,4 @@
-"""The parts of the GPU verdict, in the order in which they run: the most important parts come first."""
+"""The parts of ``jobs.eval.gpu``, in the order in which they run: the most important parts come first."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""One part of the GPU verdict in a process of its own, so that a crash, a hang or a lack of memory ends only this part.
+"""Runs a part of ``jobs.eval.gpu`` in its own process, so that a crash, a hang or a lack of memory ends only this part.
 
 :func:`run_part` starts this module as a program. The program reads its task from the file that its argument names, and
 replaces the task by the outcome.

@@ -59,7 +59,10 @@ def compare_training(context: Context) -> Result:
 
 
 def _comparison(context: Context, program: str, flags: Sequence[str]) -> Result:
-    """Run one round of the comparison ``program``. Returns the Markdown table or the last lines that it prints."""
+    """Run one round of the comparison ``program``.
+
+    Returns the lines of the Markdown table that the program prints; without a table, the last four lines of its output.
+    """
     scale = context.scale
     shape = {
         "device": context.device.type,

@@ -19,12 +19,12 @@ from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype,
 from nanochat_core.training.optim.muon import orthogonalize
 from nanochat_core.training.peak_flops import peak_flops
 
-# Tokens of the global batch for which the speed of a run on one device is computed from the times of its parts.
+# Tokens of a usual optimizer step. The speed of such a step is computed from the measured times of its parts.
 GLOBAL_BATCH = 2**19
 
 
 class Step:
-    """Trains a model with random weights on random tokens, as the training loop does: compiled, by Muon and AdamW."""
+    """Trains a model on random tokens in the same way as the training loop: compiled, with Muon and AdamW."""
 
     def __init__(self, context: Context, depth: int, precision: str, rows: int) -> None:
         device, config = context.device, context.scale.model(depth)
@@ -65,8 +65,8 @@ def multiplies_fp8(device: torch.device) -> bool:
 def measure_training(context: Context, depth: int, precision: str) -> Result:
     """Tokens per second, model FLOPs utilization (MFU) and memory of training.
 
-    The measured step has one micro-batch. A larger batch adds up the gradients of several micro-batches, so the
-    optimizer takes a smaller share of its time. ``tokens_per_second_global_batch`` is the speed with
+    The measured step has one micro-batch. A step on a larger batch adds up the gradients of several micro-batches, so
+    the optimizer takes a smaller share of the step's time. ``tokens_per_second_global_batch`` is the speed with
     :data:`GLOBAL_BATCH` tokens per step, computed from the measured parts of a step. If the memory is too small for the
     micro-batch, the micro-batch is halved until it fits.
 

@@ -36,7 +36,7 @@ def gather(
     """
     final = list(stages.values())[-1]
     base, model = stages.get("base"), final.ref.model
-    # The pipeline stores the recipe with which it trains a model.
+    # The pipeline stores the recipe with which it trains a model. Other models have no recipe.
     origin = read_origin(store, model) or {"recipe": ""}
     report: Report = {
         "model": model,

@@ -1,7 +1,7 @@
-"""The evaluations that a report itself makes: held-out text, held-out conversations and samples of the base model.
+"""The evaluations that run when a report is written: held-out text, held-out conversations, samples of the base model.
 
-The results stay in the evaluation store. A report that is written again evaluates nothing twice, and the promotion gate
-can compare a model with its predecessors.
+The results stay in the store (:mod:`jobs.results.evaluations`). So a report that is written again evaluates nothing
+twice, and the promotion gate can compare a model with its predecessors.
 """
 
 import dataclasses

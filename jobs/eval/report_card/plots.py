@@ -85,7 +85,7 @@ def plot_losses(path: Path, stages: Sequence[tuple[str, History]]) -> None:
 
 
 def _datasets(history: History, name: str) -> list[str]:
-    """Names of the same metric on each dataset of a mixture, such as ``val_bpb_books``."""
+    """The names of the metric ``name`` on each dataset of a mixture, such as ``val_bpb_books``."""
     return sorted({other for point in history for other in point if other.startswith(f"{name}_")})
 
 

@@ -124,8 +124,9 @@ def evaluate_core(
 
 def core_of(model: GPT, tokenizer: Tokenizer, bundle: Bundle, ranks: Ranks) -> float:
     """CORE of a model that is being trained. The model is not changed."""
-    # Training may have converted the model's modules, so an unconverted twin uses the same parameters. The twin is made
-    # on the meta device, which draws no random numbers, so the random numbers of training do not change.
+    # Training may have replaced modules of the model by fp8 modules. So the evaluation uses a twin of the model, which
+    # has plain modules with the same parameters. The twin is made on the meta device, which draws no random numbers, so
+    # the random numbers of training do not change.
     with torch.device("meta"):
         twin = GPT(model.config, model.compute_dtype)
     twin.load_state_dict(model.state_dict(), assign=True)

@@ -39,8 +39,8 @@ def right(question: Question, losses: Sequence[float]) -> bool:
     The option with the lowest loss must be the right one. In language modeling the model must predict every token.
 
     An option that is a prefix of all other options has no token of its own, and its mean loss is NaN. Comparisons with
-    NaN are false, so an option with the loss NaN counts as the best if and only if it is the first option. Published
-    results were computed in this way.
+    NaN are false, so an option with the loss NaN counts as the best if and only if it is the first option. This rule is
+    kept, because published results were computed with it.
     """
     if question.kind == "language_modeling":
         return losses[0] == 0.0
@@ -50,7 +50,7 @@ def right(question: Question, losses: Sequence[float]) -> bool:
 class Scorer:
     """Computes the mean losses of options under a model, with frozen copies of its weights.
 
-    A longer rotary table replaces the model's rotary table.
+    A longer rotary table replaces the model's rotary table, because prompts can be longer than the training context.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -105,7 +105,7 @@ class Scorer:
         return self._of_pairs(hidden, np.array(pairs, dtype=np.int64).reshape(-1, 2), greedy)
 
     def _of_pairs(self, hidden: Tensor, pairs: np.ndarray, greedy: bool) -> np.ndarray:
-        """The losses of (row, target) pairs. The logits of each row are computed once."""
+        """The losses of pairs of a row of ``hidden`` and a target token. The logits of each row are computed once."""
         rows, place = np.unique(pairs[:, 0], return_inverse=True)
         order = np.argsort(place, kind="stable")
         place, targets = place[order], pairs[order, 1]
@@ -205,7 +205,7 @@ class TreeAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window, slots = self._windows[layer], self._slots[-len(q) :]
-        # The shape is (batch, heads, prefix + nodes, head_dim). The mask hides padding from all tokens.
+        # Each has the shape (batch, heads, prefix + nodes, head_dim). The mask below hides padding from all tokens.
         q_all, k_all, v_all = self._padded(q, slots), self._padded(k, self._slots), self._padded(v, self._slots)
         scale = QK_SCALE**2 * math.sqrt(q.size(-1))
         attend = functools.partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=q.size(1) != k.size(1))

@@ -70,7 +70,7 @@ class Batch:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def rows(self, start: int, stop: int) -> Self:
-        """The batch of the rows from ``start`` to ``stop``."""
+        """The batch of the rows ``start`` to ``stop - 1``."""
         return dataclasses.replace(self, **{name: tensor[start:stop] for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device) -> Self:
@@ -214,7 +214,10 @@ def text_cache(rows: int, world_size: int, datasets: int = 1) -> RowGroupCache:
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Combine the states of all ranks into one state. Any number of ranks can continue from it."""
+    """Combine the states of all ranks into one state, from which any number of ranks can continue.
+
+    Raises ValueError if the states are of loaders with different numbers of packers.
+    """
     states = list(states)
     if len({state["of"] for state in states}) != 1:
         raise ValueError("states of different loaders cannot be merged")

@@ -131,7 +131,10 @@ class BestFitPacker:
         return self._buffer.index(oldest, bisect.bisect_left(self._lengths, length))
 
     def _best_fit(self, room: int) -> int | None:
-        """Index in the buffer of the next document for a row with ``room`` free tokens; None if no document fits."""
+        """Index in the buffer of the next document for a row with ``room`` free tokens.
+
+        If no document fits, the result is the shortest document with ``fill``, and None with ``pad``.
+        """
         fitting = bisect.bisect_right(self._lengths, room)
         if fitting:
             # Of documents with equal length, take the oldest.

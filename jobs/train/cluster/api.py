@@ -46,7 +46,7 @@ class Api:
         Args:
             patience: seconds for which a call is repeated while the server does not answer; 0 tries it once.
         """
-        # The library's own types describe only objects that it has converted to its classes.
+        # The type is Any, because the library's own types do not describe objects in the form of JSON.
         self._objects: Any = CustomObjectsApi(client)
         self._core: Any = CoreV1Api(client)
         self._jobs = ("batch", "v1", namespace, "jobs")
@@ -91,7 +91,7 @@ class Api:
         self._patch(self._pytorch_jobs, name, patch)
 
     def delete_pytorch_job(self, name: str, uid: str) -> None:
-        """Delete a PyTorchJob and its pods, unless it is gone or another one has its name now."""
+        """Delete a PyTorchJob and its pods, unless the PyTorchJob is gone or another PyTorchJob has its name now."""
         which = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
 
         def attempt(*arguments: Any, **options: Any) -> None:

@@ -1,7 +1,7 @@
 """The objects that programs create in a cluster: PyTorchJobs, such as one for each attempt of a stage, and Events.
 
-Everything about a pod (image, resources, node selector, volumes) comes from a PodTemplate. Labels and annotations of
-the PodTemplate itself become those of the PyTorchJob, for example the name of a queue of Kueue.
+Everything about a pod (image, resources, node selector, volumes) comes from a PodTemplate. The labels and annotations
+of the PodTemplate itself are copied to the PyTorchJob, for example the name of a queue of Kueue.
 """
 
 import copy
@@ -18,11 +18,11 @@ Object = dict[str, Any]
 # Labels by which the pipeline finds the PyTorchJobs of its own Job.
 OWNER_LABEL, STAGE_LABEL, WORK_LABEL = "nanochat/owner", "nanochat/stage", "nanochat/work"
 # A label of pods. Its value is the name of the Job, not the uid, so it also selects the pods of an earlier Job with the
-# same name.
+# same name, which must end before new pods start.
 JOB_LABEL = "nanochat/job"
 # The training operator's label of pods, with the name of their PyTorchJob.
 POD_LABEL = "training.kubeflow.org/job-name"
-# Annotations that describe a PyTorchJob. STATUS is an annotation of the pipeline's Job.
+# Annotations that describe a PyTorchJob, except STATUS, which is an annotation of the pipeline's Job.
 ATTEMPT, PROGRESS, SUSPENDED, STATUS = (f"nanochat/{name}" for name in ("attempt", "progress", "suspended", "status"))
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 GPU = "nvidia.com/gpu"

@@ -19,7 +19,7 @@ _DISRUPTED = "DisruptionTarget"
 # The node of a pod counts as lost if the pod should have ended this long ago. If the pod still runs and tries to write,
 # the lease on the model's name prevents this.
 _LOST_SECONDS = 300.0
-# A container waits briefly for these reasons whenever it starts.
+# A container waits briefly for these reasons whenever it starts, so they are not reported.
 _STARTING = ("ContainerCreating", "PodInitializing")
 
 
@@ -28,8 +28,8 @@ class Outcome:
     """Why an attempt failed.
 
     Attributes:
-        exit_code: exit code of a pod that failed by a mistake, such as a wrong setting; 0 if no pod did, for example
-            because the pods were preempted or evicted, or another pod with its ranks was lost.
+        exit_code: exit code of a pod that failed by a mistake, such as a wrong setting; 0 if there was no mistake: the
+            pods were preempted or evicted, for example, or the ranks of a pod were lost.
         reason: what happened, as a part of a sentence.
     """
 
@@ -119,7 +119,7 @@ def waiting_reasons(pods: Sequence[Object]) -> list[str]:
 
 
 def _is_lost(metadata: Object, now: float) -> bool:
-    # The deletion timestamp is the end of the grace period.
+    # The deletion timestamp is the end of the grace period: by then, the pod should have ended.
     deadline = metadata.get("deletionTimestamp")
     return deadline is not None and now > timestamp(deadline) + _LOST_SECONDS
 
@@ -134,7 +134,7 @@ def _disruption(pod: Object) -> str:
 
 
 def _terminated(pod: Object) -> Object | None:
-    """The end of the container that trains; None if the pod does not say how it ended."""
+    """The ``terminated`` state of the container that trains; None if the pod does not say how the container ended."""
     for container in pod["status"].get("containerStatuses") or ():
         if container["name"] == CONTAINER:
             ended: Object | None = container.get("state", {}).get("terminated")

@@ -187,9 +187,9 @@ class StageJobs:
     def _start(self, stage: StageRun, number: int) -> None:
         """Create the PyTorchJob of an attempt, unless another process of the same Job has just done so.
 
-        While pods of a deleted PyTorchJob are ending, or a PyTorchJob of the same name belongs to a deleted Job, the
-        method only waits for a moment. Raises UserError if the Job of this pod is gone, because the cluster would then
-        delete the PyTorchJob immediately.
+        While pods of earlier attempts are still running, or while a deleted Job still has a PyTorchJob of this name,
+        the method only waits for a moment. Raises UserError if the Job of this pod is gone, because the cluster would
+        then delete the PyTorchJob immediately.
         """
         metadata = self._api.job(self._owner.name)["metadata"]
         if metadata["uid"] != self._owner.uid:
@@ -233,7 +233,11 @@ class StageJobs:
             self._report(attempt, *found)
 
     def _after_failure(self, stage: StageRun, attempts: Sequence[Attempt], following: int) -> int | None:
-        """Decide what follows the failure of the last attempt."""
+        """Decide what follows the failure of the last attempt, and do it.
+
+        Returns the stage's exit code; None if pods of the last attempt still run, or if there will be another attempt,
+        whose number is ``following``.
+        """
         last = attempts[-1]
         if running := self._running_pods(of=last):
             self._report(last, "ending", f"waiting for the end of {', '.join(running)}")
@@ -282,7 +286,7 @@ class StageJobs:
         return f"{OWNER_LABEL}={self._owner.uid}" + (f",{STAGE_LABEL}={stage}" if stage else "")
 
     def _report(self, attempt: Attempt, state: str, message: str = "") -> None:
-        """Log the state of an attempt and write it to the Job's annotation, if it has changed."""
+        """Log the state of an attempt and write it to the Job's annotation, unless this was the last report."""
         status = {"stage": attempt.stage, "attempt": str(attempt.number), "state": state, "message": message}
         if status == self._status:
             return

@@ -18,8 +18,8 @@ from nanochat_core.tokenizer import ASSISTANT_END, BOS, SPECIAL_TOKENS, Tokenize
 
 MODELING_FILE = Path(__file__).with_name("modeling_nanochat.py")
 CHAT_TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
-# The type must not be ``nanochat``: the class of that name in transformers is upstream's network of 2025, which has no
-# smear, value embeddings, windows, skip and backout.
+# The type must not be ``nanochat``: the class of that name in transformers is karpathy/nanochat's network of 2025,
+# which has no smear, value embeddings, windows, skip and backout.
 MODEL_TYPE = "nanochat_gpt"
 
 # Names of our parameters in the exported file. _NETWORK has the parameters outside the blocks; _BLOCK has the
@@ -115,7 +115,7 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _tokenizer_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Content of ``tokenizer_config.json``. A base model's documents end where the next document begins, at BOS."""
+    """Content of ``tokenizer_config.json``. A base model has no token for the end of a document, so BOS is its EOS."""
     is_base = checkpoint.ref.stage == "base"
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -6,7 +6,7 @@ Three properties of tiktoken, which computes our ids, determine the content:
   (``ignore_merges``).
 - Of all pairs of neighbors whose joined bytes are a token, the pair that gives the token with the lowest id is merged
   first. The file therefore lists every way to split a token into two tokens as a merge, ordered by the token's id.
-- A byte is a token. The file names tokens in GPT-2's alphabet, which has a printable character for each byte.
+- Every byte is a token. The file writes tokens in GPT-2's alphabet, which has a printable character for each byte.
 
 One difference cannot be avoided: Hugging Face's tokenizers find special tokens in text, and our tokenizer does not.
 """

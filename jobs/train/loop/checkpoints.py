@@ -163,7 +163,7 @@ class RunCheckpoints:
         self._replaced = set()
 
     def _delete(self, ref: CheckpointRef) -> None:
-        """Delete a checkpoint. Keep it if it is undamaged and this version cannot read it: a newer version wrote it.
+        """Delete a checkpoint, but keep it if a file is undamaged and unreadable: a newer version of nanochat wrote it.
 
         Raises LeaseLost if another program has taken over the model's name.
         """

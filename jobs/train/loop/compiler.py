@@ -12,7 +12,7 @@ log = logging.getLogger("jobs.train")
 
 # A model has at most four kinds of blocks: with a short or full window, and with or without a value embedding. Each
 # kind may be compiled for two shapes, because the last micro-batch may have fewer rows. These 8 variants already reach
-# torch's own limit.
+# torch's default limit, so a higher limit is set.
 _COMPILED_VARIANTS = 32
 
 
@@ -41,7 +41,7 @@ def prepare_compiler(device: torch.device) -> None:
     restarts and which may belong to another user.
     """
     if device.type == "cpu":
-        # No worker processes are needed, because torch compiles only GPU kernels in them. Starting them takes seconds.
+        # torch compiles only GPU kernels in worker processes, so a CPU needs none. Starting them would take seconds.
         os.environ.setdefault("TORCH_WARM_POOL", "0")
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (folder := _cache_folder()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

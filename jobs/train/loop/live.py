@@ -22,8 +22,8 @@ _HELD_OUT = ("val_", "core", "pass")
 class LiveProgress:
     """Writes a stage's progress to the store, at most every :data:`WRITE_SECONDS`, without making training wait.
 
-    A thread writes the newest progress. If the store is slow, older progress is never written. If a write fails,
-    training continues, and the thread tries to write the next progress.
+    A thread writes the newest progress. If the store is slow, the thread skips all progress but the newest. If a write
+    fails, training continues, and the thread tries to write the next progress.
     """
 
     def __init__(

@@ -139,6 +139,6 @@ def thinned(history: list[Point]) -> list[Point]:
     stride = math.ceil(len(history) / _HISTORY_POINTS) or 1
     last = len(history) - 1
     trained = [set(point) for point in history if "loss" in point]
-    # Names in the entry of every step. Any other name is a metric of an evaluation, and few entries have one.
+    # Names in the entry of every step. Any other name is a metric of an evaluation, and entries with a metric are kept.
     usual = set.intersection(*trained) if trained else {"step"}
     return [p for i, p in enumerate(history) if i % stride == 0 or p.keys() - usual or i == last]

@@ -52,7 +52,7 @@ class RunSettings(JobSettings):
     )
     join_timeout: float = setting(
         1800.0,
-        "seconds in which all ranks must have started, with the pulls of their images",
+        "seconds in which all ranks must have started, including the time to pull their images",
         minimum=1.0,
         maximum=1e7,
     )

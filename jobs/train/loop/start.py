@@ -62,8 +62,8 @@ class Start:
 def find_checkpoint(store: Store, text: str, *stages: str) -> Checkpoint:
     """The checkpoint that ``--start-from`` names as MODEL, MODEL/<stage> or MODEL/<stage>/step_<n>.
 
-    If the text names no step, the newest undamaged checkpoint is taken. If it names no stage, the first of ``stages``
-    that the model has is taken. Raises UserError if there is no such checkpoint.
+    If the text names no step, the result is the newest undamaged checkpoint of the stage. If the text names no stage,
+    the stage is the first of ``stages`` that the model has. Raises UserError if there is no such checkpoint.
     """
     return _find(load_checkpoint, newest_checkpoint, store, text, stages)
 

@@ -110,7 +110,7 @@ def _wandb(model: str, stage: str, folder: Path, config: Mapping[str, Any]) -> T
         resume="allow",
         config=dict(config),
         dir=str(folder),
-        # W&B does not get the job's log lines.
+        # With the console off, W&B does not get the job's log lines.
         settings=wandb.Settings(console="off", silent=True),
     )
     # W&B's own step counter would refuse the steps that a resumed run repeats.

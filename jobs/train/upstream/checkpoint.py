@@ -1,4 +1,4 @@
-"""Finds and verifies a model checkpoint of karpathy/nanochat, and converts it to our network."""
+"""Finds and verifies a model checkpoint of karpathy/nanochat (upstream), and converts it to our network."""
 
 import dataclasses
 import json

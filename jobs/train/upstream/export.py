@@ -1,4 +1,7 @@
-"""Writes a checkpoint in the layout of karpathy/nanochat: the inverse of :mod:`jobs.train.upstream.checkpoint`."""
+"""Writes a checkpoint in the layout of karpathy/nanochat (upstream).
+
+This is the inverse of :mod:`jobs.train.upstream.checkpoint`.
+"""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Reads the tokenizer file of karpathy/nanochat without executing anything in it.
+"""Reads the tokenizer file of karpathy/nanochat (upstream) without executing anything in it.
 
 ``tokenizer.pkl`` is a pickled ``tiktoken.Encoding``. A pickle is a program, and Python's own loader would let it call
 any function of this machine. So this module interprets the pickle itself: it carries out the few instructions that a
@@ -93,7 +93,7 @@ def _construct(data: bytes) -> _Encoding:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
-    # genops only decodes instructions and their literal arguments.
+    # genops only decodes instructions and their literal arguments, and executes nothing.
     for number, (instruction, literal, _) in enumerate(pickletools.genops(data)):
         if number == MAX_INSTRUCTIONS:
             raise _Refused(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
