@@ -21,16 +21,16 @@ MAX_SOURCE_CHARACTERS = 65_536
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # The first character decides: text that begins with a brace must match the schema, and all other text is allowed.
 _TEXT_OR_JSON = "start: (TEXT | json)?\nTEXT: /[^{](.|\\n)*/\njson: %json "
-# These limits are lower than the defaults of llguidance. The defaults allow each sequence 250,000 lexer states of about
-# 2 kB each, and 14 ms per step.
+# All limits except ``max_items_in_row`` are lower than the defaults of llguidance. The defaults allow each sequence
+# 250,000 lexer states of about 2 kB each, and 14 ms per step.
 _LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 50_000,
     "step_lexer_fuel": 50_000,
     "max_lexer_states": 20_000,
     "max_grammar_size": 20_000,
-    "max_items_in_row": 20_000,  # so many, because an object needs four items for each optional property
-    "precompute_large_lexemes": False,  # True slows compilation down and does not speed steps up
-    "verbose_errors": False,  # verbose errors quote the schema and the answer, which logs must not contain
+    "max_items_in_row": 20_000,  # this limit is high, because an object needs four items for each optional property
+    "precompute_large_lexemes": False,  # precomputing slows compilation down and does not make steps faster
+    "verbose_errors": False,  # verbose errors quote the schema and the answer, but logs must contain neither
 }
 
 
