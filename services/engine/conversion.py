@@ -27,11 +27,13 @@ _FINISH_REASONS = {
 
 
 def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Request:
-    """Convert a gRPC request to a request of the inference core. ``request_id`` replaces the client's id.
+    """Convert a gRPC request to a request of the inference core.
 
-    The result contains a copy of the current context, to which the caller's id is added. Therefore the request's Python
-    calls are children of the current span in the trace, and Python calls of different callers take turns in the
-    sandbox.
+    The result has the id ``request_id`` instead of the id in ``request``, because two clients may send the same id.
+
+    The result contains a copy of the current context, to which ``request.caller`` is added: who sent the request, for
+    example the id of an API key. Therefore the request's Python calls are children of the current span in the trace,
+    and Python calls of different callers take turns in the sandbox.
     """
     sampling, context = request.sampling, contextvars.copy_context()
     context.run(current_caller.set, request.caller)

@@ -215,7 +215,7 @@ def _parameter_name(location: Sequence[str | int]) -> str:
     name = ""
     for step in location:
         name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
-    return shown(name)  # the name may contain a long key of the client's object
+    return shown(name)  # cuts the name, because a key in the request's JSON may be very long
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

@@ -37,8 +37,8 @@ MAX_FIELDS = 256
 # Largest number of tools in a request, as in OpenAI's API.
 MAX_TOOLS = 128
 
-# Parameters of OpenAI's and vLLM's APIs that this server doesn't support although they would change the answer. The
-# listed values of a parameter change nothing, so they are accepted.
+# Parameters of OpenAI's and vLLM's APIs that would change the answer and that this server doesn't support. For each
+# parameter, the tuple holds the values that change nothing. Only these values and null are accepted.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "audio": (),
@@ -62,8 +62,8 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "structural_tag": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),  # this and the next one are unsupported in text completions only
-    "tools": ([],),
+    "tool_choice": ("none", "auto"),  # unsupported in text completions only
+    "tools": ([],),  # unsupported in text completions only
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
@@ -171,8 +171,8 @@ class ApiModel(BaseModel):
 def refuse(model: ApiModel, unsupported: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
     """Refuses fields that would change the answer but that this server does not support.
 
-    ``unsupported`` maps the name of each such field to its values that change nothing and are therefore accepted.
-    Raises an :class:`ApiError` with status 400.
+    ``unsupported`` maps the name of each such field to the values that change nothing. Only these values and None are
+    accepted. Raises an :class:`ApiError` with status 400.
     """
     for name, value in (model.model_extra or {}).items():
         if name in unsupported and value is not None and value not in unsupported[name]:

@@ -57,7 +57,8 @@ class Replica:
         outlier: decides whether the engine has failed too often to get calls.
         leaving: whether discovery no longer finds the engine. If so, it gets no new calls, and its running calls go on.
         waits_for: the engine's own text about why it has no model, as of the last check; empty if it has a model.
-        silence_watchers: functions that are called at each check that the engine misses while it counts as hung.
+        silence_watchers: functions that are called when the engine begins to count as hung, and after each further
+            health check that the engine does not answer in time.
     """
 
     def __init__(

@@ -218,9 +218,9 @@ async def encode_chat(
 ) -> list[int]:
     """Returns the token ids of a conversation's prompt, if the context has room for it.
 
-    With ``truncation``, the oldest turns are left out until its ``room`` is free for the answer; ``room`` counts as at
-    most half of the context. The system turn, the last user turn and the turns after it always stay. ``truncation``
-    then says how many turns were left out.
+    With ``truncation``, the oldest turns are left out until ``truncation.room`` tokens of the context are free for the
+    answer, or half of the context if that is less. The system turn, the last user turn and the turns after it always
+    stay. The number of turns that were left out is stored in ``truncation.left_out_turns``.
 
     Raises:
         ApiError: 400 if the prompt is longer than the context.

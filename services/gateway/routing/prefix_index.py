@@ -109,13 +109,13 @@ class Prompt:
         return len(self.ids)
 
 
-# A mark: the number of its tokens, its hash, and the replicas that hold it with their clocks' readings at the last use,
-# the least recent user first.
+# A mark (a stored prefix): the number of its tokens, its hash, and the replicas that have it in their caches, each with
+# its clock's reading at the last use. The least recent user comes first.
 Mark = tuple[int, int, dict[CacheClock, float]]
 
 
 class PrefixIndex:
-    """The marks of the prompts that were sent lately, and the replicas that hold each mark."""
+    """The marks (stored prefixes) of the last prompts, and the replicas that have each mark in their caches."""
 
     def __init__(self, block_tokens: int, max_entries: int) -> None:
         self._block_tokens = block_tokens
@@ -137,11 +137,12 @@ class PrefixIndex:
         ]
 
     def holders(self, marks: Sequence[Mark], names: Container[str], limit: int, now: float) -> dict[CacheClock, int]:
-        """Returns up to ``limit`` replicas of ``names`` that hold one of the marks, each with the number of held
-        tokens.
+        """Returns up to ``limit`` replicas whose caches have a prefix in ``marks``, and the number of its tokens.
 
-        The replicas with the most tokens come first. Among equals, the replica that used the prefix least recently
-        comes first, so that the holders of a popular prefix take turns. Drops entries that are too old.
+        If a cache has several of these prefixes, the longest one counts. Only replicas whose names are in ``names`` are
+        returned. The replicas with the longest prefix come first. Among replicas with the same prefix, the replica that
+        used the prefix least recently comes first, so that these replicas take turns. Entries of the index that are too
+        old are dropped.
         """
         found: dict[CacheClock, int] = {}
         for tokens, key, holders in marks:
@@ -178,7 +179,7 @@ class PrefixIndex:
 
 
 def held_tokens(replica: CacheClock, marks: Sequence[Mark], now: float) -> int:
-    """Returns the number of tokens of the longest mark that the replica still holds; 0 if it holds none of them."""
+    """Returns the number of tokens of the longest mark that is still in the replica's cache; 0 if none is."""
     for tokens, _, holders in marks:
         if replica in holders and replica.holds(holders[replica], now):
             return tokens

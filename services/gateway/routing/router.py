@@ -24,13 +24,13 @@ another sequence. The idea to add the work of prefill and of decode is from NVID
 ``overlap_weight * prefill blocks + decode blocks``. Dynamo's engines publish an event for each cached block. Dynamo
 also has an approximate mode, in which the router remembers what it sent, as this router does.
 
-**The candidates.** With many replicas, only some are compared: those that hold the longest known beginnings of the
-prompt (at most 6), and two random ones. If no replica holds a beginning, the choice is the less loaded of two random
-replicas. This is the *power of two choices* (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing",
-2001): of n requests on n replicas, the busiest replica gets about log log n / log 2. With one random choice, it would
-get about log n / log log n. Unlike the choice of the least loaded replica, this rule doesn't send the requests of all
-gateways to the same replica until the next report. If there are at most 8 replicas, all are compared. Chance decides
-between equal costs.
+**The candidates.** With many replicas, only some are compared: at most 6 replicas whose caches have the longest
+beginnings of the prompt, and two random replicas. If no cache has a beginning, the choice is the less loaded of two
+random replicas. This is the *power of two choices* (Mitzenmacher, "The Power of Two Choices in Randomized Load
+Balancing", 2001): of n requests on n replicas, the busiest replica gets about log log n / log 2. With one random
+choice, it would get about log n / log log n. Unlike the choice of the least loaded replica, this rule doesn't send the
+requests of all gateways to the same replica until the next report. If there are at most 8 replicas, all are compared.
+Chance decides between equal costs.
 
 **The bound.** With the cost alone, prompts with a popular prefix would go to one replica until its queue is as long as
 the prefix. Therefore a replica that has more than c times the mean number of sequences is no candidate. This is the
