@@ -7,7 +7,8 @@ from collections.abc import Callable
 # gate itself, of a training pipeline and of a program that teaches lessons. The code 2 is taken: it means a wrong
 # setting. Codes from 128 on are not used, because they make Kubernetes restart the job.
 EXIT_REFUSED = 3
-# Exit code of a lesson that failed, although the gate did not refuse it: an answer may be too long, for example.
+# Exit code of a lesson that failed for another reason than the gate's decision. For example, an answer in the lesson's
+# file may be too long for the model.
 EXIT_FAILED = 4
 # Exit code of a lesson that somebody canceled. The code 1 is not used here, because Python exits with 1 after a crash.
 EXIT_CANCELED = 5

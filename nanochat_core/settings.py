@@ -45,8 +45,9 @@ def setting(
         env: environment variable; by default ``<PREFIX>_<FIELD>``.
         minimum, maximum: inclusive bounds of a number.
         secret: whether :func:`describe`, logs and the repr hide the value.
-        positional: whether the value may also be given without its flag. The arguments that belong to no flag are then
-            the words of the text, or the members of the tuple. Only one field of a dataclass may be positional.
+        positional: whether the value may also be given without its flag. The value is then made of all arguments that
+            belong to no flag: they are joined by spaces, or by commas if the field is a tuple. Only one field of a
+            dataclass may be positional.
     """
     metadata = {"help": help, "env": env, "minimum": minimum, "maximum": maximum, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata | {"positional": positional}, repr=not secret)

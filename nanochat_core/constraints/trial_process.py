@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 # Words in llguidance's errors for a grammar that is too large.
 _LIMIT = re.compile("too (big|large|many|complex)|grammar size")
-# CPU time in seconds for all random completions of a constraint, and the maximum number of tokens in one completion.
+# Limits of the random completions: the CPU time in seconds for all completions of one constraint together, and the
+# number of tokens of each completion.
 _REHEARSAL_SECONDS = 0.1
 _REHEARSAL_TOKENS = 128
 # Compilations get less CPU time than a step of the engine if both need the same core.

@@ -128,7 +128,10 @@ class BlockManager:
                 seq.seal_at = min(seq.seal_at, (seq.first_blocks[g] + 1) * self.block_size + group.window)
 
     def release(self, seq: Sequence) -> None:
-        """Free all blocks of ``seq``, and reset its number of computed tokens. Other sequences can find the blocks."""
+        """Free all blocks of ``seq``, and reset its number of computed tokens.
+
+        With prefix caching, other sequences can find the computed blocks until the blocks are allocated again.
+        """
         if seq.block_tables:
             self._publish(seq)
         self.prefixes.revoke(seq)

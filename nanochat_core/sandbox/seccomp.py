@@ -156,9 +156,9 @@ CONDITIONAL: dict[str, tuple[tuple[Condition, ...], ...]] = {
     # A process may read its own limits. It can neither set limits nor read the limits of another process.
     "prlimit64": ((Condition(0, (0,)), Condition(2, (0,), wide=True)),),
 }
-# System calls that the filter answers with "try again" if the condition is true. pthread_join then polls; with another
-# error, it would end the process. A real wait is not allowed: it could be the receiving end of a channel between
-# sandboxes, because a thread that ends wakes a futex of its choice.
+# System calls that the filter answers with the error EAGAIN ("try again") if the condition is true. A thread that ends
+# wakes a futex of its choice, so one sandbox could signal another sandbox that waits for this futex. Therefore
+# pthread_join may not wait. After EAGAIN, pthread_join polls; after another error, it would end the process.
 ANSWERED_AGAIN = {"futex": Condition(1, (_FUTEX_JOIN,))}
 _MMAP_WITHOUT_FILES = ((Condition(3, (_MAP_ANONYMOUS,), mask=_MAP_ANONYMOUS | _MAP_HUGETLB),),)
 

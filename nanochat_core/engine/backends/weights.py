@@ -83,9 +83,9 @@ class LayerWeights:
         ]
         gate = attention.value_gate
         if gate is not None:
-            # The gate reads only the first channels, so the other weights are zero. A zero output is added if the
-            # number of kv heads is odd: the networks read pairs of numbers as complex numbers, so each row of the
-            # product must begin at an even index.
+            # The gate reads only the first channels, so the weights of the other channels are zero. The networks read
+            # neighboring numbers of queries and keys as one complex number, so each row of the product must begin at an
+            # even index. If the number of kv heads is odd, an output that is always zero is therefore added.
             projections.append(dim**0.5 * F.pad(gate.weight, (0, dim - VALUE_GATE_CHANNELS, 0, self.n_kv_head % 2)))
         # Numbers of outputs of ``qkv``: for queries and keys together, for values, and for value gates.
         self.sizes = [weight.size(0) for weight in projections]

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 def collector(
     given: dict[bytes, bytes], max_bytes: int, max_files: int, endings: tuple[bytes, ...]
 ) -> Callable[[object], tuple[list[bytes], bool]]:
-    """Return a function that collects the files of the current folder, and draws the code's figures and its value.
+    """Return a function that saves the pictures that the code has made, and collects the files of the current folder.
 
-    The argument of the function is the value of the code. The function returns a list of files (name, content, name,
-    content, ...), and whether files are missing in the list because of the limits. The list has the regular files whose
-    names end with one of ``endings``, except files that are in ``given`` with the same name and content. Files that
-    cannot be read are left out.
+    The argument of the function is the value of the code. The function saves the open figures of matplotlib, and the
+    value if it has a method that returns a picture. It then returns a list of files (name, content, name, content,
+    ...), and whether files are missing in the list because of the limits. The list has the regular files whose names
+    end with one of ``endings``, except files that are in ``given`` with the same name and content. Files that cannot be
+    read are left out.
     """
     folder = os.getcwd()
 
@@ -64,7 +65,7 @@ def _save_figures() -> None:
 
 
 def _save_value(value: object) -> None:
-    """Save a value that can draw itself, by the methods with which notebooks show values."""
+    """Save a picture of the value, if the value has one of the methods by which notebooks draw values."""
     for name, method in (("result.png", "_repr_png_"), ("result.svg", "_repr_svg_")):
         try:
             drawn = getattr(value, method)()

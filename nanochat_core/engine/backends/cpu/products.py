@@ -71,7 +71,10 @@ def faster_weight(weight: Tensor) -> Weight:
 
 @functools.cache
 def _kernel_is_faster(out_features: int, in_features: int, threads: int) -> bool:
-    """Whether the kernel is faster than oneDNN and computes the same bits, by a kept answer or a new measurement."""
+    """Whether the kernel is faster than oneDNN and computes the same bits.
+
+    If an earlier process has stored the answer on this machine, the answer is read. Otherwise, this call measures both.
+    """
     draw = torch.Generator().manual_seed(0)
     weights: dict[str, Weight] = {}
     inputs: list[Tensor] = []
