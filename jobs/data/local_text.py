@@ -173,9 +173,10 @@ def _absolute(found: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _split(path: Path, found: Mapping[str, str]) -> Splits:
-    """Divide files, given by their names below ``path``, by the splits that the names state.
+    """Divide files by the splits that their names state. ``found`` maps each name below ``path`` to the file's path.
 
-    Files that the user names one by one or by a pattern are all for training, unless they state different splits.
+    If ``path`` is a file or a pattern, the user has chosen the files. They are then all for training if their names
+    state the same split, or if no name states a split.
     """
     all_alike = len({split_of(name) for name in found}) == 1
     if all_alike and not path.is_dir():

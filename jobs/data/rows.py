@@ -29,9 +29,10 @@ _MAY_CONTINUE_CHARACTERS = 16
 
 
 def stream_rows(path: Path, shown: str) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSON or CSV file in order, each with the name of the row in error messages.
+    """The rows of a JSON or CSV file in order, as pairs (place, row).
 
-    Only the current row is in memory. Invalid UTF-8 becomes lone surrogates.
+    The place is the row's name in error messages, for example ``a.csv:3`` if ``shown`` is ``a.csv``. Only the current
+    row is in memory. Invalid UTF-8 becomes lone surrogates.
 
     Raises:
         UserError: the file is damaged, or a row is not an object of named values.

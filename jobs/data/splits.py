@@ -29,7 +29,7 @@ class Splits:
 
     Attributes:
         training: files to train on, never empty.
-        validation: files for validation; empty if no name states a split other than ``train``.
+        validation: files for validation; empty if no name states the split ``validation`` or ``test``.
         unused: test files, if there are validation files beside them. Nothing is ever trained on them.
     """
 
@@ -60,10 +60,11 @@ def split_of(name: str) -> str:
 def split_files(names: Iterable[str], shown: str, advice: str) -> Splits:
     """Divide files by the splits that their names state; ``names`` are paths below the dataset's folder.
 
-    - Files of the split ``validation`` are for validation. If there are none, the files of the split ``test`` are for
-      validation.
-    - Files of the split ``train`` are for training. If there are none, the files that state no split are for training.
-    - If no name states a split other than ``train``, no file is for validation: the caller holds out a part.
+    - The training files are the files of the split ``train``. If there are none, they are the files whose names state
+      no split.
+    - The validation files are the files of the split ``validation``. If there are none, they are the files of the split
+      ``test``. If both splits are empty, the result has no validation files, and the caller holds out a part of the
+      training text.
 
     Args:
         shown: name of the dataset in error messages.

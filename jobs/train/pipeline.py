@@ -252,7 +252,11 @@ class Pipeline:
             write_origin(self.store, self.model, origin)
 
     def _has_data(self, given: Mapping[str, str]) -> bool:
-        """Whether a pipeline has made the model's data. Raises UserError if their origin differs from ``given``."""
+        """Whether a pipeline has made the model's data.
+
+        ``given`` has the name of the recipe, and the digest of the user's text if the data are made from it. Raises
+        UserError if the stored data were made with another recipe or from another text.
+        """
         stored = read_origin(self.store, self.model)
         if stored is not None and given != {name: stored.get(name) for name in given}:
             source = f" from {stored['source']}" if "source" in stored else ""

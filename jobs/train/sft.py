@@ -122,7 +122,8 @@ def fine_tune(settings: SftSettings, runtime: Runtime) -> CheckpointRef:
         },
     )
     if not trainer.resume():
-        # Fine-tuning starts from the weights of the base run, so the momenta of that run fit.
+        # The model starts with the weights of the base run. The optimizer therefore starts with the momenta of the base
+        # run, which belong to these weights, and not with zeros.
         trainer.start_from(base)
     return trainer.run()
 

@@ -2,7 +2,8 @@
 
 The problem: a resumed run must see the same batches, even on another number of ranks. The idea: the documents, and the
 rows of the global batch, are divided among a fixed number V of virtual packers. Packer v reads the documents v, v + V,
-v + 2V, … and fills the v-th group of rows. No packer depends on another packer, so each rank can run any share of them.
+v + 2V, … and fills its own rows of each batch: one row, or several consecutive rows if the batch has more than
+:data:`MAX_PACKERS` rows. No packer depends on another packer, so each rank can run any share of them.
 The number of ranks decides which process packs a row, but not what the row contains. Neither the rows nor the packers
 need to divide evenly: shares differ by at most one.
 """

@@ -45,7 +45,8 @@ class Outcome:
 def outcome_of(pods: Sequence[Object]) -> Outcome:
     """The outcome of a failed attempt with these pods. A pod that is gone counts as preempted.
 
-    A mistake of one pod outweighs everything else: the other pods then end only because they lost this pod's ranks.
+    If a pod failed by a mistake, this mistake is the outcome, however the other pods ended: they end because the failed
+    pod's ranks are lost.
     """
     preempted = []
     for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])):
