@@ -11,7 +11,6 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from deploy.local import free_port
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.progress import write_progress
 from nanochat_core.protos import engine_pb2 as pb
@@ -19,6 +18,7 @@ from nanochat_core.store import Lease, open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from services.engine.training_watch import TrainingWatch
 from tests.support.engine_models import BYTES, tiny_model
+from tests.support.held_port import HeldPort
 from tests.support.scripted_engine import ScriptedEngine, http_client, running_engine, running_gateway, until_ready
 from tests.support.service_process import EngineProcess
 from tests.support.tiny_training import NAME, PRETRAIN, STEPS, Job, argv, fill
@@ -29,12 +29,13 @@ WAITING = "Of 1 known engine, 1 is not ready (loading a model or shutting down).
 @contextlib.contextmanager
 def waiting_engine(home: Path) -> Iterator[str]:
     """The address of a real engine that serves the promoted model ``tiny`` of the store once there is one."""
-    port = free_port()
-    engine = EngineProcess(home, port=port, ready=False)
+    held = HeldPort()
+    engine = EngineProcess(home, port=held.port, ready=False)
     try:
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{held.port}"
     finally:
         engine.stop()
+        held.close()
 
 
 async def until_said(url: str, sentence: str | None) -> None:
