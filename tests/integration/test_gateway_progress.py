@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,18 @@ async def test_the_progress_of_the_training_is_told_until_the_model_serves(tmp_p
 
 
 def test_a_training_job_tells_its_steps_and_nothing_after_its_end(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    watch = TrainingWatch(fill(home), NAME)
-    job = Job("jobs.train.pretrain", argv({**PRETRAIN, "home": str(home)}), tmp_path / "log")
-    step = re.compile(rf"jobs\.train\.pretrain: step \d+ of {STEPS}, \d:\d\d:\d\d left")
-    job.wait_until(lambda: step.fullmatch(watch.summary()) is not None)
-    assert job.wait(60) == 0, job.stderr
-    assert watch.summary() == ""
+    # The job has so many steps that it cannot end before this process looks at it.
+    for steps, code in ((100_000, 128 + signal.SIGTERM), (STEPS, 0)):
+        home = tmp_path / str(steps)
+        watch = TrainingWatch(fill(home), NAME)
+        flags = {**PRETRAIN, "home": str(home), "steps": steps}
+        job = Job("jobs.train.pretrain", argv(flags), tmp_path / f"log-{steps}")
+        if code:
+            step = re.compile(rf"jobs\.train\.pretrain: step \d+ of {steps}, \d+:\d\d:\d\d left")
+            job.wait_until(lambda watch=watch, step=step: step.fullmatch(watch.summary()) is not None)
+            job.signal(signal.SIGTERM)
+        assert job.wait(60) == code, job.stderr
+        assert watch.summary() == ""
 
 
 class Waiting(ScriptedEngine):
