@@ -388,7 +388,7 @@ async def test_an_engine_that_ends_many_streams_at_once_is_not_ejected() -> None
 
 
 async def test_a_stream_that_waits_after_a_refusal_may_still_get_a_status() -> None:
-    # A heartbeat may go out only while an engine has the request. On a busy machine, a refusal may take a second or two.
+    # While an engine has the request, a heartbeat may go out. On a busy machine, a refusal may take a second or two.
     async with two_engines(heartbeat_seconds=3.0, queue_seconds=4.0) as (url, one, two):
         one.script = two.script = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
         with pytest.raises(openai.InternalServerError, match="All engines are busy") as error:
