@@ -71,6 +71,7 @@ def test_a_sine_wave_is_drawn_and_shown(browser: Browser, url: str, tmp_path: Pa
     expect(card.get_by_test_id("tool-output")).to_have_text("drawn")
     picture = card.get_by_test_id("tool-picture")
     expect(picture).to_be_visible()
+    expect(picture).to_have_js_property("complete", True)
     heights = picture.evaluate(CURVE)
     page.screenshot(path=tmp_path / "drawing.png")
     context.close()

@@ -81,6 +81,6 @@ def test_a_seeded_sample_repeats(client: openai.OpenAI) -> None:
 
 def test_every_service_exports_metrics(url: str, client: openai.OpenAI) -> None:
     client.chat.completions.create(model="demo", messages=SUM, temperature=0)
-    metrics = httpx.get(f"{url}/metrics").text
+    metrics = httpx.get(f"{url}/metrics", timeout=60).text
     assert "nanochat_gateway_requests_total" in metrics
     assert "nanochat_gateway_time_to_first_token_seconds_bucket" in metrics

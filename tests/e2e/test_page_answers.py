@@ -6,7 +6,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from playwright.async_api import Browser, expect
+from playwright.async_api import Browser, Locator, expect
 
 from nanochat_core.protos import engine_pb2 as pb
 from tests.support.chat_page import ChatPage, chat_server
@@ -14,7 +14,8 @@ from tests.support.scripted_engine import TOKENIZER, failing, saying
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LINES = [f"# a {'very ' * 30}long line", *(f"print({i})  # line {i}" for i in range(40))]
+# So many lines that the engine writes them for more than a minute.
+LINES = [f"# a {'very ' * 30}long line", *(f"print({i})  # line {i}" for i in range(400))]
 CODE = "Look at this:\n\n```python\n" + "\n".join(LINES) + "\n```\n\nDone."
 
 
@@ -131,11 +132,18 @@ async def test_the_block_being_written_can_be_copied_selected_and_scrolled(async
             "getSelection().setBaseAndExtent(text, 0, text, text.data.length); }"
         )
         selected = await tab.page.evaluate("getSelection().toString()")
-        await tab.page.locator("[data-copy]").click()
-        await expect(tab.page.locator("[data-copy]")).to_have_text("Copied")
+        copy = tab.page.locator("[data-copy]")
+        # The button says for a short time only that it has copied, so the page itself keeps what the button said.
+        await copy.evaluate(
+            "copy => { window.said = [];"
+            "new MutationObserver(() => window.said.push(copy.textContent)).observe(copy, { childList: true }); }"
+        )
+        await copy.click()
+        await tab.until(copy, "() => window.said.includes('Copied')")
         assert "line 5" in await tab.page.evaluate("navigator.clipboard.readText()")
+        lines = await pre.evaluate("pre => pre.textContent.split('\\n').length")
+        await tab.until(pre, f"pre => pre.textContent.split('\\n').length > {lines + 2}")
         await tab.expect_state("streaming")
-        await asyncio.sleep(0.5)
         assert await tab.page.evaluate("getSelection().toString()") == selected != ""
         assert await pre.evaluate("pre => pre.scrollLeft") == 30
         await tab.find("stop").click()
@@ -150,27 +158,35 @@ async def test_the_rate_is_shown_while_an_answer_is_written(async_browser: Brows
         await tab.expect_state("streaming")
 
 
+async def resting(thread: Locator) -> float:
+    """Waits until the browser's scrolling has ended. Returns the place."""
+    places: list[float] = []
+    while len(places) < 4 or len(set(places[-4:])) > 1:
+        places.append(
+            await thread.evaluate("thread => new Promise(requestAnimationFrame).then(() => thread.scrollTop)")
+        )
+        await asyncio.sleep(0.1)
+    return places[-1]
+
+
 async def test_following_the_end_lets_go_at_the_slightest_scroll(async_browser: Browser) -> None:
     async with chat_server(async_browser) as server:
         tab = await server.open()
-        server.engine.script = saying(
-            "\n\n".join(f"Paragraph {i}" for i in range(200)), pause=0.005, until=asyncio.Event()
-        )
+        server.engine.script = saying("\n\n".join(f"Paragraph {i}" for i in range(2000)), pause=0.005)
         await tab.ask("Talk")
-        thread = tab.page.locator(".thread")
+        thread, to_end = tab.page.locator(".thread"), tab.page.get_by_label("Go to the latest message")
         await expect(tab.answers.last).to_contain_text("Paragraph 30")
-        distance = "thread => thread.scrollHeight - thread.scrollTop - thread.clientHeight"
-        assert await thread.evaluate(distance) < 60  # the view follows the end of the answer
+        at_end = "thread => thread.scrollHeight - thread.scrollTop - thread.clientHeight < 60"
+        await tab.until(thread, at_end)  # the view follows the end of the answer
         await thread.hover()
         await tab.page.mouse.wheel(0, -3)
-        await asyncio.sleep(0.2)
-        top = await thread.evaluate("thread => thread.scrollTop")
-        await asyncio.sleep(0.7)
+        await expect(to_end).to_be_visible()
+        top, height = await resting(thread), await thread.evaluate("thread => thread.scrollHeight")
+        await tab.until(thread, f"thread => thread.scrollHeight > {height + 300}")
         await tab.expect_state("streaming")
         assert await thread.evaluate("thread => thread.scrollTop") == top
-        await tab.page.get_by_label("Go to the latest message").click()
-        await asyncio.sleep(0.3)
-        assert await thread.evaluate(distance) < 60
+        await to_end.click()
+        await tab.until(thread, at_end)
         await tab.find("stop").click()
 
 
@@ -185,10 +201,8 @@ async def test_mathematics_is_typeset_under_the_pages_own_policy(async_browser: 
         await expect(tab.page.locator(".katex-display .katex-html")).to_be_visible()
         await expect(tab.answers.last).to_contain_text("2*3*4")
         await expect(tab.page.locator(".answer em")).to_have_count(0)
-        fonts = await tab.page.evaluate(
-            "document.fonts.ready.then(() => [...document.fonts].map(f => f.family + f.status))"
-        )
-        assert any("KaTeX_Main" in font and "loaded" in font for font in fonts)
+        loaded = "() => [...document.fonts].some(font => /KaTeX_Main/.test(font.family) && font.status === 'loaded')"
+        await tab.until(tab.page.locator("body"), loaded)
         height = await tab.page.locator(".katex-display .katex-html").evaluate("math => math.clientHeight")
         assert height > 20  # the styles that KaTeX sets have an effect
 

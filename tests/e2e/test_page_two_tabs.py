@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -31,6 +32,7 @@ async def two_tabs(server: ChatServer) -> tuple[ChatPage, ChatPage]:
 
 async def show_same(a: ChatPage, b: ChatPage) -> None:
     """Lets the second tab open the conversation of the first one."""
+    await a.page.wait_for_url(re.compile("#/c/"))
     await expect(b.find("conversation-item").first).to_be_visible()
     await b.page.goto(a.page.url)
 
@@ -93,12 +95,17 @@ async def test_the_place_where_one_reads_stays_when_the_other_tab_asks(async_bro
         await a.ask("Many lines")
         await a.expect_state("complete")
         await show_same(a, b)
-        await b.page.locator(".thread").evaluate("thread => thread.scrollTo(0, 100)")
+        await b.expect_state("complete")
+        thread = b.page.locator(".thread")
+        # The page scrolls to the end of a conversation that it has opened.
+        await b.until(thread, "thread => thread.scrollHeight - thread.scrollTop - thread.clientHeight < 1")
+        await thread.evaluate("thread => thread.scrollTo(0, 100)")
+        await expect(b.page.get_by_label("Go to the latest message")).to_be_visible()
         server.engine.script = saying("Short.")
         await a.ask("Another one")
         await expect(b.answers).to_have_count(2)
         await b.expect_state("complete")
-        assert await b.page.locator(".thread").evaluate("thread => thread.scrollTop") == 100
+        assert await thread.evaluate("thread => thread.scrollTop") == 100
 
 
 class Scripts:

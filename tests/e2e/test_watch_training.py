@@ -5,7 +5,6 @@ for its steps. Engine, gateway, page and the model's snapshots are real.
 """
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,11 +68,7 @@ def watched(replay: Replay, tmp_path: Path) -> Iterator[str]:
     """The address of the page of a running training."""
     running = Stack(tmp_path / "home", MODEL=MODEL)
     try:
-        deadline = time.monotonic() + 60
-        while not (found := [line for line in running.log if line.startswith("Watch the model learn")]):
-            assert time.monotonic() < deadline, "".join(running.log)
-            time.sleep(0.05)
-        yield found[0].split()[-1]
+        yield running.wait_watch_link()
     finally:
         assert running.stop() == 0, "".join(running.log)
 
@@ -117,8 +112,9 @@ def test_one_watches_babble_become_facts_and_talks_on_when_the_model_is_promoted
     replay.stage("sft")
     replay.steps("sft", 120, 720, {120: "Mara keeps the lighthouse."})
     replay.snapshot(120)
-    expect(who).to_have_text("A snapshot of fine-tuning answers, after 120 steps.")
-    expect(first).to_have_attribute("data-state", "complete")
+    # The engine may still be starting.
+    expect(who).to_have_text("A snapshot of fine-tuning answers, after 120 steps.", timeout=180_000)
+    expect(first).to_have_attribute("data-state", "complete", timeout=60_000)
     expect(first).to_contain_text("Mara")
     panel.locator("summary").click()
     expect(newest).to_have_text("Mara keeps the lighthouse.")

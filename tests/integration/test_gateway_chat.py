@@ -34,9 +34,17 @@ HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served() -> AsyncIterator[tuple[ScriptedEngine, str]]:
-    async with running_engine() as engine, running_gateway(engine.address, heartbeat_seconds=0.2) as url:
+    async with running_engine() as engine, running_gateway(engine.address) as url:
         await until_ready(url)
         yield engine, url
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def beating(served: tuple[ScriptedEngine, str]) -> AsyncIterator[str]:
+    """The address of a gateway that sends heartbeats after a short silence."""
+    async with running_gateway(served[0].address, heartbeat_seconds=0.2) as url:
+        await until_ready(url)
+        yield url
 
 
 @pytest.fixture
@@ -161,7 +169,7 @@ async def test_a_stop_string_ends_the_answer_and_the_engines_work(
     # The gateway stopped the engine before the engine sent its counts. So usage counts the tokens up to the end of the
     # stop string.
     assert usage.completion_tokens == len("abc STOP")
-    await asyncio.wait_for(engine.cancelled.acquire(), 2)
+    await asyncio.wait_for(engine.cancelled.acquire(), 30)
 
 
 def tool_script(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
@@ -460,29 +468,29 @@ async def test_a_client_that_leaves_stops_the_engine(engine: ScriptedEngine, url
         else:
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
-    await asyncio.wait_for(engine.cancelled.acquire(), 2)
+    await asyncio.wait_for(engine.cancelled.acquire(), 30)
 
 
 @pytest.mark.parametrize("said", [(), ("hello",)])
-async def test_silence_is_filled_with_comments(engine: ScriptedEngine, url: str, said: Any) -> None:
+async def test_silence_is_filled_with_comments(engine: ScriptedEngine, beating: str, said: Any) -> None:
     engine.script = hanging(*said)
     lines: list[str] = []
     async with (
-        http_client(url) as http,
-        http.stream("POST", f"{url}/v1/chat/completions", json={"messages": HELLO, "stream": True}) as answer,
+        http_client(beating) as http,
+        http.stream("POST", "/v1/chat/completions", json={"messages": HELLO, "stream": True}) as answer,
     ):
         assert answer.status_code == 200
         async for line in answer.aiter_lines():
             lines.append(line)
-            if lines.count(": keep-alive") == 2:
+            # On a busy machine, the text may come after the first comments.
+            if lines.count(": keep-alive") >= 2 and sum("hello" in line for line in lines) == len(said):
                 break
-    assert sum("hello" in line for line in lines) == len(said)
 
 
-async def test_openai_ignores_the_comments(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
+async def test_openai_ignores_the_comments(engine: ScriptedEngine, beating: str) -> None:
     engine.script = saying("hello", "!", pause=0.3)
     pieces = []
-    async for part in await client.chat.completions.create(model="nano", messages=HELLO, stream=True):
+    async for part in await openai_client(beating).chat.completions.create(model="nano", messages=HELLO, stream=True):
         pieces.append(part.choices[0].delta.content or "")
     assert "".join(pieces) == "hello!"
 

@@ -222,7 +222,7 @@ async def test_one_failing_prompt_fails_the_request_and_ends_the_others(
     engine.script = script
     with pytest.raises(openai.BadRequestError, match="no such thing"):
         await client.completions.create(model="nano", prompt=["a", "b"])
-    await asyncio.wait_for(engine.cancelled.acquire(), 2)
+    await asyncio.wait_for(engine.cancelled.acquire(), 30)
 
 
 async def test_models_are_listed_and_described(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:

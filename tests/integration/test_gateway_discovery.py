@@ -25,19 +25,25 @@ from tests.support.scripted_engine import (
     saying,
     until_queued,
     until_ready,
+    until_up,
 )
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 
 class Names:
-    """The addresses that names have now. A name without an entry cannot be looked up."""
+    """The addresses that names have now. A name without an entry cannot be looked up.
+
+    ``failures`` is the number of lookups that failed.
+    """
 
     def __init__(self, **addresses: list[str]) -> None:
         self.addresses = addresses
+        self.failures = 0
 
     def __call__(self, name: str) -> list[str]:
         if name not in self.addresses:
+            self.failures += 1
             raise OSError("temporary failure in name resolution")
         return self.addresses[name]
 
@@ -104,7 +110,9 @@ async def test_a_lookup_that_fails_keeps_the_known_engines() -> None:
     ):
         await until_known(url, f"127.0.0.1:{port}")
         names.addresses.clear()
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(30):
+            while names.failures < 3:
+                await asyncio.sleep(0.01)
         await until_known(url, f"127.0.0.1:{port}")
         assert await ask(url) == "127.0.0.1"
 
@@ -128,19 +136,22 @@ async def test_a_stream_of_an_engine_that_leaves_its_name_goes_on_to_its_end() -
         running_gateway(f"engines:{port}", lookup=names, discovery_seconds=0.05) as url,
     ):
         await until_known(url, f"127.0.0.1:{port}")
-        leaving.script = saying("hello", "!", pause=0.5)
+        ended = asyncio.Event()
+        leaving.script = saying("hello", "!", until=ended)
         asking = asyncio.create_task(ask(url))
         async with asyncio.timeout(30):
             while not leaving.requests:
                 await asyncio.sleep(0.01)
         names.addresses["engines"] = ["127.0.0.2"]
+        await until_up(url, 2)  # the engine that has left stays known until its stream ends
+        ended.set()
         assert await asking == "hello!"
         await until_known(url, f"127.0.0.2:{port}")
 
 
 async def test_a_gateway_whose_name_has_no_address_yet_says_so_and_serves_when_it_has() -> None:
     names = Names()
-    options: dict[str, Any] = {"discovery_seconds": 0.05, "queue_seconds": 10, "waiting_hint": "It is being trained."}
+    options: dict[str, Any] = {"discovery_seconds": 0.05, "waiting_hint": "It is being trained."}
     async with (
         engines_at_one_port("127.0.0.1") as (port, _),
         running_gateway(f"engines:{port}", lookup=names, **options) as url,
@@ -148,7 +159,7 @@ async def test_a_gateway_whose_name_has_no_address_yet_says_so_and_serves_when_i
     ):
         assert (await http.get("/readyz")).json()["waits_for"] == "No engine has been found yet. It is being trained."
         asking = asyncio.create_task(ask(url))
-        await asyncio.sleep(0.1)
+        await until_queued(url, 1)
         names.addresses["engines"] = ["127.0.0.1"]
         assert await asking == "127.0.0.1"
         assert (await http.get("/readyz")).json()["waits_for"] is None
@@ -158,9 +169,7 @@ async def test_a_model_may_be_at_an_engine_whose_name_has_no_address_yet() -> No
     names = Names(engines=["127.0.0.1"])
     async with (
         engines_at_one_port("127.0.0.1", "127.0.0.2") as (port, (_, late)),
-        running_gateway(
-            f"engines:{port}", f"late:{port}", lookup=names, discovery_seconds=0.05, queue_seconds=20
-        ) as url,
+        running_gateway(f"engines:{port}", f"late:{port}", lookup=names, discovery_seconds=0.05) as url,
     ):
         late.info.name = "late"
         await until_known(url, f"127.0.0.1:{port}")
@@ -193,7 +202,7 @@ async def test_a_request_goes_on_if_its_engine_leaves_while_its_model_is_read_ag
     names = Names(engines=["127.0.0.1"])
     async with (
         engines_at_one_port("127.0.0.1", "127.0.0.2") as (port, (leaving, _)),
-        running_gateway(f"engines:{port}", lookup=names, discovery_seconds=0.05, queue_seconds=10) as url,
+        running_gateway(f"engines:{port}", lookup=names, discovery_seconds=0.05) as url,
     ):
         await until_known(url, f"127.0.0.1:{port}")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ async def test_a_gateway_starts_without_an_engine_and_finds_it_later() -> None:
     engine = ScriptedEngine()
     await engine.start()
     await engine.stop()
-    async with running_gateway(engine.address) as url, http_client(url) as http:
+    async with running_gateway(engine.address, queue_seconds=0.5) as url, http_client(url) as http:
         assert (await http.get("/healthz")).status_code == 200
         ready = await http.get("/readyz")
         assert ready.status_code == 200
@@ -94,12 +95,12 @@ async def test_checks_go_on_after_an_unexpected_error(
 
 
 async def test_a_request_waits_for_an_engine_to_come_back() -> None:
-    async with running_engine() as engine, running_gateway(engine.address, queue_seconds=20) as url:
+    async with running_engine() as engine, running_gateway(engine.address) as url:
         await until_ready(url)
         await engine.stop()
         await until_ready(url, ready=False)
         asking = [asyncio.create_task(ask(url, stream=False)) for _ in range(3)]
-        await asyncio.sleep(0.2)
+        await until_queued(url, 3)
         await engine.start()
         assert await asyncio.gather(*asking) == ["hello"] * 3
 
@@ -122,7 +123,7 @@ async def test_a_full_engine_passes_the_request_on() -> None:
     async with (
         running_engine() as full,
         running_engine() as other,
-        running_gateway(full.address, other.address) as url,
+        running_gateway(full.address, other.address, queue_seconds=0.5) as url,
     ):
         await until_ready(url)
         full.script = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
@@ -162,7 +163,7 @@ async def test_requests_wait_while_all_engines_are_full_and_callers_take_turns(t
     secrets = {name: await created(keys, name) for name in "ab"}
     async with (
         running_engine() as engine,
-        running_gateway(engine.address, queue_seconds=20, keys_file=str(tmp_path / "keys.json")) as url,
+        running_gateway(engine.address, keys_file=str(tmp_path / "keys.json")) as url,
     ):
         await until_ready(url)
         room, order = asyncio.Semaphore(0), list[str]()
@@ -198,17 +199,11 @@ async def test_requests_wait_while_all_engines_are_full_and_callers_take_turns(t
 
 
 async def test_more_requests_than_the_queue_holds_are_refused() -> None:
-    limits = {"max_engine_sequences": 1, "queue_size": 1, "queue_seconds": 60}
+    limits = {"max_engine_sequences": 1, "queue_size": 1}
     async with running_engine() as engine, running_gateway(engine.address, **limits) as url:
         await until_ready(url)
         free = asyncio.Event()
-
-        async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
-            await free.wait()
-            async for part in saying("hello")(request, context):
-                yield part
-
-        engine.script = script
+        engine.script = saying("hello", until=free)
         running = asyncio.create_task(ask(url))
         while not engine.requests:
             await asyncio.sleep(0.01)
@@ -222,15 +217,18 @@ async def test_more_requests_than_the_queue_holds_are_refused() -> None:
 
 
 async def test_a_more_urgent_request_goes_first() -> None:
-    async with running_engine() as engine, running_gateway(engine.address, queue_seconds=20) as url:
+    async with running_engine() as engine, running_gateway(engine.address, max_engine_sequences=1) as url:
         await until_ready(url)
-        engine.script = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
-        asking = []
+        free = asyncio.Event()
+        engine.script = saying("hello", until=free)
+        asking = [asyncio.create_task(ask(url))]
+        while not engine.requests:
+            await asyncio.sleep(0.01)
+        engine.requests.clear()
         for count, priority in enumerate((9, 0, 5), start=1):
             asking.append(asyncio.create_task(ask(url, extra_body={"priority": priority})))
             await until_queued(url, count)
-        engine.requests.clear()
-        engine.script = saying("hello")
+        free.set()
         await asyncio.gather(*asking)
         assert [request.priority for request in engine.requests] == [0, 5, 9]
 
@@ -238,20 +236,23 @@ async def test_a_more_urgent_request_goes_first() -> None:
 async def test_a_gateway_sends_an_engine_no_more_than_its_limit() -> None:
     async with (
         running_engine() as engine,
-        running_gateway(engine.address, max_engine_sequences=2, queue_seconds=20) as url,
+        running_gateway(engine.address, max_engine_sequences=2) as url,
     ):
         await until_ready(url)
         running = most = 0
+        both = asyncio.Event()
 
         async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
             nonlocal running, most
             running += 1
             most = max(most, running)
-            try:
-                async for part in saying("hello", pause=0.01)(request, context):
-                    yield part
-            finally:
-                running -= 1
+            if running == 2:
+                both.set()
+            await both.wait()
+            async for part in saying("hello", pause=0.01)(request, context):
+                if part.finish_reason:
+                    running -= 1  # the gateway may send the next request as soon as it has this part
+                yield part
 
         engine.script = script
         assert await asyncio.gather(*(ask(url) for _ in range(7))) == ["hello"] * 7
@@ -400,7 +401,7 @@ async def test_a_model_whose_engine_is_loading_is_waited_for() -> None:
                 assert int(error.value.response.headers["retry-after"]) > 0
             assert (await http.get("/v1/models/large")).status_code == 503
         async with (
-            running_gateway(small.address, large.address, queue_seconds=20) as url,
+            running_gateway(small.address, large.address) as url,
             http_client(url) as http,
         ):
             await until_ready(url)
@@ -417,7 +418,8 @@ async def test_a_model_whose_engine_is_loading_is_waited_for() -> None:
 async def test_several_models_are_told_apart_by_name() -> None:
     async with running_engine(name="small") as small, running_engine(name="large") as large:
         small.script, large.script = saying("small"), saying("large")
-        async with running_gateway(small.address, large.address, model_aliases=("any",)) as url:
+        changes: dict[str, Any] = {"model_aliases": ("any",), "queue_seconds": 0.5}
+        async with running_gateway(small.address, large.address, **changes) as url:
             await until_up(url, 2)
             client = openai_client(url)
             assert sorted([model.id async for model in await client.models.list()]) == ["any", "large", "small"]
@@ -472,11 +474,12 @@ async def test_a_canary_gets_its_share_of_the_requests() -> None:
 
 @pytest.mark.parametrize("hurt", ["fails", "is slow"])
 async def test_a_canary_that_does_worse_loses_its_share_and_no_client_sees_an_error(hurt: str) -> None:
-    slow = saying("new")
+    longest = 0.0  # seconds of the longest answer of the old revision
 
     async def late(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
-        await asyncio.sleep(0.5)
-        async for part in slow(request, context):
+        # On a busy machine, the old revision may be slow too.
+        await asyncio.sleep(max(0.5, 2 * longest))
+        async for part in saying("new")(request, context):
             yield part
 
     async with (
@@ -486,9 +489,13 @@ async def test_a_canary_that_does_worse_loses_its_share_and_no_client_sees_an_er
         await until_up(url, 2)
         new.script = late if hurt == "is slow" else failing(grpc.StatusCode.INTERNAL, "NaN")
         # Three failures in a row eject an engine for five seconds, so the fourth failure may have to wait.
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(200):
             while not await metric(url, "nanochat_gateway_canary_returned"):
-                assert await ask(url) in (("old", "new") if hurt == "is slow" else ("old",))
+                began = time.monotonic()
+                answer = await ask(url)
+                assert answer in (("old", "new") if hurt == "is slow" else ("old",))
+                if answer == "old":
+                    longest = max(longest, time.monotonic() - began)
         assert await metric(url, "nanochat_gateway_canary_percent") == 0
         before = len(new.requests)
         assert [await ask(url) for _ in range(20)] == ["old"] * 20

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from deploy.local import free_port
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.progress import write_progress
 from nanochat_core.protos import engine_pb2 as pb
@@ -19,6 +19,7 @@ from nanochat_core.store import Lease, open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from services.engine.training_watch import TrainingWatch
 from tests.support.engine_models import BYTES, tiny_model
+from tests.support.held_port import HeldPort
 from tests.support.scripted_engine import ScriptedEngine, http_client, running_engine, running_gateway, until_ready
 from tests.support.service_process import EngineProcess
 from tests.support.tiny_training import NAME, PRETRAIN, STEPS, Job, argv, fill
@@ -29,12 +30,13 @@ WAITING = "Of 1 known engine, 1 is not ready (loading a model or shutting down).
 @contextlib.contextmanager
 def waiting_engine(home: Path) -> Iterator[str]:
     """The address of a real engine that serves the promoted model ``tiny`` of the store once there is one."""
-    port = free_port()
-    engine = EngineProcess(home, port=port, ready=False)
+    held = HeldPort()
+    engine = EngineProcess(home, port=held.port, ready=False)
     try:
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{held.port}"
     finally:
         engine.stop()
+        held.close()
 
 
 async def until_said(url: str, sentence: str | None) -> None:
@@ -65,13 +67,18 @@ async def test_the_progress_of_the_training_is_told_until_the_model_serves(tmp_p
 
 
 def test_a_training_job_tells_its_steps_and_nothing_after_its_end(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    watch = TrainingWatch(fill(home), NAME)
-    job = Job("jobs.train.pretrain", argv({**PRETRAIN, "home": str(home)}), tmp_path / "log")
-    step = re.compile(rf"jobs\.train\.pretrain: step \d+ of {STEPS}, \d:\d\d:\d\d left")
-    job.wait_until(lambda: step.fullmatch(watch.summary()) is not None)
-    assert job.wait(60) == 0, job.stderr
-    assert watch.summary() == ""
+    # The job has so many steps that it cannot end before this process looks at it.
+    for steps, code in ((100_000, 128 + signal.SIGTERM), (STEPS, 0)):
+        home = tmp_path / str(steps)
+        watch = TrainingWatch(fill(home), NAME)
+        flags = {**PRETRAIN, "home": str(home), "steps": steps}
+        job = Job("jobs.train.pretrain", argv(flags), tmp_path / f"log-{steps}")
+        if code:
+            step = re.compile(rf"jobs\.train\.pretrain: step \d+ of {steps}, \d+:\d\d:\d\d left")
+            job.wait_until(lambda watch=watch, step=step: step.fullmatch(watch.summary()) is not None)
+            job.signal(signal.SIGTERM)
+        assert job.wait(60) == code, job.stderr
+        assert watch.summary() == ""
 
 
 class Waiting(ScriptedEngine):

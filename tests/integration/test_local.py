@@ -24,6 +24,7 @@ from deploy.local import Service, answers, free_port, readable, wait_until_answe
 from nanochat_core.errors import EXIT_REFUSED, UserError
 from nanochat_core.progress import RUN, write_progress
 from nanochat_core.store import open_store
+from tests.support.held_port import HeldPort
 from tests.support.processes import children
 
 ROOT = Path(__file__).parents[2]
@@ -179,7 +180,8 @@ def test_the_owners_key_stays_and_is_made_again_if_it_is_missing(
 
 
 def test_it_says_when_a_chat_is_possible_and_stops_everything_in_order(start: Callable[..., Manager]) -> None:
-    port = free_port()
+    held = HeldPort()
+    port = held.port
     manager = start(f"--port={port}")
     manager.wait_for(rf"^nanochat is ready: http://127\.0\.0\.1:{port}$")
     pids = [manager.pid(name) for name in ("sandbox", "engine", "gateway", "teacher")]
@@ -193,6 +195,7 @@ def test_it_says_when_a_chat_is_possible_and_stops_everything_in_order(start: Ca
         "nanochat has stopped",
     ]
     assert not any(alive(pid) for pid in pids)
+    held.close()
 
 
 def test_a_service_that_dies_is_started_again(start: Callable[..., Manager]) -> None:
@@ -208,7 +211,7 @@ def test_a_service_that_dies_is_started_again(start: Callable[..., Manager]) -> 
 def test_a_dead_service_is_noticed_even_if_a_process_of_its_own_goes_on(
     folder: Path, start: Callable[..., Manager]
 ) -> None:
-    orphan = 'import subprocess; child = subprocess.Popen(["sleep", "30"])\n'
+    orphan = 'import subprocess; child = subprocess.Popen(["sleep", "300"])\n'
     orphan += 'print(f"child {child.pid}\\n", end="", flush=True)\n'
     write_service(folder, "sandbox", orphan + SERVICE)
     manager = start()
@@ -385,7 +388,7 @@ async def test_a_service_can_be_stopped_while_it_starts(folder: Path, turns: int
     for _ in range(turns):
         await asyncio.sleep(0)
     await service.stop()
-    await asyncio.wait_for(running, 20)
+    await asyncio.wait_for(running, 60)
 
 
 async def test_waiting_ends_with_an_error() -> None:
@@ -408,7 +411,7 @@ def test_readiness_is_asked_directly_whatever_proxy_is_set(monkeypatch: pytest.M
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        assert answers(f"{url}/readyz")
+        asyncio.run(wait_until_answered(f"{url}/readyz", 30, "it"))
         assert not answers(f"{url}/other")
         server.shutdown()
     assert not answers(f"{url}/readyz")
@@ -417,13 +420,12 @@ def test_readiness_is_asked_directly_whatever_proxy_is_set(monkeypatch: pytest.M
 def test_ports() -> None:
     ports = {free_port() for _ in range(20)}
     assert len(ports) > 15
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} cannot be used"):
-            free_port(port)
-    assert free_port(port) == port
+    held = HeldPort()  # so that no other program takes the port
+    refusal = pytest.raises(UserError, match=f"port {held.port} cannot be used")
+    with socket.create_server(("127.0.0.1", held.port)), refusal:
+        free_port(held.port)
+    assert free_port(held.port) == held.port
+    held.close()
 
 
 @pytest.mark.parametrize(

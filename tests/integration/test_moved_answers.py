@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "regex": {"extra_body": {"regex": "([a-z]{3,9} ){20,40}"}},
     "tools": {"logit_bias": {str(token): bias for token, bias in CALLING.items()}},
 }
+# An answer that lasts for several seconds.
+LONG: dict[str, Any] = {
+    "model": "tiny",
+    "prompt": "On and on",
+    "max_tokens": 8000,
+    "temperature": 0,
+    "logit_bias": {str(token): -100 for token in BYTES.special_ids.values()},
+    "stream": True,
+}
 REPEATS = examples(3)
 
 Choices = dict[int, dict[str, Any]]
@@ -43,7 +52,7 @@ Choices = dict[int, dict[str, Any]]
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     store, ref = open_store(str(tmp_path)), CheckpointRef("tiny", "sft", 1)
-    save_checkpoint(store, ref, model=tiny_model(context_length=1024), tokenizer=BYTES, meta={})
+    save_checkpoint(store, ref, model=tiny_model(context_length=8192), tokenizer=BYTES, meta={})
     promote(store, ref)
     return tmp_path
 
@@ -78,6 +87,27 @@ async def told(client: openai.AsyncOpenAI, kind: str, seed: int, chunks: asyncio
     return choices
 
 
+@contextlib.asynccontextmanager
+async def long_answers(client: openai.AsyncOpenAI) -> AsyncIterator[list[str]]:
+    """The texts of two equal answers, which run until the end of the block. On entry, both have begun."""
+    texts, begun = ["", ""], asyncio.Semaphore(0)
+
+    async def read(index: int) -> None:
+        async for chunk in await client.completions.create(**LONG):
+            texts[index] += chunk.choices[0].text
+            begun.release()
+
+    reading = [asyncio.create_task(read(index)) for index in range(2)]
+    try:
+        while not all(texts):
+            await begun.acquire()
+        yield texts
+    finally:
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+
 async def moves(url: str, reason: str) -> dict[str, float]:
     """For each limit in seconds, the number of moves that interrupted a stream for at most this time."""
     async with http_client(url) as http:
@@ -105,11 +135,19 @@ async def test_every_answer_is_the_one_of_an_undisturbed_run(
 
         undisturbed = await ask_all(asyncio.Semaphore(0))
         chunks = asyncio.Semaphore(0)
-        asking = asyncio.create_task(ask_all(chunks))
-        for _ in range(3 * len(requests)):  # by then, most answers have begun and none has ended
-            await chunks.acquire()
-        engines[0].process.send_signal(number)
-        disturbed = await asking
+        # The long answers still run if this process is stopped for a while, and the others end meanwhile.
+        async with long_answers(client) as texts:
+            asking = asyncio.create_task(ask_all(chunks))
+            for _ in range(3 * len(requests)):  # by then, most answers have begun
+                await chunks.acquire()
+            running = [(await asyncio.to_thread(engine.load)).running for engine in engines]
+            victim = engines[running.index(max(running))]
+            victim.process.send_signal(number)
+            disturbed = await asking
+            async with asyncio.timeout(60):
+                while not (await moves(url, reason)).get("+Inf"):
+                    await asyncio.sleep(0.05)
+        assert texts[0].startswith(texts[1]) or texts[1].startswith(texts[0])
         for request, before, after in zip(requests, undisturbed, disturbed, strict=True):
             assert after == before, request
         gaps = await moves(url, reason)
@@ -118,4 +156,4 @@ async def test_every_answer_is_the_one_of_an_undisturbed_run(
         print(f"{number.name}: {len(requests)} streams, {gaps['+Inf']:.0f} moves, each within {longest} seconds")
         assert any(choice["events"] for answer in undisturbed for choice in answer.values())
         if number == signal.SIGTERM:
-            assert engines[0].process.wait(10) == 0
+            assert victim.process.wait(60) == 0

@@ -1,5 +1,6 @@
 """The built chat page in a browser, served by a real gateway in front of a scripted engine."""
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -40,6 +41,12 @@ class ChatPage:
     async def expect_state(self, state: str) -> None:
         """Waits until the last answer is in this state."""
         await expect(self.answers.last).to_have_attribute("data-state", state)
+
+    async def until(self, found: Locator, condition: str) -> None:
+        """Waits until a JavaScript function returns true for the element."""
+        async with asyncio.timeout(30):
+            while not await found.evaluate(condition):
+                await asyncio.sleep(0.05)
 
     async def stored_answers(self) -> list[str]:
         """The texts of all complete answers in the browser's storage, including every version of an answer."""

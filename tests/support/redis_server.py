@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local import free_port
+from tests.support.held_port import HeldPort
 
 needs_redis = pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
 
@@ -24,7 +24,8 @@ class RedisServer:
     def __init__(self, folder: Path) -> None:
         """``folder`` must exist; the server keeps its data there."""
         self._folder = folder
-        self.port = free_port()
+        self._held = HeldPort()
+        self.port = self._held.port
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
 
@@ -33,7 +34,7 @@ class RedisServer:
         flags = ("--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._folder), "--save", "")
         command = ["redis-server", *flags, "--appendonly", "yes", "--appendfsync", "everysec"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not self._answers():
             assert self._process.poll() is None, "redis-server ended at start"
             assert time.monotonic() < deadline, "redis-server does not answer"

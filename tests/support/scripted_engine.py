@@ -19,6 +19,7 @@ from services.gateway.app import create_app
 from services.gateway.engines.pool import Lookup
 from services.gateway.server import Server, listen
 from services.gateway.settings import GatewaySettings
+from tests.support.held_port import HeldPort
 
 TOKENIZER = Tokenizer(
     [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"hello", b"th", b"the", b" wor", b"ld"]
@@ -177,6 +178,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             parameters=1234,
         )
         self._server: grpc.aio.Server | None = None
+        self._held: HeldPort | None = None
         self.health = _Health(self)
         self.awake = asyncio.Event()
         self.awake.set()
@@ -189,13 +191,16 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
 
     async def start(self) -> None:
         """Starts to listen. After a restart the address is the same as before."""
+        if self._held is None:
+            host, _, wanted = self.address.rpartition(":")
+            self._held = HeldPort(host.strip("[]"), int(wanted))
+            self.address = f"{host}:{self._held.port}"
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         engine_pb2_grpc.add_EngineServicer_to_server(self, self._server)
         self.health = _Health(self)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
-        port = self._server.add_insecure_port(self.address)
-        self.address = f"{self.address.rpartition(':')[0]}:{port}"
+        self._server.add_insecure_port(self.address)
         await self._server.start()
 
     async def stop(self) -> None:
@@ -242,7 +247,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
 
 def http_client(url: str) -> httpx.AsyncClient:
     """Returns an HTTP client without TLS verification. Setting TLS up takes longer than most tests."""
-    return httpx.AsyncClient(base_url=url, verify=False)
+    return httpx.AsyncClient(base_url=url, verify=False, timeout=120)
 
 
 def openai_client(url: str) -> openai.AsyncOpenAI:
@@ -292,15 +297,18 @@ async def running_gateway(
 ) -> AsyncIterator[str]:
     """Runs a gateway on a free port in this event loop, and yields its base URL.
 
-    The gateway calls ``lookup`` to find the addresses of a host name.
+    The gateway calls ``lookup`` to find the addresses of a host name. On a busy machine, everything may happen late, so
+    the gateway takes no engine for hung, refuses no request that waits and sends no heartbeat, unless ``changes`` set
+    shorter times.
     """
     settings = GatewaySettings(
         **{
             "engine_addresses": addresses,
             "poll_seconds": 0.05,
             "model_poll_seconds": 0.05,
-            "queue_seconds": 1.0,
-            "heartbeat_seconds": 5.0,
+            "health_timeout_seconds": 60.0,
+            "queue_seconds": 60.0,
+            "heartbeat_seconds": 60.0,
             "static_dir": str(static or "/nonexistent"),
             **changes,
         }

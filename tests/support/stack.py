@@ -13,6 +13,7 @@ from tests.support.processes import children, command_line
 
 ROOT = Path(__file__).parents[2]
 READY = re.compile(r"nanochat is ready: (http://127\.0\.0\.1:\d+)")
+WATCH = re.compile(r"^Watch the model learn.*(http://127\.0\.0\.1:\d+)$")
 OWNER = re.compile(r"Make it yours: (http://127\.0\.0\.1:\d+/#key=\S+)")
 
 
@@ -36,22 +37,29 @@ class Stack:
     def pid(self) -> int:
         return self._process.pid
 
-    def wait_ready(self, seconds: float = 60) -> str:
+    def wait_ready(self, seconds: float = 180) -> str:
         """Wait for the ready line and return the URL of the page."""
         return self._wait_for(READY, seconds)
 
-    def wait_owner_link(self, seconds: float = 60) -> str:
+    def wait_owner_link(self, seconds: float = 180) -> str:
         """Wait for the link that may teach the model, and return it."""
         return self._wait_for(OWNER, seconds)
+
+    def wait_watch_link(self, seconds: float = 180) -> str:
+        """Wait for the URL of the page that shows the training, and return it."""
+        return self._wait_for(WATCH, seconds)
 
     def _wait_for(self, pattern: re.Pattern[str], seconds: float) -> str:
         """Wait for a line with the pattern, and return its first group."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
+            ended = self._process.poll() is not None
+            if ended:
+                self._reader.join(30)  # so that the log has the last lines
             for line in list(self.log):
                 if match := pattern.search(line):
                     return match[1]
-            if self._process.poll() is not None:
+            if ended:
                 raise AssertionError(f"ended with {self._process.returncode}\n" + "".join(self.log))
             time.sleep(0.05)
         raise AssertionError(f"no {pattern.pattern!r} within {seconds} s\n" + "".join(self.log))
@@ -63,7 +71,7 @@ class Stack:
                 return pid
         raise AssertionError(f"no {name} among the children of {self.pid}\n" + "".join(self.log))
 
-    def stop(self, seconds: float = 40) -> int:
+    def stop(self, seconds: float = 120) -> int:
         """Send SIGINT, as Ctrl-C does, and return the exit code."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)

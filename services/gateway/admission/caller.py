@@ -66,7 +66,11 @@ class Callers:
             raise unauthorized("This API key is wrong." if secret else _MISSING)
         key = await self._keyring.find(key_id)
         if not self._keyring.fresh and (key is None or need_fresh):
-            raise admission_unavailable()
+            # The store may answer although the keys are old, because this process was stopped or busy for a while.
+            await self._keyring.refresh()
+            key = self._keyring.known(key_id)
+            if not self._keyring.fresh:
+                raise admission_unavailable()
         now = time.time()
         # A digest is compared even if the id is unknown, so that the response time does not show which ids exist.
         if not (key or _NOBODY).accepts(secret, now) or key is None:
