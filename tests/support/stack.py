@@ -48,10 +48,11 @@ class Stack:
         """Wait for a line with the pattern, and return its first group."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
+            ended = self._process.poll() is not None and not self._reader.is_alive()
             for line in list(self.log):
                 if match := pattern.search(line):
                     return match[1]
-            if self._process.poll() is not None:
+            if ended:
                 raise AssertionError(f"ended with {self._process.returncode}\n" + "".join(self.log))
             time.sleep(0.05)
         raise AssertionError(f"no {pattern.pattern!r} within {seconds} s\n" + "".join(self.log))
