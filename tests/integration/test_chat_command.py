@@ -68,7 +68,7 @@ class Terminal:
 
     async def until(self, text: str, after: int = 0) -> int:
         """Waits until ``text`` is in ``shown`` at or after the index ``after``. Returns the index of the text's end."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (found := self.shown.find(text, after)) < 0:
                 await asyncio.sleep(0.02)
         return found + len(text)
@@ -99,7 +99,7 @@ async def test_a_conversation_on_a_terminal(served: tuple[ScriptedEngine, str], 
         place = await terminal.until("there is no command /nonsense[/dim];", place)
         await terminal.until("> ", place)
         terminal.type("\x04")
-        assert await asyncio.wait_for(terminal.process.wait(), 20) == 0
+        assert await asyncio.wait_for(terminal.process.wait(), 60) == 0
         assert "**" not in terminal.shown
     messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
@@ -119,7 +119,7 @@ async def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
         terminal.type("\x03")
         place = await terminal.until("stopped", place)
         await terminal.until("> ", place)
-        await asyncio.wait_for(engine.cancelled.acquire(), 30)
+        await asyncio.wait_for(engine.cancelled.acquire(), 60)
 
 
 async def test_a_question_in_a_pipe(served: tuple[ScriptedEngine, str], tmp_path: Path) -> None:

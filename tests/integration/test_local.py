@@ -110,11 +110,14 @@ class Manager:
     def wait_for(self, pattern: str, count: int = 1) -> list[re.Match[str]]:
         """Wait until ``count`` lines match, and return their matches."""
         deadline = time.monotonic() + 60
-        while len(found := [match for line in self.lines if (match := re.search(pattern, line))]) < count:
+        while True:
+            reads = self._reader.is_alive()
+            found = [match for line in list(self.lines) if (match := re.search(pattern, line))]
+            if len(found) >= count:
+                return found[:count]
             assert time.monotonic() < deadline, self.lines
-            assert self._reader.is_alive(), self.lines
+            assert reads, self.lines
             time.sleep(0.01)
-        return found[:count]
 
     def pid(self, service: str, start: int = 1) -> int:
         """Process id of a service when it started for the ``start``-th time."""
@@ -132,7 +135,7 @@ class Manager:
 
     def end(self) -> int:
         code = self._process.wait(60)
-        self._reader.join(10)
+        self._reader.join(60)
         return code
 
 
@@ -374,7 +377,7 @@ async def test_a_service_that_does_not_listen_is_killed(
     while "ready" not in capfd.readouterr().out:
         await asyncio.sleep(0.01)
     await service.stop()
-    await asyncio.wait_for(running, 30)
+    await asyncio.wait_for(running, 60)
     assert "does not stop; killing it" in capfd.readouterr().out
 
 
@@ -385,7 +388,7 @@ async def test_a_service_can_be_stopped_while_it_starts(folder: Path, turns: int
     for _ in range(turns):
         await asyncio.sleep(0)
     await service.stop()
-    await asyncio.wait_for(running, 20)
+    await asyncio.wait_for(running, 60)
 
 
 async def test_waiting_ends_with_an_error() -> None:
@@ -408,7 +411,7 @@ def test_readiness_is_asked_directly_whatever_proxy_is_set(monkeypatch: pytest.M
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        assert answers(f"{url}/readyz")
+        assert any(answers(f"{url}/readyz") for _ in range(5))  # on a busy machine, an answer may come too late
         assert not answers(f"{url}/other")
         server.shutdown()
     assert not answers(f"{url}/readyz")
