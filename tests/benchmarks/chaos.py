@@ -268,7 +268,8 @@ async def disturb(stack: ChaosStack, report: Report, rng: random.Random, seconds
 async def run_chaos(minutes: float, seed: int, clients: int = CLIENTS, least: int = 0) -> Report:
     """Start all services, record the undisturbed answers, and disturb the services for ``minutes``.
 
-    On a busy machine, ``least`` actions may take longer. At the end, repair the services and let the last requests finish.
+    On a busy machine, ``least`` actions may take longer. At the end, repair the services and let the last requests
+    finish.
     """
     report = Report()
     with tempfile.TemporaryDirectory() as home:

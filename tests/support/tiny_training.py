@@ -142,7 +142,9 @@ class Saved:
     model: str = NAME
 
     def __call__(self, _log: Path) -> bool:
-        return any(ref.step >= self.step for ref in list_checkpoints(open_store(str(self.home)), self.model, self.stage))
+        return any(
+            ref.step >= self.step for ref in list_checkpoints(open_store(str(self.home)), self.model, self.stage)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import gc
 import threading
-import time
 from typing import Any
 
 import pytest
