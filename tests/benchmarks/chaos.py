@@ -240,10 +240,10 @@ def difference(expected: list[Any], got: list[Any]) -> str:
     return f"{len(got)} choices in place of {len(expected)}"
 
 
-async def disturb(stack: ChaosStack, report: Report, rng: random.Random, seconds: float) -> None:
-    """Kill, stop, continue, end or start random processes for ``seconds``."""
+async def disturb(stack: ChaosStack, report: Report, rng: random.Random, seconds: float, least: int) -> None:
+    """Kill, stop, continue, end or start random processes for ``seconds``, or longer if ``least`` actions need it."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end or report.actions.total() < least:
         await asyncio.sleep(rng.expovariate(1 / PAUSE_SECONDS))
         for instance in stack.instances:
             if instance.state is State.STOPPED and time.monotonic() - instance.harms[-1].at > LONGEST_STOP_SECONDS:
@@ -265,10 +265,11 @@ async def disturb(stack: ChaosStack, report: Report, rng: random.Random, seconds
         print(f"{time.strftime('%H:%M:%S')}  {instance.name}: {action}", flush=True)
 
 
-async def run_chaos(minutes: float, seed: int, clients: int = CLIENTS) -> Report:
+async def run_chaos(minutes: float, seed: int, clients: int = CLIENTS, least: int = 0) -> Report:
     """Start all services, record the undisturbed answers, and disturb the services for ``minutes``.
 
-    At the end, repair the services and let the last requests finish.
+    On a busy machine, ``least`` actions may take longer. At the end, repair the services and let the last requests
+    finish.
     """
     report = Report()
     with tempfile.TemporaryDirectory() as home:
@@ -278,7 +279,7 @@ async def run_chaos(minutes: float, seed: int, clients: int = CLIENTS) -> Report
             await load.learn()
             began = time.monotonic()
             running = [asyncio.create_task(load.run()) for _ in range(clients)]
-            await disturb(stack, report, random.Random(seed), 60 * minutes)
+            await disturb(stack, report, random.Random(seed), 60 * minutes, least)
             try:
                 await stack.heal(START_SECONDS)
             except TimeoutError as error:

@@ -11,7 +11,7 @@ The exit code is 0 if all of these claims hold, otherwise 1:
 - Equal requests get equal answers, and the results of Python calls are correct.
 - At the end no request runs, waits or holds a cache block.
 - Within small tolerances, engine and sandbox hold no more memory than after the first 2,000 requests, and no more
-  threads, files and processes than at the first measurement.
+  threads, files and processes than in the first half of the measurements.
 """
 
 from __future__ import annotations
@@ -336,13 +336,16 @@ def _check_end(report: Report, count: int) -> None:
             report.failures.append(
                 f"the {name} holds {_mib(after)} MiB, but held {_mib(before)} MiB after {warm.requests} requests"
             )
-        start, end = getattr(report.samples[0], name), getattr(report.samples[-1], name)
+        # On a busy machine, one measurement may find a sandbox whose next processes have not started yet.
+        first_half = [getattr(sample, name) for sample in report.samples[: max(len(report.samples) // 2, 1)]]
+        end = getattr(report.samples[-1], name)
         for field in ("threads", "files", "children"):
-            first, last = getattr(start, field), getattr(end, field)
+            first, last = max(getattr(usage, field) for usage in first_half), getattr(end, field)
             # The sandbox starts processes when calls arrive, and keeps a few files open for each process.
-            held = FILES_PER_CHILD * max(end.children - start.children, 0) if field == "files" else 0
+            more = end.children - max(usage.children for usage in first_half)
+            held = FILES_PER_CHILD * max(more, 0) if field == "files" else 0
             if last > first + held + COUNT_TOLERANCE:
-                report.failures.append(f"the {name} has {last} {field}, but had {first} at first")
+                report.failures.append(f"the {name} has {last} {field}, but had at most {first} in the first half")
 
 
 @contextlib.contextmanager

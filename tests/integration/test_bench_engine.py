@@ -166,14 +166,14 @@ def test_a_second_run_does_not_find_the_prompts_of_the_first_in_the_cache(
 
 
 def test_an_engine_that_has_no_room_refuses_and_that_is_counted(service: EngineProcess, tmp_path: Path) -> None:
-    changes = {"mixes": ("fixed",), "rate": ("100000",), "requests": 40, "output_tokens": 100}
+    changes = {"mixes": ("fixed",), "rate": ("100000",), "requests": 40, "output_tokens": 400}
     result, lines = bench(tmp_path, endpoint=f"grpc://{service.address}", **changes)
     (row,) = result["rows"]
     assert row["answered"] >= 12  # at least 4 requests run and 8 wait
     assert row["answered"] + row["refused"] == 40
     assert row["refused"] > 0
     assert row["errors"] == {"RESOURCE_EXHAUSTED": row["refused"]}
-    assert row["output_tokens"] == 100 * row["answered"]
+    assert row["output_tokens"] == 400 * row["answered"]
     assert str(row["refused"]) in lines[-1]
 
 
@@ -196,15 +196,17 @@ async def test_a_gateway_before_an_engine_process_is_measured(service: EnginePro
 
 
 @pytest.mark.parametrize(
-    ("script", "errors", "refused"),
+    ("script", "errors", "refused", "timeout"),
     [
-        (failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "full"), {"RESOURCE_EXHAUSTED": 4}, 4),
-        (failing(grpc.StatusCode.INTERNAL, "broken", after=saying("hello")), {"INTERNAL": 4}, 0),
-        (hanging("hello"), {"no end after 0.5 seconds": 4}, 0),
+        (failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "full"), {"RESOURCE_EXHAUSTED": 4}, 4, 60.0),
+        (failing(grpc.StatusCode.INTERNAL, "broken", after=saying("hello")), {"INTERNAL": 4}, 0, 60.0),
+        (hanging("hello"), {"no end after 4 seconds": 4}, 0, 4.0),
     ],
     ids=["full", "in mid-stream", "silent"],
 )
-async def test_engines_that_fail_are_told_apart(script: Any, errors: Any, refused: int, tmp_path: Path) -> None:
+async def test_engines_that_fail_are_told_apart(
+    script: Any, errors: Any, refused: int, timeout: float, tmp_path: Path
+) -> None:
     async with running_engine() as engine:
         good = saying(*["hello"] * 3)
         asked = 0
@@ -223,7 +225,7 @@ async def test_engines_that_fail_are_told_apart(script: Any, errors: Any, refuse
             endpoint=f"grpc://{engine.address}",
             mixes=("fixed",),
             batch_sizes=("2", "2"),
-            timeout_seconds=0.5,
+            timeout_seconds=timeout,
         )
     answered, failed = result["rows"]
     assert (answered["answered"], answered["errors"]) == (4, {})
@@ -248,11 +250,14 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
 
     events: Callable[[int], list[Any] | int]
     asked: list[dict[str, Any]]
+    counting = threading.Lock()
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.asked.append(body)
-        events = self.events(len(self.asked))
+        with self.counting:  # each request runs in a thread of its own
+            self.asked.append(body)
+            number = len(self.asked)
+        events = self.events(number)
         if self.headers["authorization"] != f"Bearer {KEY}":
             events = 401
         if isinstance(events, int):

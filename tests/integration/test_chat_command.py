@@ -119,7 +119,7 @@ async def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
         terminal.type("\x03")
         place = await terminal.until("stopped", place)
         await terminal.until("> ", place)
-        await asyncio.wait_for(engine.cancelled.acquire(), 30)
+        await asyncio.wait_for(engine.cancelled.acquire(), 60)
 
 
 async def test_a_question_in_a_pipe(served: tuple[ScriptedEngine, str], tmp_path: Path) -> None:

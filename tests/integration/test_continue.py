@@ -16,7 +16,7 @@ from nanochat_core.checkpoint import CheckpointRef, load_checkpoint
 from nanochat_core.checkpoint.manifest import WEIGHTS, Manifest
 from nanochat_core.settings import load
 from nanochat_core.store import Store
-from tests.support.tiny_training import NAME, PRETRAIN, STEPS, Jobs, Result, fill, sentences
+from tests.support.tiny_training import NAME, PRETRAIN, STEPS, Jobs, OwnSignal, Result, fill, sentences
 
 MODULE = "jobs.train.pretrain"
 OTHER = "other"
@@ -120,10 +120,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs:
     (last,) = jobs.steps("base", "whole")[-1:]
     first = min(jobs.result("base", last, "whole").meta["constant_until"], last)
     for at in (first + 4, first + 12):
-        job = jobs.start(MODULE, START | WHERE | flags)
-        job.wait_until(lambda at=at: max(jobs.steps("base", "more"), default=0) >= at)  # type: ignore[misc]
-        job.signal(signal.SIGKILL)
-        assert job.wait() == -signal.SIGKILL
+        kill = OwnSignal(signal.SIGKILL, jobs.saved("base", at, "more"))
+        assert jobs.start(MODULE, START | WHERE | flags, own_signal=kill).wait() == -signal.SIGKILL
     jobs.run(MODULE, START | WHERE | flags)
     assert jobs.result("base", last, "more") == jobs.result("base", last, "whole")
 

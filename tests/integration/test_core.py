@@ -22,10 +22,12 @@ from nanochat_core.model import GPT
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.support.core_bundles import random_tasks, write_bundle
-from tests.support.tiny_training import PRETRAIN, Jobs, fill
+from tests.support.tiny_training import PRETRAIN, Files, Jobs, OwnSignal, fill
 
 MODULE, NAME, REF = "jobs.eval.core", "random", CheckpointRef("random", "base", 3)
 TASKS = random_tasks(15, items=30)
+# The files of finished parts.
+PARTS = "evaluations/**/parts-*/*.json"
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def result(jobs: Jobs) -> dict[str, Any]:
 
 
 def parts(jobs: Jobs) -> list[Path]:
-    return sorted(jobs.home.glob("evaluations/**/parts-*/*.json"))
+    return sorted(jobs.home.glob(PARTS))
 
 
 def test_the_result_is_kept_and_shown(
@@ -103,10 +105,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_result_and_repeats_nothing_t
 ) -> None:
     before: dict[Path, int] = {}
     for finished in (2, 7):
-        job = jobs.start(MODULE, flags)
-        job.wait_until(lambda at=finished: len(parts(jobs)) >= at)  # type: ignore[misc]
-        job.signal(signal.SIGKILL)
-        assert job.wait() == -signal.SIGKILL
+        kill = OwnSignal(signal.SIGKILL, Files(jobs.home, PARTS, finished))
+        assert jobs.start(MODULE, flags, own_signal=kill).wait() == -signal.SIGKILL
         # No part was written again.
         assert before.items() <= (before := {path: path.stat().st_ino for path in parts(jobs)}).items()
     assert len(before) < len(TASKS), "it was killed before its end"
@@ -140,9 +140,9 @@ def test_two_ranks_come_to_the_result_of_one_also_where_one_of_them_dies(
     assert [rank.wait() for rank in pair] == [0, 0], [rank.stderr for rank in pair]
     assert result(jobs).items() >= expected.items()
     shutil.rmtree(jobs.home / "evaluations")
-    pair = jobs.start_ranks(2, MODULE, flags, rank_timeout=20)
-    pair[0].wait_until(lambda: len(parts(jobs)) >= 3)
-    pair[1].signal(signal.SIGKILL)
+    kill = OwnSignal(signal.SIGKILL, Files(jobs.home, PARTS, 3))
+    pair = jobs.start_ranks(2, MODULE, flags, {1: kill}, rank_timeout=20)
+    assert pair[1].wait() == -signal.SIGKILL
     assert pair[0].wait() == 138
     left = {path: path.stat().st_ino for path in parts(jobs)}
     assert 3 <= len(left) < len(TASKS)

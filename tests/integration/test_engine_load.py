@@ -25,6 +25,8 @@ FIRST, SECOND = CheckpointRef("tiny", "sft", 1), CheckpointRef("tiny", "sft", 2)
 # A model that calls Python again and again.
 CALLS = CheckpointRef("calls", "sft", 1)
 CALLING = "<|python_start|>6*7<|python_end|><|output_end|>ok"
+# Answers last for seconds, so that a test can act while they run, even if it has to wait for the processor.
+SLOW, UNHURRIED = "tests.support.slow_engine", ("--speculative-tokens", "0")
 PROMPTS = [list(range(10 * i, 11 * i + 3)) for i in range(10)]
 
 
@@ -98,7 +100,7 @@ def alone(model: GPT, max_tokens: int) -> list[list[int]]:
 
 
 async def test_a_promotion_under_a_hundred_streams_changes_none_of_them(home: Path) -> None:
-    service = EngineProcess(home, "--max-running", "120")
+    service = EngineProcess(home, "--max-running", "120", *UNHURRIED, module=SLOW)
     with ending(service):
         async with stub_of(service) as stub:
             old = [Stream(stub, job(i, 200)) for i in range(100)]
@@ -155,7 +157,7 @@ async def test_a_killed_sandbox_under_load_is_an_error_to_read_and_works_again_o
 
 
 async def test_at_the_end_running_and_queued_streams_get_all_their_tokens(home: Path) -> None:
-    service = EngineProcess(home, "--max-running", "10", "--max-waiting", "20")
+    service = EngineProcess(home, "--max-running", "10", "--max-waiting", "20", *UNHURRIED, module=SLOW)
     with ending(service):
         async with stub_of(service) as stub:
             streams = [Stream(stub, job(i, 120)) for i in range(30)]
@@ -166,7 +168,7 @@ async def test_at_the_end_running_and_queued_streams_get_all_their_tokens(home: 
                 await Stream(stub, job(0, 10)).reading
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
             tokens = [await stream.reading for stream in streams]
-        assert service.process.wait(30) == 0
+        assert service.process.wait(60) == 0
     assert tokens == alone(tiny_model(context_length=CONTEXT), 120) * 3
 
 

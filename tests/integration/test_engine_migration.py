@@ -156,7 +156,9 @@ def test_a_stream_goes_on_at_another_engine_before_within_and_after_a_python_cal
     # A client may also have received only a part of the output.
     [choice] = said(whole[: came + 1])
     output = [token for token in choice.tokens if token.forced]
-    del choice.tokens[-len(output) + 1 :]
+    first_forced = next(i for i, token in enumerate(choice.tokens) if token.forced)
+    del choice.tokens[first_forced + 1 :]  # on a busy machine, text after the output may be in the same chunk
+    choice.finished = False
     rest = list(second.generate(prompt, continued=[choice], **fields))
     assert [token for chunk in rest for token in chunk.tokens if token.forced] == output[1:]
     assert not any(chunk.tool_events for chunk in rest)
@@ -214,8 +216,7 @@ def test_the_load_has_the_tokens_that_wait(started: Any) -> None:
     next(running)
     assert engine.load().waiting_tokens == 0
     waiting = engine.generate(range(200), continued=[pb.Continuation(tokens=[pb.Token(id=1)] * 50)])
-    while engine.load().waiting == 0:
-        time.sleep(0.01)
+    engine.wait_load(running=1, waiting=1)
     assert engine.load().waiting_tokens == 250
     assert engine.metrics()["nanochat_engine_waiting_tokens"] == 250
     for call in (running, waiting):
@@ -230,8 +231,7 @@ def test_an_engine_that_drains_tells_every_call_and_ends_when_they_have_moved(
     calls = [draining.generate(prompt, sampling=ENDLESS) for prompt in prompts[:2]]
     begun = [[next(calls[0])], [next(calls[1])], [], []]
     calls += [draining.generate(prompt, sampling=ENDLESS) for prompt in prompts[2:]]  # two requests run, and two wait
-    while draining.load().waiting < 2:
-        time.sleep(0.01)
+    draining.wait_load(running=2, waiting=2)
     health = draining.health()
     draining.process.send_signal(signal.SIGTERM)
     ended = time.monotonic()
@@ -254,7 +254,7 @@ def test_an_engine_that_drains_tells_every_call_and_ends_when_they_have_moved(
     )
     for call in calls:
         call.cancel()
-    assert draining.process.wait(30) == 0
+    assert draining.process.wait(60) == 0
     assert told < 15
     assert time.monotonic() - ended < 30  # half of the time that the drain may take
     sampling = ENDLESS | {"max_tokens": sum(len(chunk.tokens) for chunk in begun[0]) + 30}

@@ -111,11 +111,14 @@ class Manager:
     def wait_for(self, pattern: str, count: int = 1) -> list[re.Match[str]]:
         """Wait until ``count`` lines match, and return their matches."""
         deadline = time.monotonic() + 60
-        while len(found := [match for line in self.lines if (match := re.search(pattern, line))]) < count:
+        while True:
+            reads = self._reader.is_alive()
+            found = [match for line in list(self.lines) if (match := re.search(pattern, line))]
+            if len(found) >= count:
+                return found[:count]
             assert time.monotonic() < deadline, self.lines
-            assert self._reader.is_alive(), self.lines
+            assert reads, self.lines
             time.sleep(0.01)
-        return found[:count]
 
     def pid(self, service: str, start: int = 1) -> int:
         """Process id of a service when it started for the ``start``-th time."""
@@ -133,7 +136,7 @@ class Manager:
 
     def end(self) -> int:
         code = self._process.wait(60)
-        self._reader.join(10)
+        self._reader.join(60)
         return code
 
 
@@ -377,7 +380,7 @@ async def test_a_service_that_does_not_listen_is_killed(
     while "ready" not in capfd.readouterr().out:
         await asyncio.sleep(0.01)
     await service.stop()
-    await asyncio.wait_for(running, 30)
+    await asyncio.wait_for(running, 60)
     assert "does not stop; killing it" in capfd.readouterr().out
 
 

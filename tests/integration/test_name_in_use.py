@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanochat_core.store import Lease
-from tests.support.tiny_training import NAME, PRETRAIN, Jobs, fill
+from tests.support.tiny_training import NAME, PRETRAIN, Jobs, OwnSignal, fill
 
 MODULE = "jobs.train.pretrain"
 LEASE = f"leases/models/{NAME}.json"
@@ -54,9 +54,10 @@ def test_of_two_runs_one_trains_and_one_is_told_and_may_take_over_after_kill_9(j
 
 def test_a_run_whose_name_was_taken_over_ends_and_deletes_nothing(jobs: Jobs) -> None:
     """The first run is suspended, like a laptop that sleeps, while another machine takes over its lease."""
-    first = jobs.start(MODULE, PRETRAIN, steps=100_000, save_every=4)
-    first.wait_until(lambda: max(jobs.steps("base"), default=0) >= 8)
-    first.signal(signal.SIGSTOP)
+    # The delay is shorter than the hundred steps to the next checkpoint, so nothing is being written at that moment.
+    suspended = OwnSignal(signal.SIGSTOP, jobs.saved("base", 100), delay=0.1)
+    first = jobs.start(MODULE, PRETRAIN, own_signal=suspended, steps=100_000, save_every=100)
+    first.wait_until(lambda: first.stopped)
     lease: dict[str, Any] = json.loads(jobs.store.read(LEASE))
     lease |= {"token": "another", "machine": "another", "program": "another", "pid": 1}
     jobs.store.write(LEASE, json.dumps(lease).encode())

@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from nanochat_core.errors import EXIT_REFUSED, UserError
 from nanochat_core.progress import read_progress
 from nanochat_core.store import Store, open_store
 from tests.support.processes import FORKSERVER
-from tests.support.tiny_training import TINY_PRETRAIN, TINY_SFT, Job, sentences
+from tests.support.tiny_training import TINY_PRETRAIN, TINY_SFT, Job, OwnSignal, Saved, sentences
 
 MODEL = "mine"
 TOKENIZER, PRETRAIN, SFT, RL, REPORT = (
@@ -96,6 +95,7 @@ class Again:
     folder: Path
     stages: list[str] = dataclasses.field(default_factory=list)
     jobs: list[Job] = dataclasses.field(default_factory=list)
+    own_signal: OwnSignal | None = None  # of the pretraining
 
     def run(self, recipe: Recipe = RECIPE, **changes: Any) -> list[str]:
         self.stages.clear()
@@ -131,7 +131,8 @@ def again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ag
 
         def __init__(self, module: str, arguments: list[str], environment: dict[str, str]) -> None:
             made.stages.append(module)
-            job = Job(module, arguments, tmp_path / f"{module}-{time.monotonic_ns()}.log", environment)
+            own_signal = made.own_signal if module == PRETRAIN else None
+            job = Job(module, arguments, tmp_path / f"{module}-{time.monotonic_ns()}.log", environment, own_signal)
             made.jobs.append(job)
             self.wait, self.send_signal = job.wait, job.signal
 
@@ -402,16 +403,9 @@ def test_a_failing_stage_ends_the_pipeline_with_its_exit_code(again: Again, capl
 
 def test_a_killed_stage_is_reported_as_such(again: Again) -> None:
     shutil.rmtree(again.home / "models")
-
-    def kill() -> None:
-        wait_for(lambda: bool(base_steps(again.folder)))
-        again.jobs[-1].signal(signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
+    again.own_signal = OwnSignal(signal.SIGKILL, Saved(again.home, "base", 1, MODEL))
     with pytest.raises(SystemExit) as ended:
         again.run(LONG)
-    killer.join()
     assert ended.value.code == 128 + signal.SIGKILL
     assert again.stages == [PRETRAIN]
 
@@ -482,8 +476,8 @@ def test_sigterm_between_stages_ends_the_pipeline(again: Again) -> None:
     assert again.stages == []
 
 
-# This run is long enough to be interrupted, even on a busy machine.
-LONG = dataclasses.replace(RECIPE, pretrain={**RECIPE.pretrain, "steps": 150})
+# This run is long enough to be interrupted, even if the interrupting process has to wait for the processor.
+LONG = dataclasses.replace(RECIPE, pretrain={**RECIPE.pretrain, "steps": 400})
 
 
 def run_pipeline(folder: Path) -> None:

@@ -8,14 +8,25 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from nanochat_core.device import cpu_multiplies_bf16
 from nanochat_core.tokenizer import Tokenizer
-from tests.support.tiny_training import NAME, PRETRAIN, ROOT, STEPS, Jobs, Result, argv, damage, fill
+from tests.support.tiny_training import (
+    NAME,
+    PRETRAIN,
+    ROOT,
+    STEPS,
+    Jobs,
+    Logged,
+    OwnSignal,
+    Result,
+    argv,
+    damage,
+    fill,
+)
 
 MODULE = "jobs.train.pretrain"
 # The last step before the warmdown.
@@ -69,19 +80,16 @@ def test_what_was_trained_on_and_how_is_stored_with_the_model(uninterrupted: Res
 def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs: Jobs, uninterrupted: Result) -> None:
     rng = random.Random(5)
     for resumed_from in (8, 20, 32):
-        job = jobs.start(MODULE, PRETRAIN)
-        job.wait_until(lambda at=resumed_from: max(jobs.steps("base"), default=0) >= at)  # type: ignore[misc]
-        time.sleep(rng.uniform(0, 0.05))  # the signal arrives during a step, an evaluation or a checkpoint
-        job.signal(signal.SIGKILL)
-        assert job.wait() == -signal.SIGKILL
+        # The signal arrives during a step, an evaluation or a checkpoint.
+        kill = OwnSignal(signal.SIGKILL, jobs.saved("base", resumed_from), delay=rng.uniform(0, 0.05))
+        assert jobs.start(MODULE, PRETRAIN, own_signal=kill).wait() == -signal.SIGKILL
     jobs.run(MODULE, PRETRAIN)
     assert jobs.result("base") == uninterrupted
 
 
 def test_sigterm_saves_the_step_that_was_running(jobs: Jobs, uninterrupted: Result) -> None:
-    job = jobs.start(MODULE, PRETRAIN, save_every=0)
-    job.wait_until(lambda: any(event["event"] == "training" for event in job.events))
-    job.signal(signal.SIGTERM)
+    stop = OwnSignal(signal.SIGTERM, Logged("training"))
+    job = jobs.start(MODULE, PRETRAIN, own_signal=stop, save_every=0)
     assert job.wait() == 128 + signal.SIGTERM
     stopped = jobs.steps("base")[-1]
     assert 0 < stopped < STEPS
@@ -139,10 +147,8 @@ def test_a_finished_run_is_left_alone(jobs: Jobs) -> None:
 
 def stopped_at(jobs: Jobs, step: int) -> None:
     """Kill a run after it has written the checkpoint of this step."""
-    job = jobs.start(MODULE, PRETRAIN)
-    job.wait_until(lambda: max(jobs.steps("base"), default=0) >= step)
-    job.signal(signal.SIGKILL)
-    job.wait()
+    kill = OwnSignal(signal.SIGKILL, jobs.saved("base", step))
+    assert jobs.start(MODULE, PRETRAIN, own_signal=kill).wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import shutil
 import signal
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from nanochat_core.device import cpu_multiplies_bf16
 from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.training.distributed import RankLost, Ranks, joined
 from tests.support.ranks import run_ranks
-from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Job, Jobs, Result, fill
+from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Job, Jobs, OwnSignal, Result, fill
 
 PRETRAIN_MODULE, SFT_MODULE = "jobs.train.pretrain", "jobs.train.sft"
 # One rank computes two micro-batches, and two ranks compute one each. Therefore the sums are rounded equally.
@@ -69,13 +68,10 @@ def test_two_ranks_pretrain_and_fine_tune_to_the_bit_as_one(jobs: Jobs, one_rank
 
 
 def test_a_run_moves_from_one_rank_to_two_and_back(jobs: Jobs, one_rank: Jobs) -> None:
-    alone = jobs.start(PRETRAIN_MODULE, FLAGS)
-    alone.wait_until(lambda: max(jobs.steps("base"), default=0) >= 12)
-    alone.signal(signal.SIGKILL)
-    alone.wait()
-    pair = jobs.start_ranks(2, PRETRAIN_MODULE, FLAGS)
-    pair[0].wait_until(lambda: max(jobs.steps("base")) >= 32)
-    pair[0].signal(signal.SIGTERM)
+    kill = OwnSignal(signal.SIGKILL, jobs.saved("base", 12))
+    assert jobs.start(PRETRAIN_MODULE, FLAGS, own_signal=kill).wait() == -signal.SIGKILL
+    stop = OwnSignal(signal.SIGTERM, jobs.saved("base", 32))
+    pair = jobs.start_ranks(2, PRETRAIN_MODULE, FLAGS, {0: stop})
     assert [rank.wait() for rank in pair] == [128 + signal.SIGTERM] * 2, "told to one, obeyed by all"
     assert 32 <= max(jobs.steps("base")) < STEPS
     jobs.run(PRETRAIN_MODULE, FLAGS)
@@ -93,9 +89,7 @@ def test_four_ranks_hold_their_shares_in_files_of_their_own(jobs: Jobs) -> None:
 def test_when_a_rank_dies_the_other_ends_with_a_code_to_restart_on_and_nothing_is_lost(
     jobs: Jobs, one_rank: Jobs
 ) -> None:
-    pair = jobs.start_ranks(2, PRETRAIN_MODULE, FLAGS)
-    pair[0].wait_until(lambda: max(jobs.steps("base"), default=0) >= 8)
-    pair[1].signal(signal.SIGKILL)
+    pair = jobs.start_ranks(2, PRETRAIN_MODULE, FLAGS, {1: OwnSignal(signal.SIGKILL, jobs.saved("base", 8))})
     assert pair[0].wait() == RetryableError.exit_code
     (line,) = [line for line in pair[0].stderr.splitlines() if "error:" in line]
     assert "another rank has ended or did not answer in time; run again" in line
@@ -104,13 +98,12 @@ def test_when_a_rank_dies_the_other_ends_with_a_code_to_restart_on_and_nothing_i
 
 
 def test_a_rank_that_hangs_ends_the_job_after_the_timeout(jobs: Jobs) -> None:
-    pair = jobs.start_ranks(2, PRETRAIN_MODULE, FLAGS, rank_timeout=3)
-    pair[0].wait_until(lambda: max(jobs.steps("base"), default=0) >= 8)
-    pair[1].signal(signal.SIGSTOP)
-    started = time.monotonic()
+    """The timeout is long enough for a busy machine, and much shorter than the default of ten minutes."""
+    hang = OwnSignal(signal.SIGSTOP, jobs.saved("base", 8))
+    pair = jobs.start_ranks(2, PRETRAIN_MODULE, FLAGS, {1: hang}, rank_timeout=10)
     try:
-        assert pair[0].wait() == RetryableError.exit_code
-        assert time.monotonic() - started < 60
+        assert pair[0].wait(120) == RetryableError.exit_code
+        assert max(jobs.steps("base")) >= 8
     finally:
         pair[1].signal(signal.SIGKILL)
         pair[1].wait()
@@ -160,11 +153,9 @@ def test_any_number_of_ranks_trains_to_the_loss_of_one(
 
 
 def test_a_run_moves_from_three_ranks_to_two_to_five(jobs: Jobs, one_rank: Jobs) -> None:
-    ranks: list[Job] = []
     for size, until in ((3, 12), (2, 24)):
-        ranks = jobs.start_ranks(size, PRETRAIN_MODULE, FLAGS)
-        ranks[0].wait_until(lambda until=until: max(jobs.steps("base"), default=0) >= until)  # type: ignore[misc]
-        ranks[0].signal(signal.SIGTERM)
+        stop = OwnSignal(signal.SIGTERM, jobs.saved("base", until))
+        ranks = jobs.start_ranks(size, PRETRAIN_MODULE, FLAGS, {0: stop})
         assert [rank.wait() for rank in ranks] == [128 + signal.SIGTERM] * size
     finish(jobs.start_ranks(5, PRETRAIN_MODULE, FLAGS))
     assert_close(jobs.result("base"), one_rank.result("base"))

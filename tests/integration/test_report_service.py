@@ -16,7 +16,7 @@ from nanochat_core.training.checkpoint_writer import save_checkpoint
 from services.engine import model_report
 from services.engine.model_report import read_report
 from tests.support.engine_models import BYTES, tiny_model
-from tests.support.scripted_engine import http_client, running_engine, running_gateway, until_ready
+from tests.support.scripted_engine import ScriptedEngine, http_client, running_engine, running_gateway, until_ready
 from tests.support.service_process import EngineProcess
 
 PNG = b"\x89PNG\r\n\x1a\n and so on"
@@ -124,18 +124,20 @@ async def test_a_browser_gets_no_other_kind_of_file_whatever_the_engine_calls_it
         pb.ReportFile(name="report.md", media_type="text/markdown", content=b"# Here"),
     ]
 
-    async def get_report(_request: Any, _context: Any) -> pb.Report:
-        return pb.Report(model="nano", files=files)
+    class Reporting(ScriptedEngine):
+        async def GetReport(self, _request: Any, _context: Any) -> pb.Report:
+            return pb.Report(model="nano", files=files)
 
     async with running_engine() as engine, running_gateway(engine.address) as url, http_client(url) as http:
         await until_ready(url)
         assert (await http.get("/report/report.md")).status_code == 404, "an engine that knows no reports"
-        engine.GetReport = get_report  # type: ignore[method-assign]
-        await engine.stop()
-        await engine.start()
+    reporting = Reporting()
+    await reporting.start()
+    async with running_gateway(reporting.address) as url, http_client(url) as http:
         await until_ready(url)
         assert (await http.get("/report/page.html")).status_code == 404
         assert (await http.get("/report/report.md")).text == "# Here"
+    await reporting.stop()
 
 
 async def test_the_page_is_that_of_the_build_or_says_that_there_is_none(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import math
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from nanochat_core.model import GPT
 from nanochat_core.store import open_store
 from nanochat_core.tokenizer import ASSISTANT_END
 from nanochat_core.training.checkpoint_writer import save_checkpoint
-from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, fill
+from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Logged, OwnSignal, Result, fill
 
 MODULE = "jobs.train.rl"
 RL_STEPS = 16
@@ -132,20 +131,15 @@ def test_the_lineage_is_stored_with_the_model(uninterrupted: Result, with_sft: P
 def test_killed_at_random_moments_it_ends_with_the_same_weights_and_rewards(jobs: Jobs, uninterrupted: Result) -> None:
     rng = random.Random(7)
     for resumed_from in (4, 10):
-        job = jobs.start(MODULE, RL)
-        job.wait_until(lambda at=resumed_from: max(jobs.steps("rl"), default=0) >= at)  # type: ignore[misc]
-        time.sleep(rng.uniform(0, 0.1))
-        job.signal(signal.SIGKILL)
-        assert job.wait() == -signal.SIGKILL
+        kill = OwnSignal(signal.SIGKILL, jobs.saved("rl", resumed_from), delay=rng.uniform(0, 0.1))
+        assert jobs.start(MODULE, RL, own_signal=kill).wait() == -signal.SIGKILL
     jobs.run(MODULE, RL)
     assert jobs.result("rl", RL_STEPS) == uninterrupted
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(jobs: Jobs, uninterrupted: Result) -> None:
-    job = jobs.start(MODULE, RL, save_every=0)
-    job.wait_until(lambda: any(event["event"] == "training" for event in job.events))
-    job.signal(signal.SIGTERM)
-    assert job.wait() == 128 + signal.SIGTERM
+    stop = OwnSignal(signal.SIGTERM, Logged("training"))
+    assert jobs.start(MODULE, RL, own_signal=stop, save_every=0).wait() == 128 + signal.SIGTERM
     assert len(jobs.steps("rl")) == 1
     jobs.run(MODULE, RL)
     assert jobs.result("rl", RL_STEPS) == uninterrupted
@@ -168,10 +162,8 @@ def test_asynchronous_runs_killed_go_on_alike(jobs: Jobs, with_sft: Path, tmp_pa
     whole.run(MODULE, flags)
     expected = whole.result("rl", 10)
     assert all({"kl", "clipped"} <= point.keys() for point in expected.history[1:])
-    job = jobs.start(MODULE, flags)
-    job.wait_until(lambda: max(jobs.steps("rl"), default=0) >= 4)
-    job.signal(signal.SIGKILL)
-    job.wait()
+    kill = OwnSignal(signal.SIGKILL, jobs.saved("rl", 4))
+    assert jobs.start(MODULE, flags, own_signal=kill).wait() == -signal.SIGKILL
     jobs.run(MODULE, flags)
     assert jobs.result("rl", 10) == expected
 

@@ -51,8 +51,12 @@ def service() -> Iterator[Service]:
     assert running.stop() == 0
 
 
-def eventually(claim: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+# The longest time that a call can ask for. Calls that a test lets wait or cancels must not end by themselves.
+PATIENT = sandbox_pb2.Limits(wall_seconds=30)
+
+
+def eventually(claim: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while not claim():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.01)
@@ -74,38 +78,38 @@ def test_no_value_is_told_from_an_empty_one(service: Service) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "status"),
+    ("code", "status", "seconds"),
     [
-        ("1 / 0", sandbox_pb2.STATUS_ERROR),
-        ("while True: pass", sandbox_pb2.STATUS_TIMEOUT),
-        ("bytearray(1 << 40)", sandbox_pb2.STATUS_MEMORY),
-        ("while True: print('x' * 1000)", sandbox_pb2.STATUS_OUTPUT_LIMIT),
-        ("import os\nos.fork()", sandbox_pb2.STATUS_DENIED),
+        ("1 / 0", sandbox_pb2.STATUS_ERROR, 30),
+        ("while True: pass", sandbox_pb2.STATUS_TIMEOUT, 0.5),
+        ("bytearray(1 << 40)", sandbox_pb2.STATUS_MEMORY, 30),
+        ("while True: print('x' * 1000)", sandbox_pb2.STATUS_OUTPUT_LIMIT, 30),
+        ("import os\nos.fork()", sandbox_pb2.STATUS_DENIED, 30),
     ],
 )
-def test_every_failure_of_the_code_is_a_status(service: Service, code: str, status: int) -> None:
-    reply = service.execute(code, limits=sandbox_pb2.Limits(wall_seconds=0.5))
+def test_every_failure_of_the_code_is_a_status(service: Service, code: str, status: int, seconds: float) -> None:
+    reply = service.execute(code, limits=sandbox_pb2.Limits(wall_seconds=seconds))
     assert reply.status == status
     assert reply.error
 
 
 def test_a_full_queue_is_the_status_overloaded(service: Service) -> None:
-    request = sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(20)")
+    request = sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(987)", limits=PATIENT)
     calls = [service.stub.Execute.future(request) for _ in range(4)]
     eventually(lambda: service.metrics()["nanochat_sandbox_queued"] == 2)
     assert service.metrics()["nanochat_sandbox_running"] == 2
     assert service.execute("1").status == sandbox_pb2.STATUS_OVERLOADED
     for call in calls:
         call.cancel()
-    eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 0)
+    eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 0, seconds=20)
     assert service.execute("1").result == "1"
 
 
 def test_cancelling_the_rpc_kills_the_process(service: Service) -> None:
-    call = service.stub.Execute.future(sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(987)"))
+    call = service.stub.Execute.future(sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(987)", limits=PATIENT))
     eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 1)
     call.cancel()
-    eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 0)
+    eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 0, seconds=20)
 
 
 def test_limits_are_lowered_to_the_maximum(service: Service) -> None:
@@ -169,7 +173,7 @@ def test_a_call_is_logged_by_its_request_id_and_never_with_its_code(service: Ser
 
 
 def test_it_is_ready_soon_and_says_why_it_chose_its_profile(service: Service) -> None:
-    assert service.seconds_to_ready < 10
+    assert service.seconds_to_ready < 60
     chosen = service.wait_for("isolation profile chosen")
     assert chosen["asked_for"] == "auto"
     assert chosen["profile"] == "bwrap" or "bwrap" in chosen["passed_over"]
@@ -177,7 +181,8 @@ def test_it_is_ready_soon_and_says_why_it_chose_its_profile(service: Service) ->
 
 def test_sigterm_lets_a_running_call_finish() -> None:
     service = Service()
-    call = service.stub.Execute.future(sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(1)\n'finished'"))
+    code = "import time\ntime.sleep(4)\n'finished'"
+    call = service.stub.Execute.future(sandbox_pb2.ExecuteRequest(code=code, limits=PATIENT))
     eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 1)
     assert service.stop() == 0
     assert call.result().result == "'finished'"
@@ -186,11 +191,11 @@ def test_sigterm_lets_a_running_call_finish() -> None:
 
 def test_sigterm_ends_a_call_that_takes_longer_than_the_drain() -> None:
     service = Service("--drain-seconds", "0.2")
-    call = service.stub.Execute.future(sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(60)"))
+    call = service.stub.Execute.future(sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(60)", limits=PATIENT))
     eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 1)
     started = time.monotonic()
     assert service.stop() == 0
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 25  # the call may take 30 seconds
     assert call.code() is grpc.StatusCode.UNAVAILABLE
     assert call.details() == "the sandbox is shutting down"
 
@@ -199,11 +204,11 @@ def test_the_drain_takes_no_longer_than_it_may_while_a_client_watches_health() -
     service = Service("--drain-seconds", "1")
     watched = health_pb2_grpc.HealthStub(service.channel).Watch(health_pb2.HealthCheckRequest())
     assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
-    call = service.stub.Execute.future(sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(60)"))
+    call = service.stub.Execute.future(sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(60)", limits=PATIENT))
     eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 1)
     started = time.monotonic()
     assert service.stop() == 0
-    assert 1 <= time.monotonic() - started < 15  # the watcher would never end by itself
+    assert 1 <= time.monotonic() - started < 25  # the watcher would never end by itself
     assert call.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -218,8 +223,9 @@ def test_the_wait_is_part_of_every_answer(service: Service) -> None:
         request = sandbox_pb2.ExecuteRequest(code="import time\ntime.sleep(0.3)", key="one")
         return max(call.result().queue_seconds for call in [service.stub.Execute.future(request) for _ in range(count)])
 
-    assert wait_of_last(1) < 0.2
-    assert wait_of_last(4) > 0.2
+    # If the machine is busy, a single call may also wait, and calls may arrive so late that they need not wait.
+    assert any(wait_of_last(1) < 0.2 for _ in range(10))
+    assert any(wait_of_last(4) > 0.2 for _ in range(10))
 
 
 def test_files_stdin_and_arguments_go_in_and_files_come_out(service: Service) -> None:
@@ -244,30 +250,36 @@ def test_a_session_keeps_files_for_its_key(service: Service) -> None:
 
 
 def test_output_is_sent_while_the_code_runs(service: Service) -> None:
-    code = "import sys, time\nprint('first')\ntime.sleep(1)\nprint('error', file=sys.stderr)\n6 * 7"
-    arrivals = []
-    for event in service.stub.ExecuteStream(sandbox_pb2.ExecuteRequest(code=code), timeout=60):
-        arrivals.append((time.monotonic(), event))
-    kinds = [event.WhichOneof("event") for _, event in arrivals]
+    code = "import sys, time\nprint('first')\ntime.sleep(4)\nprint('error', file=sys.stderr)\n6 * 7"
+    stream = service.stub.ExecuteStream(sandbox_pb2.ExecuteRequest(code=code, limits=PATIENT), timeout=60)
+    events = [next(stream)]
+    assert service.metrics()["nanochat_sandbox_running"] == 1, "the first output comes while the code sleeps"
+    events += stream
+    kinds = [event.WhichOneof("event") for event in events]
     assert kinds[0] == "stdout"
     assert kinds[-1] == "reply"
-    assert arrivals[-1][0] - arrivals[0][0] > 0.5, "the first output came while the code slept"
-    assert b"".join(event.stdout for _, event in arrivals) == b"first\n"
-    assert b"".join(event.stderr for _, event in arrivals) == b"error\n"
-    reply = arrivals[-1][1].reply
+    assert b"".join(event.stdout for event in events) == b"first\n"
+    assert b"".join(event.stderr for event in events) == b"error\n"
+    reply = events[-1].reply
     assert (reply.stdout, reply.stderr, reply.result) == ("first\n", "error\n", "42")
 
 
 def test_cancelling_a_stream_kills_the_process_and_a_bad_request_is_refused(service: Service) -> None:
     call = service.stub.ExecuteStream(
-        sandbox_pb2.ExecuteRequest(code="import os, time\nos.write(1, b'1\\n')\ntime.sleep(987)")
+        sandbox_pb2.ExecuteRequest(code="import os, time\nos.write(1, b'1\\n')\ntime.sleep(987)", limits=PATIENT)
     )
     assert next(call).stdout == b"1\n"
     call.cancel()
-    eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 0)
+    eventually(lambda: service.metrics()["nanochat_sandbox_running"] == 0, seconds=20)
     with pytest.raises(grpc.RpcError) as caught:
         list(service.stub.ExecuteStream(sandbox_pb2.ExecuteRequest(code="1", argv=["a\0b"])))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder in which the service makes files and folders meanwhile."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_health_tells_the_truth_and_the_service_heals(tmp_path: Path) -> None:
@@ -275,9 +287,9 @@ def test_health_tells_the_truth_and_the_service_heals(tmp_path: Path) -> None:
     folder.mkdir()
     service = Service("--scratch-dir", str(folder), "--probe-seconds", "0.2")
     try:
-        shutil.rmtree(next(folder.iterdir()))
+        remove(next(folder.iterdir()))
         eventually(lambda: service.execute("6 * 7").result == "42")
-        shutil.rmtree(folder)
+        remove(folder)
         service.wait_for("the sandbox does not work")
         assert service.health("") == health_pb2.HealthCheckResponse.NOT_SERVING
         # Workers that were ready before serve one call each. After them, calls fail.

@@ -3,14 +3,25 @@
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from jobs.tasks.conversations import write_conversations
 from nanochat_core.progress import read_progress
-from tests.support.tiny_training import NAME, PRETRAIN, SFT, STEPS, Jobs, Result, conversation, damage, fill
+from tests.support.tiny_training import (
+    NAME,
+    PRETRAIN,
+    SFT,
+    STEPS,
+    Jobs,
+    Logged,
+    OwnSignal,
+    Result,
+    conversation,
+    damage,
+    fill,
+)
 
 MODULE = "jobs.train.sft"
 
@@ -78,20 +89,15 @@ def test_it_answers_questions_while_it_trains_and_trains_the_same(jobs: Jobs, un
 def test_killed_at_random_moments_it_ends_with_the_same_weights_and_losses(jobs: Jobs, uninterrupted: Result) -> None:
     rng = random.Random(7)
     for resumed_from in (8, 24):
-        job = jobs.start(MODULE, SFT)
-        job.wait_until(lambda at=resumed_from: max(jobs.steps("sft"), default=0) >= at)  # type: ignore[misc]
-        time.sleep(rng.uniform(0, 0.05))
-        job.signal(signal.SIGKILL)
-        assert job.wait() == -signal.SIGKILL
+        kill = OwnSignal(signal.SIGKILL, jobs.saved("sft", resumed_from), delay=rng.uniform(0, 0.05))
+        assert jobs.start(MODULE, SFT, own_signal=kill).wait() == -signal.SIGKILL
     jobs.run(MODULE, SFT)
     assert jobs.result("sft") == uninterrupted
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(jobs: Jobs, uninterrupted: Result) -> None:
-    job = jobs.start(MODULE, SFT, save_every=0)
-    job.wait_until(lambda: any(event["event"] == "training" for event in job.events))
-    job.signal(signal.SIGTERM)
-    assert job.wait() == 128 + signal.SIGTERM
+    stop = OwnSignal(signal.SIGTERM, Logged("training"))
+    assert jobs.start(MODULE, SFT, own_signal=stop, save_every=0).wait() == 128 + signal.SIGTERM
     assert len(jobs.steps("sft")) == 1
     jobs.run(MODULE, SFT)
     assert jobs.result("sft") == uninterrupted

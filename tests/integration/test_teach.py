@@ -1,5 +1,6 @@
 """Lessons as processes on a tiny model: taught, refused, taken back, killed and given again."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -25,7 +26,8 @@ from nanochat_core.lessons.records import (
     read_roll_back,
     request_roll_back,
 )
-from tests.support.tiny_training import NAME, PRETRAIN, SFT, Job, Jobs, fill
+from nanochat_core.store import open_store
+from tests.support.tiny_training import NAME, PRETRAIN, SFT, Job, Jobs, OwnSignal, fill
 
 PLAN: dict[str, Any] = {
     "max-steps": 90,
@@ -88,6 +90,17 @@ def last(jobs: Jobs) -> Lesson:
     return lessons(jobs.store, NAME)[-1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+    """True while the first lesson trains."""
+
+    home: Path
+
+    def __call__(self, _log: Path) -> bool:
+        given = lessons(open_store(str(self.home)), NAME)
+        return bool(given) and given[0].state == "training"
+
+
 def test_a_lesson_is_learned_promoted_listed_and_taken_back(jobs: Jobs) -> None:
     before = promoted(jobs.store, NAME)
     assert before is not None
@@ -135,11 +148,7 @@ def test_killed_at_random_moments_a_lesson_ends_with_the_same_weights(
     before = promoted(jobs.store, NAME)
     rng = random.Random(3)
     for _ in range(4):
-        job = start(jobs, file)
-        job.wait_until(lambda: bool(lessons(jobs.store, NAME)) and last(jobs).state == "training")
-        time.sleep(rng.uniform(0, 1.5))
-        job.signal(signal.SIGKILL)
-        job.wait()
+        start(jobs, file, own_signal=OwnSignal(signal.SIGKILL, Teaching(jobs.home), delay=rng.uniform(0, 1.5))).wait()
         assert promoted(jobs.store, NAME) in (before, CheckpointRef(NAME, "lesson", 1))
         if last(jobs).done:
             break
@@ -151,11 +160,13 @@ def test_killed_at_random_moments_a_lesson_ends_with_the_same_weights(
 
 
 def test_a_lesson_waits_for_the_one_before_and_can_be_canceled(jobs: Jobs) -> None:
-    first = start(jobs, written(jobs, "song.jsonl", SONG))
-    first.wait_until(lambda: bool(lessons(jobs.store, NAME)) and last(jobs).state == "training")
+    # The first lesson is stopped until the second one is canceled.
+    first = start(jobs, written(jobs, "song.jsonl", SONG), own_signal=OwnSignal(signal.SIGSTOP, Teaching(jobs.home)))
+    first.wait_until(lambda: first.stopped)
     second = start(jobs, written(jobs, "color.jsonl", COLOR))
     second.wait_until(lambda: len(lessons(jobs.store, NAME)) == 2)
     teach(jobs, cancel=2)
+    first.signal(signal.SIGCONT)
     assert first.wait() == 0, first.stderr
     assert second.wait() == EXIT_CANCELED, second.stderr
     assert [lesson.state for lesson in lessons(jobs.store, NAME)] == ["promoted", "canceled"]
@@ -191,7 +202,7 @@ def test_the_watch_gives_lessons_of_the_store_and_rolls_back(jobs: Jobs) -> None
     watching.wait_until(lambda: last(jobs).done)
     assert last(jobs).state == "canceled"
     watching.signal(signal.SIGTERM)
-    assert watching.wait(30) == 0, watching.stderr
+    assert watching.wait(60) == 0, watching.stderr
 
 
 @pytest.mark.parametrize(

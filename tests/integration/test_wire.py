@@ -117,7 +117,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     collector.close()
 
 
-def eventually(claim: Callable[[], bool], seconds: float = 20) -> None:
+def eventually(claim: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not claim():
         assert time.monotonic() < deadline, "it did not come true in time"

@@ -15,7 +15,7 @@ from tests.support.processes import FORKSERVER
 def run_ranks(size: int, work: Callable[..., Any], *args: Any, timeout_seconds: float = 60) -> list[Any]:
     """Calls ``work(ranks, *args)`` on ``size`` ranks (gloo) and returns their results in order of rank.
 
-    The ranks wait for each other for at most ``timeout_seconds``.
+    The ranks wait for each other for at most ``timeout_seconds``, except at their start.
 
     ``work`` must be defined at the top level of a module and return plain data.
     """
@@ -37,7 +37,7 @@ def run_ranks(size: int, work: Callable[..., Any], *args: Any, timeout_seconds: 
         return [found[rank] for rank in range(size)]
     finally:
         for process in processes:
-            process.join(5)
+            process.join(30)
             process.kill()
 
 
@@ -52,5 +52,5 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with joined(torch.device("cpu"), timeout_seconds=timeout_seconds) as ranks:
+    with joined(torch.device("cpu"), timeout_seconds=timeout_seconds, join_seconds=120) as ranks:
         results.put((rank, work(ranks, *args)))

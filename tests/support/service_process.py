@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +66,19 @@ class ServiceProcess:
 
     def wait_for(self, event: str, **fields: object) -> dict[str, Any]:
         """Wait until the log has an event of this name and these fields. Return the first such event."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
+            ended = self.process.poll() is not None and not self._reader.is_alive()
             for found in list(self.events):
                 if found["event"] == event and fields.items() <= found.items():
                     return found
-            assert self.process.poll() is None or self._reader.is_alive(), f"it ended: {self.events}"
+            assert not ended, f"it ended: {self.events}"
             time.sleep(0.01)
         raise AssertionError(f"no event {event} in {self.events}")
 
     def metrics(self) -> dict[str, float]:
         """The value of each metric. A key is the metric's name, followed by its labels' values in brackets."""
-        with urllib.request.urlopen(self.metrics_url, timeout=10) as reply:
+        with urllib.request.urlopen(self.metrics_url, timeout=60) as reply:
             text = reply.read().decode()
         return {
             sample.name + "".join(f"[{value}]" for value in sample.labels.values()): sample.value
@@ -87,14 +88,14 @@ class ServiceProcess:
 
     def health(self, service: str = "") -> int:
         stub = health_pb2_grpc.HealthStub(self.channel)
-        return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
+        return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60).status
 
-    def stop(self, seconds: float = 30) -> int:
+    def stop(self, seconds: float = 60) -> int:
         """Send SIGTERM, as an orchestrator does, and return the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(seconds)
-        self._reader.join(5)
+        self._reader.join(60)
         return code
 
 
@@ -111,9 +112,11 @@ class GatewayProcess(ServiceProcess):
 class EngineProcess(ServiceProcess):
     """A running ``python -m services.engine``, with methods that call it."""
 
-    def __init__(self, home: Path, *flags: str, model: str = "tiny", **options: Any) -> None:
+    def __init__(
+        self, home: Path, *flags: str, model: str = "tiny", module: str = "services.engine", **options: Any
+    ) -> None:
         store = ("--home", str(home), "--model", model, "--poll-seconds", "0.1")
-        super().__init__("services.engine", "--threads", "1", *store, *flags, **options)
+        super().__init__(module, "--threads", "1", *store, *flags, **options)
 
     def _start(self, module: str, *arguments: str) -> ForkedProgram:
         # A forked process need not import torch, which takes most of an engine's start. End-to-end tests start engines
@@ -134,13 +137,18 @@ class EngineProcess(ServiceProcess):
         return [token.id for chunk in self.generate(prompt, **fields) for token in chunk.tokens]
 
     def load(self) -> pb.Load:
-        return self.stub.GetLoad(pb.GetLoadRequest(), timeout=10)
+        return self.stub.GetLoad(pb.GetLoadRequest(), timeout=60)
+
+    def wait_load(self, running: int, waiting: int) -> None:
+        """Wait until so many sequences run and so many wait."""
+        self._wait_for_load(lambda load: (load.running, load.waiting) == (running, waiting))
 
     def wait_idle(self) -> None:
         """Wait until nothing runs and no block is in use."""
-        for _ in range(1000):
-            load = self.load()
-            if load.running == load.waiting == load.parked == load.kv_blocks_used == 0:
-                return
+        self._wait_for_load(lambda load: load.running == load.waiting == load.parked == load.kv_blocks_used == 0)
+
+    def _wait_for_load(self, condition: Callable[[pb.Load], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition(load := self.load()):
+            assert time.monotonic() < deadline, f"the load is {load}"
             time.sleep(0.01)
-        raise AssertionError(f"still busy: {load}")

@@ -226,8 +226,11 @@ class StoreContract:
 
         def watch() -> None:
             for step in range(folders):
-                while not store.exists(f"w/{step}/{LAST}"):
-                    if done.is_set():
+                while True:
+                    over = done.is_set()  # read first, because the folder may come in the meantime
+                    if store.exists(f"w/{step}/{LAST}"):
+                        break
+                    if over:
                         torn.append(f"{step} never came")
                         return
                 if contents(store, f"w/{step}") != {LAST: b"whole", **files}:
@@ -238,8 +241,6 @@ class StoreContract:
             watcher.start()
         for step in range(folders):
             publish(store, f"w/{step}", files)
-        watchers[0].join(5)
-        watchers[1].join(5)
         done.set()
         for watcher in watchers:
             watcher.join()
@@ -252,8 +253,10 @@ class StoreContract:
         done = threading.Event()
 
         def watch() -> None:
-            while not done.is_set():
+            while True:
                 seen.add(store.read("file"))
+                if done.is_set():
+                    return
 
         watcher = threading.Thread(target=watch)
         watcher.start()

@@ -5,6 +5,7 @@ Jobs are forked from a server process that has imported torch, because the impor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,7 +13,9 @@ import random
 import runpy
 import subprocess
 import sys
+import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -108,16 +111,85 @@ def argv(flags: dict[str, Any]) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnSignal:
+    """A signal that a job sends to itself, ``delay`` seconds after ``due`` has become true.
+
+    The test's process could send the signal too late, because a busy machine may let the job end before that process
+    runs again. ``due`` is called with the job's log file. The job runs in another process, so ``due`` is an object of
+    :class:`Saved`, :class:`Logged` or :class:`Files`, or another object that can be sent there.
+    """
+
+    number: int
+    due: Callable[[Path], bool]
+    delay: float = 0.0
+
+    def send(self, log: Path) -> None:
+        """Wait, and send the signal to this process."""
+        while not self.due(log):
+            time.sleep(0.002)
+        time.sleep(self.delay)
+        os.kill(os.getpid(), self.number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """True once the store has a complete checkpoint of ``step`` or of a later step."""
+
+    home: Path
+    stage: str
+    step: int
+    model: str = NAME
+
+    def __call__(self, _log: Path) -> bool:
+        return any(
+            ref.step >= self.step for ref in list_checkpoints(open_store(str(self.home)), self.model, self.stage)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Logged:
+    """True once the job has logged the event."""
+
+    event: str
+
+    def __call__(self, log: Path) -> bool:
+        return any(event["event"] == self.event for event in _events(log))
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """True once ``folder`` has ``count`` files that match the pattern."""
+
+    folder: Path
+    pattern: str
+    count: int
+
+    def __call__(self, _log: Path) -> bool:
+        return len(list(self.folder.glob(self.pattern))) >= self.count
+
+
+def _events(log: Path) -> list[dict[str, Any]]:
+    """The log events in a file to which a job may be writing. The last line counts only if it is complete."""
+    lines = log.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
+
+
 class Job:
     """A running ``python -m module --flags``."""
 
     def __init__(
-        self, module: str, arguments: list[str], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        module: str,
+        arguments: list[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        own_signal: OwnSignal | None = None,
     ) -> None:
         self._log = log
         log.touch()
         self._process = FORKSERVER.Process(
-            target=_run, args=(module, arguments, {**os.environ, **(environment or {})}, log)
+            target=_run, args=(module, arguments, {**os.environ, **(environment or {})}, log, own_signal)
         )
         self._process.start()
 
@@ -129,7 +201,14 @@ class Job:
         return self._process.exitcode
 
     def signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)
+        """Send a signal. It has no effect if the job has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether SIGSTOP has stopped the job."""
+        return Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     @property
     def stderr(self) -> str:
@@ -138,24 +217,31 @@ class Job:
     @property
     def events(self) -> list[dict[str, Any]]:
         """All log events of the job so far."""
-        return [json.loads(line) for line in self.stderr.splitlines() if line.startswith("{")]
+        return _events(self._log)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait until the condition is true. Fail if the job ends before that."""
+        """Wait until the condition is true. Fail if the job has ended and the condition is still false."""
         deadline = time.monotonic() + seconds
-        while not condition():
-            assert self._process.is_alive(), f"ended with {self._process.exitcode}: {self.stderr}"
+        while True:
+            runs = self._process.is_alive()
+            if condition():
+                return
+            assert runs, f"ended with {self._process.exitcode}: {self.stderr}"
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
 
-def _run(module: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+def _run(
+    module: str, arguments: list[str], environment: dict[str, str], log: Path, own_signal: OwnSignal | None
+) -> None:
     """Do the work of ``python -m`` in the child process. The output goes to a file."""
     os.environ.update(environment)
     with log.open("ab", buffering=0) as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     warnings.filterwarnings("ignore", "'jobs.* found in sys.modules")
+    if own_signal is not None:
+        threading.Thread(target=own_signal.send, args=(log,), daemon=True).start()
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
@@ -172,7 +258,12 @@ class Jobs:
         return open_store(str(self.home))
 
     def start(
-        self, module: str, flags: dict[str, Any], environment: dict[str, str] | None = None, **changes: Any
+        self,
+        module: str,
+        flags: dict[str, Any],
+        environment: dict[str, str] | None = None,
+        own_signal: OwnSignal | None = None,
+        **changes: Any,
     ) -> Job:
         """Start a job.
 
@@ -181,15 +272,32 @@ class Jobs:
         changed = flags | {name.replace("_", "-"): value for name, value in changes.items()}
         given = {name: value for name, value in changed.items() if value is not None}
         log = self.logs / f"{module}-{len(list(self.logs.iterdir()))}.log"
-        return Job(module, ["--home", str(self.home), *argv(given)], log, environment)
+        return Job(module, ["--home", str(self.home), *argv(given)], log, environment, own_signal)
 
-    def start_ranks(self, size: int, module: str, flags: dict[str, Any], **changes: Any) -> list[Job]:
-        """Start a job on several ranks, as torchrun does."""
+    def start_ranks(
+        self,
+        size: int,
+        module: str,
+        flags: dict[str, Any],
+        own_signals: Mapping[int, OwnSignal] = types.MappingProxyType({}),
+        **changes: Any,
+    ) -> list[Job]:
+        """Start a job on several ranks, as torchrun does. ``own_signals`` are signals of ranks to themselves."""
         meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         return [
-            self.start(module, flags, environment=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **changes)
+            self.start(
+                module,
+                flags,
+                environment=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                own_signal=own_signals.get(rank),
+                **changes,
+            )
             for rank in range(size)
         ]
+
+    def saved(self, stage: str, step: int, model: str = NAME) -> Saved:
+        """A condition for :class:`OwnSignal`: the checkpoint of ``step`` or of a later step is complete."""
+        return Saved(self.home, stage, step, model)
 
     def run(self, module: str, flags: dict[str, Any], **changes: Any) -> Job:
         job = self.start(module, flags, **changes)

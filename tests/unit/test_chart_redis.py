@@ -136,7 +136,7 @@ def test_the_server_of_the_pod_wants_the_password_and_keeps_its_data_when_it_is_
 
     def start() -> subprocess.Popen[bytes]:
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while ask(*probe[1:]).returncode:
             assert time.monotonic() < deadline, "the probe does not succeed"
             time.sleep(0.02)

@@ -417,7 +417,9 @@ def test_readers_see_whole_checkpoints_while_new_ones_are_saved_and_old_ones_del
 
     def read() -> None:
         try:
-            while not done.is_set():
+            over = False
+            while not over:
+                over = done.is_set()  # the last checkpoint stays, so the last turn sees it
                 newest = newest_checkpoint(store, "tiny", "base")
                 if newest is not None:  # all listed checkpoints may have been deleted in the meantime
                     step = newest.ref.step

@@ -201,7 +201,7 @@ def write_while_one_rank_hangs(ranks: Ranks, root: str) -> str:
 
 
 def test_a_rank_that_hangs_while_it_writes_is_noticed_within_the_usual_timeout(store: FolderStore) -> None:
-    assert run_ranks(2, write_while_one_rank_hangs, str(store.root), timeout_seconds=3) == ["RankLost", ""]
+    assert run_ranks(2, write_while_one_rank_hangs, str(store.root), timeout_seconds=10) == ["RankLost", ""]
 
 
 class TestReplacement(CheckpointReplacement):

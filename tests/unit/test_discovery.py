@@ -23,9 +23,10 @@ class NameServer:
     def __call__(self, name: str) -> list[str]:
         self.answering.wait()
         self.asked.add(name)
-        if name not in self.names:
-            raise OSError(f"{name} is unknown")
-        return self.names[name]
+        try:
+            return self.names[name]
+        except KeyError:
+            raise OSError(f"{name} is unknown") from None
 
 
 class Changes:

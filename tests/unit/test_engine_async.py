@@ -25,12 +25,14 @@ from nanochat_core.engine import (
 from nanochat_core.errors import UserError
 from tests.support.engine_models import BYTES, tiny_model
 
-LONG = SamplingParams(max_tokens=0)
+# Answers that last for seconds. Nothing repeats itself in a sampled answer, so drafts save no steps.
+CONTEXT = 8192
+LONG = SamplingParams(max_tokens=0, temperature=2.0, seed=1)
 
 
 @pytest.fixture
 async def engine() -> AsyncIterator[AsyncEngine]:
-    running = AsyncEngine(Engine(tiny_model(context_length=1024), BYTES, EngineConfig(max_running=4, max_waiting=2)))
+    running = AsyncEngine(Engine(tiny_model(context_length=CONTEXT), BYTES, EngineConfig(max_running=4, max_waiting=2)))
     running.start()
     yield running
     await running.stop()
@@ -48,7 +50,7 @@ async def test_streams_give_the_tokens_of_a_plain_run(engine: AsyncEngine) -> No
     sampling = SamplingParams(max_tokens=25, temperature=0.8, seed=4)
     streams = [await engine.submit(Request(str(i), p, sampling, n=1)) for i, p in enumerate(prompts)]
     got = [c.token_ids for stream in streams for c in await read(stream)]
-    plain = Engine(tiny_model(context_length=1024), BYTES).generate(prompts, sampling)
+    plain = Engine(tiny_model(context_length=CONTEXT), BYTES).generate(prompts, sampling)
     assert got == [c.token_ids for [c] in plain]
 
 
@@ -65,11 +67,9 @@ async def test_closing_a_stream_frees_its_cache(engine: AsyncEngine) -> None:
     stream = await engine.submit(Request("r", tuple(range(100)), LONG))
     await anext(stream)
     engine.close_stream("r")
-    for _ in range(200):
-        if engine.load().blocks_used == 0:
-            break
-        await asyncio.sleep(0.01)
-    assert (engine.load().running, engine.load().blocks_used) == (0, 0)
+    async with asyncio.timeout(60):
+        while engine.load().running or engine.load().blocks_used:
+            await asyncio.sleep(0.01)
     await engine.drained()
 
 
@@ -112,7 +112,7 @@ class Panic(BaseException):
 async def test_an_error_in_the_loop_fails_every_stream_and_is_reported(
     kind: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
-    core, died = Engine(tiny_model(context_length=1024), BYTES), asyncio.Event()
+    core, died = Engine(tiny_model(context_length=CONTEXT), BYTES), asyncio.Event()
     engine = AsyncEngine(core, on_death=died.set)
     engine.start()
     streams = [await engine.submit(Request(str(i), (1,), LONG)) for i in range(2)]
@@ -203,7 +203,7 @@ async def test_constraints_are_compiled_only_for_requests_that_there_is_room_for
 
 
 async def test_stopping_fails_what_still_runs() -> None:
-    engine = AsyncEngine(Engine(tiny_model(context_length=1024), BYTES))
+    engine = AsyncEngine(Engine(tiny_model(context_length=CONTEXT), BYTES))
     engine.start()
     stream = await engine.submit(Request("r", (1,), LONG))
     await engine.stop()

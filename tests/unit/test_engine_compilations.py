@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -169,7 +171,7 @@ class Scripted(Grammars):
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -207,6 +209,9 @@ async def test_a_caller_with_many_constraints_leaves_a_process_to_others() -> No
 
 async def test_callers_take_turns() -> None:
     async with compilations() as (grammars, ask):
+        # One process is busy all the time, so the other one compiles all constraints, one after the other.
+        ask("mallory", "slow")
+        await until(lambda: grammars.started == ["slow"])
         asked = [ask(caller, f"{caller}{i}") for caller in "abc" for i in range(3)]
         await until(lambda: len(grammars.started) == 2)
         grammars.open |= {f"{caller}{i}" for caller in "abc" for i in range(3)}
@@ -221,6 +226,7 @@ async def test_requests_with_one_constraint_share_its_compilation_and_the_earlie
     async with compilations() as (grammars, ask):
         for i in range(9):
             ask("mallory", f"slow {i}")
+        await until(lambda: grammars.started == ["slow 0"])
         shared = [ask("mallory", "common"), ask("ada", "common"), ask("ada", "common")]
         grammars.open.add("common")
         assert await asyncio.gather(*shared) == ["common"] * 3
@@ -242,11 +248,22 @@ async def test_a_compilation_ends_with_the_last_request_that_waits_for_it() -> N
         assert grammars.started == ["slow", "after", "after"]
 
 
+def start_and_stop(trial: Trial) -> subprocess.Popen[bytes]:
+    """Start the process of a trial, and stop it with SIGSTOP, so that its answer never comes."""
+    process = Trial._start(trial)
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
 async def test_a_cancelled_request_ends_the_process_that_tries_its_constraint() -> None:
     grammars = Grammars(BYTES, BYTES.vocab_size)
     shared = Compilations(grammars)
-    asked = asyncio.create_task(shared.compile(HOSTILE["optional letters"], "mallory"))
+    for trial in shared._trials:
+        trial._start = functools.partial(start_and_stop, trial)  # type: ignore[method-assign]
+    asked = asyncio.create_task(shared.compile(regex("b"), "mallory"))
     await until(lambda: any(trial.started for trial in shared._trials))
+    for trial in shared._trials:
+        del trial._start  # type: ignore[method-assign]
     process = next(trial._process for trial in shared._trials if trial._process is not None)
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
@@ -287,7 +304,9 @@ async def test_one_caller_holds_at_most_half_of_the_queue_while_its_constraints_
 async def test_stopping_ends_the_waiting_for_constraints() -> None:
     engine = AsyncEngine(Engine(tiny_model(), BYTES))
     engine.start()
-    sampling = SamplingParams(constraint=HOSTILE["optional letters"])
+    for trial in engine._compilations._trials:
+        trial._start = functools.partial(start_and_stop, trial)  # type: ignore[method-assign]
+    sampling = SamplingParams(constraint=regex("a"))
     asked = asyncio.create_task(engine.submit(Request("r", (1,), sampling)))
     await until(lambda: engine._compiling.total() == 1)
     await engine.stop()

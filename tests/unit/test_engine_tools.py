@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import gc
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -276,9 +275,9 @@ def test_cancelling_a_parked_request_cancels_its_call() -> None:
     engine.add(Request("r", tuple(PROMPT), STOP, tools=TOOLS))
     while not engine.load().parked:
         engine.step()
-    assert begun.wait(5)
+    assert begun.wait(60)
     engine.cancel("r")
-    assert cancelled.wait(5)
+    assert cancelled.wait(60)
     assert engine.load().parked == engine.load().blocks_used == 0
     engine.check_integrity()
     engine.close()
@@ -287,9 +286,10 @@ def test_cancelling_a_parked_request_cancels_its_call() -> None:
 @pytest.mark.filterwarnings("error")
 def test_closing_ends_calls_that_run_and_calls_that_have_not_begun() -> None:
     """Python would warn if a call were left unfinished."""
-    ended = []
+    begun, ended = threading.Event(), []
 
     async def hangs(code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
+        begun.set()
         try:
             await asyncio.Event().wait()
         finally:
@@ -298,7 +298,7 @@ def test_closing_ends_calls_that_run_and_calls_that_have_not_begun() -> None:
 
     engine = Engine(scripted_model(ANSWER + AFTER), BYTES, tool_runner=hangs)
     engine.add(Request("runs", tuple(script_tokens("<|python_start|>6*7<|python_end|>")), STOP, tools=TOOLS))
-    time.sleep(0.05)
+    assert begun.wait(60)
     for i in range(20):
         engine.add(Request(str(i), tuple(script_tokens("<|python_start|>6*7<|python_end|>")), STOP, tools=TOOLS))
     engine.close()

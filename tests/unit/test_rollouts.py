@@ -158,16 +158,21 @@ def test_equal_code_runs_once_and_failures_are_not_remembered() -> None:
 
 
 def test_one_that_gives_up_leaves_the_call_to_the_others() -> None:
+    begun, release = asyncio.Event(), asyncio.Event()
+
     async def runner(code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
-        await asyncio.sleep(0.02)
+        begun.set()
+        await release.wait()
         return ToolOutput("ok", code)
 
     async def both() -> ToolOutput:
         shared = SharedCalls(runner)
         first = asyncio.ensure_future(shared("a", request_id="1", timeout_seconds=1))
         second = asyncio.ensure_future(shared("a", request_id="2", timeout_seconds=1))
-        await asyncio.sleep(0.001)
+        await begun.wait()
         first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        release.set()
         return await second
 
     assert asyncio.run(both()).output == "a"

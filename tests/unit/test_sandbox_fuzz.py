@@ -11,7 +11,8 @@ from nanochat_core.sandbox.worker import protocol
 from tests.support import sandbox_fuzz
 from tests.support.sandbox_attacks import SECRET_VARIABLE, Target
 
-SECONDS, PROGRAMS = 20, 300
+# The programs take a few seconds, or much longer on a busy machine.
+SECONDS, PROGRAMS = 240, 300
 
 
 @pytest.mark.parametrize("name", ["bwrap", "pod", "pod without mounts"])
@@ -27,4 +28,4 @@ def test_random_programs_leak_and_break_nothing(name: str, monkeypatch: pytest.M
             del os.environ[SECRET_VARIABLE]
     except SandboxUnavailable as error:
         pytest.skip(str(error))
-    assert sum(counts.values()) > 100, f"seed {seed}"
+    assert sum(counts.values()) >= PROGRAMS, f"seed {seed}"

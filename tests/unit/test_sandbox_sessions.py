@@ -100,7 +100,9 @@ def test_a_call_that_waits_for_its_session_ends_with_the_executor() -> None:
             calls = [
                 asyncio.create_task(executor.execute("import time\ntime.sleep(20)", session="s")) for _ in range(2)
             ]
-            await asyncio.sleep(0.5)
+            async with asyncio.timeout(60):
+                while not (executor.stats.running == 1 and executor._sessions.waiting == 1):
+                    await asyncio.sleep(0.01)
             await asyncio.to_thread(executor.close)
             return list(await asyncio.gather(*calls, return_exceptions=True))
 

@@ -46,9 +46,10 @@ def test_a_program_that_works_is_a_sign_of_life_although_it_writes_no_progress(
     watch = TrainingWatch(store, "m")
     with pytest.raises(FileNotFoundError):
         watch.progress("")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     write_progress(store, "m", "run", {"state": "running"})
-    written = time.time()
-    monkeypatch.setattr(time, "time", lambda: written + 600.0)
+    monkeypatch.setattr(time, "time", lambda: now + 600.0)
     assert math.isclose(watch.progress("").age_seconds, 600.0, abs_tol=1.0)
     with Lease(store, "reports/m", "jobs.eval.report"):
         assert watch.progress("").age_seconds == 0.0
