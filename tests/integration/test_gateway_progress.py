@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import re
 import signal
 from collections.abc import Iterator
@@ -66,6 +67,10 @@ async def test_the_progress_of_the_training_is_told_until_the_model_serves(tmp_p
                 assert (await http.get("/readyz")).json() == {"status": "ready", "models": ["tiny"], "waits_for": None}
 
 
+def tells(watch: TrainingWatch, pattern: str) -> bool:
+    return re.fullmatch(pattern, watch.summary()) is not None
+
+
 def test_a_training_job_tells_its_steps_and_nothing_after_its_end(tmp_path: Path) -> None:
     # The job has so many steps that it cannot end before this process looks at it.
     for steps, code in ((100_000, 128 + signal.SIGTERM), (STEPS, 0)):
@@ -74,8 +79,8 @@ def test_a_training_job_tells_its_steps_and_nothing_after_its_end(tmp_path: Path
         flags = {**PRETRAIN, "home": str(home), "steps": steps}
         job = Job("jobs.train.pretrain", argv(flags), tmp_path / f"log-{steps}")
         if code:
-            step = re.compile(rf"jobs\.train\.pretrain: step \d+ of {steps}, \d+:\d\d:\d\d left")
-            job.wait_until(lambda watch=watch, step=step: step.fullmatch(watch.summary()) is not None)
+            step = rf"jobs\.train\.pretrain: step \d+ of {steps}, \d+:\d\d:\d\d left"
+            job.wait_until(functools.partial(tells, watch, step))
             job.signal(signal.SIGTERM)
         assert job.wait(60) == code, job.stderr
         assert watch.summary() == ""
