@@ -10,6 +10,9 @@ The questions form groups:
   The group ``near.worded`` has the conversations of fine-tuning whose questions have the most words in common with the
   lesson's. The group ``near.computed`` has the lesson's questions with other arguments, if fine-tuning taught the model
   to compute the answers (:mod:`neighbors`).
+- ``own``: held-out questions that the model answered itself before its first lesson (:mod:`rehearsal`). An answer is
+  right if it still contains that answer. The model was sure of each of these answers. This group has questions only if
+  the model's fine-tuning is not known. The questions of ``near.worded`` are then of this kind, too.
 - ``kept``: held-out conversations of the model's recipe that the lesson does not contradict. Each kind of conversation
   is also a group of its own, such as ``kept.fact``.
 """
@@ -35,7 +38,7 @@ from jobs.tasks.answers import contains_phrase
 from jobs.tasks.task import GenerativeTask, OpenQuestion, Response
 from jobs.teach.curriculum import asked, rendered
 from jobs.teach.memory import Conversation, Memory
-from jobs.teach.training import Probe
+from jobs.teach.training import Probe, sure_of
 from jobs.teach.wordings import Wordings
 from nanochat_core.chat import Message, parse_messages
 from nanochat_core.checkpoint import Checkpoint
@@ -62,7 +65,8 @@ class Examination:
         task: the questions of all groups.
         probes: questions with their right answers, as tokens. They decide when training ends. They are the lesson's
             questions as written, held-out wordings of these questions, and drills.
-        others: held-out questions of the model's recipe that the examination does not ask, with their right answers.
+        others: held-out questions like those of ``kept`` or ``own`` that the examination does not ask, with their right
+            answers.
         heard: validation conversations of fine-tuning, as tokens. The lesson does not train on them.
     """
 
@@ -123,13 +127,16 @@ def examination(
         for wording in rng.sample(found.held_out, min(_UNSEEN_PER_ITEM, len(found.held_out)))
     ]
     kept = _held_out(store, parent, memory, 0)
+    own = _sure(parent, memory.validation) if memory.rehearsed else []
+    near = _sure(parent, memory.examined) if memory.rehearsed else memory.examined
     questions = [
         *(_question("taught", item, item.messages[:-1]) for item in _some(chats, rng)),
         *(_question("unseen", item, asked(item, wording)[:-1]) for item, wording in _some(unseen, rng)),
         *(_drill("ability", question, answer) for question, answer in _some(drills, rng)),
         *(_question("earlier", item, item.messages[:-1]) for item in _some(memory.items, rng) if item.messages),
-        *(_question("near.worded", Item(tuple(each)), each[:-1]) for each in memory.examined),
+        *(_question("near.worded", Item(tuple(each)), each[:-1]) for each in near),
         *(_drill("near.computed", question, answer) for question, answer in neighbors),
+        *(_question("own", Item(tuple(each)), each[:-1]) for each in own[::2]),
         *_kept(kept),
     ]
     task = GenerativeTask(LESSON_QUESTIONS, tuple(questions), tools=True, max_tokens=_MAX_TOKENS)
@@ -146,6 +153,7 @@ def examination(
         for item in _held_out(store, parent, memory, 1)
         if item.messages not in examined
     ]
+    others += [rendered(tokenizer, each, row_tokens) for each in own[1::2]]
     return Examination(task, probes, others, [rendered(tokenizer, each, row_tokens) for each in memory.validation])
 
 
@@ -195,6 +203,16 @@ def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> li
     recipe = RECIPES.get(str(origin.get("recipe")))
     drawn = recipe.evaluation_items(_KEPT, seed) if recipe is not None else []
     return [item for item in drawn if not memory.contradicts(str(item.messages[-1]["content"]), _last_text(item))]
+
+
+def _sure(parent: Checkpoint, conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The conversations in which the model is sure of its answers. Small changes of the model do not change them.
+
+    Many answers of a model to questions about everything are guesses, and another guess is no worse.
+    """
+    row_tokens = parent.config.context_length
+    sure = sure_of(parent.build_model(), [rendered(parent.tokenizer, each, row_tokens) for each in conversations])
+    return [each for each, is_sure in zip(conversations, sure, strict=True) if is_sure]
 
 
 def _last_text(item: EvalItem) -> str:

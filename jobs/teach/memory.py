@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 
 from jobs.results.metrics import ancestors
+from jobs.teach.rehearsal import is_rehearsal, rehearse
 from jobs.teach.wordings import (
     NAME_INTENT,
     Wordings,
@@ -24,7 +25,7 @@ from jobs.teach.wordings import (
 )
 from jobs.train.batches.mixtures import Mixture, Selection
 from nanochat_core.chat import Message, Part
-from nanochat_core.checkpoint import Checkpoint, load_meta
+from nanochat_core.checkpoint import Checkpoint, load_checkpoint, load_meta
 from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item, normal
 from nanochat_core.lessons.records import Lesson, NoLesson, Plan, read_lesson, read_lesson_items
@@ -92,6 +93,8 @@ class Memory:
             answer, that lesson named the answer to the user.
         answered: for each :func:`normal` wording of a question, the item that answers it: an item of the lesson, or an
             item of an earlier lesson that is still valid.
+        rehearsed: whether the model itself wrote the conversations, because those of its fine-tuning are not known
+            (:mod:`rehearsal`).
     """
 
     conversations: list[Conversation]
@@ -102,6 +105,7 @@ class Memory:
     conflicts: list[Conflict]
     replaced: list[Conflict]
     answered: Mapping[str, Item]
+    rehearsed: bool = False
 
     def contradicts(self, question: str, answer: str) -> bool:
         """Whether the lesson or an earlier lesson changes the right answer of a question, or asks the question itself.
@@ -161,9 +165,10 @@ def remember(
 
     Raises:
         UserError: an earlier lesson is damaged, or neither the plan nor the store says on which conversations the model
-            was fine-tuned.
+            was fine-tuned, and the model cannot write conversations itself.
     """
-    mixture = _mixture(store, parent, lesson.plan)
+    name = _mixture(store, parent, lesson.plan)
+    mixture = Mixture(store, name)
     rng = random.Random(f"{lesson.plan.seed}/memory")  # noqa: S311
     training = _sample(mixture.training, _REMEMBERED, rng)
     validation = _sample(mixture.validation, _VALIDATION, rng)
@@ -192,7 +197,17 @@ def remember(
     examined = _most_similar(near, words, rng)[: len(near) // 2]
     apart = {id(one) for one in examined}
     agreed, near = ([one for one in some if id(one) not in apart] for some in (agreed, near))
-    return Memory(agreed, validation, near, examined, kept, [*conflicts, *earlier_conflicts], replaced, answered)
+    return Memory(
+        agreed,
+        validation,
+        near,
+        examined,
+        kept,
+        [*conflicts, *earlier_conflicts],
+        replaced,
+        answered,
+        is_rehearsal(name),
+    )
 
 
 def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Random) -> list[Conversation]:
@@ -212,17 +227,20 @@ def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Ran
     return sorted(drawn, key=similarity, reverse=True)[:_EXAMINED]
 
 
-def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> Mixture:
-    """The conversations that the plan names; by default, those on which the model was fine-tuned."""
+def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> str:
+    """The mixture that the plan names; by default, the one on which the model was fine-tuned.
+
+    If that is not known, the model itself writes conversations as it was before its lessons.
+    """
     named = plan.replay or parent.meta.get("settings", {}).get("mixture", "")
-    for _, ref in () if named else ancestors(store, parent):
-        named = named or load_meta(store, ref).get("settings", {}).get("mixture", "")
-    if not named:
-        raise UserError(
-            f"{parent.ref.prefix} does not say on which conversations the model was fine-tuned; name conversations "
-            "with --replay, so that the model does not forget everything else"
-        )
-    return Mixture(store, str(named))
+    if named:
+        return str(named)
+    oldest = parent.ref
+    for _, ref in ancestors(store, parent):
+        if named := load_meta(store, ref).get("settings", {}).get("mixture", ""):
+            return str(named)
+        oldest = ref if ref.stage != "base" else oldest
+    return rehearse(store, parent if oldest == parent.ref else load_checkpoint(store, oldest))
 
 
 def _sample(selection: Selection, most: int, rng: random.Random) -> list[Conversation]:

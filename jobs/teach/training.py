@@ -193,8 +193,31 @@ def answered(model: GPT, probes: Sequence[Probe]) -> list[bool]:
     Greedy decoding does if each token of the answer is the most likely token after the tokens before it. One forward
     pass over the whole probe is enough to see this.
     """
+
+    def right(logits: Tensor, ids: Tensor) -> Tensor:
+        return logits.argmax(-1) == ids
+
+    return _everywhere(model, probes, right)
+
+
+@torch.inference_mode()
+def sure_of(model: GPT, probes: Sequence[Probe]) -> list[bool]:
+    """For each probe, whether each token of its answer has a probability of more than a half."""
+
+    def likely(logits: Tensor, ids: Tensor) -> Tensor:
+        return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1) > math.log(0.5)
+
+    return _everywhere(model, probes, likely)
+
+
+def _everywhere(model: GPT, probes: Sequence[Probe], test: Callable[[Tensor, Tensor], Tensor]) -> list[bool]:
+    """For each probe, whether ``test`` is true for each token of its answer.
+
+    ``test`` takes logits, (rows, length, vocabulary), and the next token ids, (rows, length). It returns a bool for
+    each of these ids.
+    """
     device = model.smear_scale.device
-    right = []
+    passed = []
     longest = max((len(ids) for ids, _ in probes), default=0)
     rows = max(1, _PROBED_TOKENS // max(1, longest))
     for first in range(0, len(probes), rows):
@@ -205,6 +228,5 @@ def answered(model: GPT, probes: Sequence[Probe]) -> list[bool]:
             ids[row, : len(tokens)] = torch.from_numpy(tokens)
             counted[row, : len(mask)] = torch.from_numpy(mask)
         ids, counted = ids.to(device), counted.to(device)
-        said = model(ids[:, :-1]).argmax(-1)
-        right += ((said == ids[:, 1:]) | ~counted[:, 1:]).all(-1).tolist()
-    return right
+        passed += (test(model(ids[:, :-1]), ids[:, 1:]) | ~counted[:, 1:]).all(-1).tolist()
+    return passed

@@ -7,7 +7,7 @@ import torch
 
 from jobs.teach.curriculum import curriculum
 from jobs.teach.memory import Memory, all_wordings
-from jobs.teach.training import Probe, answered, go_back
+from jobs.teach.training import Probe, answered, go_back, sure_of
 from nanochat_core.chat import Message, Part
 from nanochat_core.lessons.items import Item
 from nanochat_core.lessons.records import Plan
@@ -80,6 +80,21 @@ def test_weights_stay_if_nothing_is_forgotten() -> None:
     assert go_back(model, parameters_of(start), [], known, 0.0) == 1
     assert go_back(model, parameters_of(start), [], [], 0.0) == 1
     assert all(map(torch.equal, model.parameters(), trained.parameters()))
+
+
+@torch.inference_mode()
+def test_a_model_is_sure_if_each_token_of_its_answer_is_likelier_than_all_others_together() -> None:
+    model = tiny_model()
+    probes = [probe_of(model, first, 1 + first % 2) for first in range(160)]
+    sure = []
+    for ids, counted in probes:
+        chances = model(torch.from_numpy(ids).long()[None])[0].softmax(-1)
+        sure.append(all(chances[i - 1, ids[i]] > 0.5 for i in range(1, len(ids)) if counted[i]))
+    assert sure_of(model, probes) == sure
+    assert {len(ids) for (ids, _), is_sure in zip(probes, sure, strict=True) if is_sure} == {2, 3}
+    assert sum(sure) < len(sure) / 2
+    unlikely = [(np.asarray([ids[0], (ids[1] + 1) % 256], dtype=np.int32), counted[:2]) for ids, counted in probes]
+    assert not any(sure_of(model, unlikely))
 
 
 def test_an_ability_is_shown_as_written_and_mostly_as_drills() -> None:

@@ -535,7 +535,7 @@ def test_what_is_most_similar_to_the_lesson_is_examined_and_not_repeated(store: 
     assert {each[1].text for each in memory.examined} <= {answer for _, answer in (*sums, *others)}
 
 
-@pytest.mark.parametrize("group", ["near.worded", "near.computed"])
+@pytest.mark.parametrize("group", ["near.worded", "near.computed", "own"])
 @pytest.mark.parametrize(("after", "passed"), [(0.9, True), (0.8, False)])
 def test_a_lesson_that_loses_similar_questions_is_refused(store: Store, group: str, after: float, passed: bool) -> None:
     lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
