@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 
 from jobs.results.metrics import ancestors
-from jobs.teach.rehearsal import is_rehearsal, rehearse
+from jobs.teach.rehearsal import rehearse
 from jobs.teach.wordings import (
     NAME_INTENT,
     Wordings,
@@ -94,7 +94,7 @@ class Memory:
         answered: for each :func:`normal` wording of a question, the item that answers it: an item of the lesson, or an
             item of an earlier lesson that is still valid.
         rehearsed: whether the model itself wrote the conversations, because those of its fine-tuning are not known
-            (:mod:`rehearsal`).
+            or not in the store (:mod:`rehearsal`).
     """
 
     conversations: list[Conversation]
@@ -164,11 +164,10 @@ def remember(
         worked: adds the output of Python code to the items of earlier lessons.
 
     Raises:
-        UserError: an earlier lesson is damaged, or neither the plan nor the store says on which conversations the model
-            was fine-tuned, and the model cannot write conversations itself.
+        UserError: an earlier lesson is damaged, the conversations that the plan names are missing, or the model has to
+            write conversations and cannot.
     """
-    name = _mixture(store, parent, lesson.plan)
-    mixture = Mixture(store, name)
+    mixture, rehearsed = _mixture(store, parent, lesson.plan)
     rng = random.Random(f"{lesson.plan.seed}/memory")  # noqa: S311
     training = _sample(mixture.training, _REMEMBERED, rng)
     validation = _sample(mixture.validation, _VALIDATION, rng)
@@ -206,7 +205,7 @@ def remember(
         [*conflicts, *earlier_conflicts],
         replaced,
         answered,
-        is_rehearsal(name),
+        rehearsed,
     )
 
 
@@ -227,20 +226,26 @@ def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Ran
     return sorted(drawn, key=similarity, reverse=True)[:_EXAMINED]
 
 
-def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> str:
-    """The mixture that the plan names; by default, the one on which the model was fine-tuned.
+def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, bool]:
+    """The conversations that the plan names; by default, those on which the model was fine-tuned.
 
-    If that is not known, the model itself writes conversations as it was before its lessons.
+    If these are not known or not in the store, the model itself writes conversations as it was before its lessons. The
+    second value says whether it did.
     """
-    named = plan.replay or parent.meta.get("settings", {}).get("mixture", "")
-    if named:
-        return str(named)
-    oldest = parent.ref
-    for _, ref in ancestors(store, parent):
-        if named := load_meta(store, ref).get("settings", {}).get("mixture", ""):
-            return str(named)
+    if plan.replay:
+        return Mixture(store, plan.replay), False
+    oldest, named = parent.ref, str(parent.meta.get("settings", {}).get("mixture", ""))
+    for _, ref in () if named else ancestors(store, parent):
+        named = str(load_meta(store, ref).get("settings", {}).get("mixture", ""))
         oldest = ref if ref.stage != "base" else oldest
-    return rehearse(store, parent if oldest == parent.ref else load_checkpoint(store, oldest))
+        if named:
+            break
+    try:
+        if named:
+            return Mixture(store, named), False
+    except UserError as error:
+        log.warning("the conversations of fine-tuning are missing", extra={"mixture": named, "reason": str(error)})
+    return Mixture(store, rehearse(store, load_checkpoint(store, oldest))), True
 
 
 def _sample(selection: Selection, most: int, rng: random.Random) -> list[Conversation]:

@@ -42,12 +42,6 @@ _MAX_TOKENS = 200
 _HELD_OUT_ONE_IN = 6
 # With fewer answers, a lesson would repeat the same few conversations all the time.
 _FEWEST = 100
-_PREFIX = "rehearsal-"
-
-
-def is_rehearsal(mixture: str) -> bool:
-    """Whether the mixture was written by :func:`rehearse`."""
-    return mixture.startswith(_PREFIX)
 
 
 def rehearse(store: Store, checkpoint: Checkpoint) -> str:
@@ -57,14 +51,14 @@ def rehearse(store: Store, checkpoint: Checkpoint) -> str:
 
     Raises UserError if the model ends too few of its answers.
     """
-    name = f"{_PREFIX}{checkpoint.weights_digest[:16]}"
+    name = f"rehearsal-{checkpoint.weights_digest[:16]}"
     if store.exists(f"data/{name}/val.jsonl"):
         return name
     written = list(_answered(checkpoint, _questions()))
     if len(written) < _FEWEST:
         raise UserError(
-            f"{checkpoint.ref.prefix} does not say on which conversations the model was fine-tuned, and the model "
-            f"itself ended only {len(written)} of its answers to {len(_questions())} questions within {_MAX_TOKENS} "
+            f"the store has no conversations on which {checkpoint.ref.prefix} was fine-tuned, and the model itself "
+            f"ended only {len(written)} of its answers to {len(_questions())} questions within {_MAX_TOKENS} "
             "tokens; name conversations with --replay, so that the model does not forget everything else"
         )
     rows = [{"messages": [to_json(message) for message in conversation]} for conversation in written]

@@ -164,6 +164,15 @@ def test_an_imported_model_repeats_its_own_answers_in_all_its_lessons(jobs: Jobs
     assert list((jobs.home / "data").iterdir()) == [rehearsal], "the answers are those before the first lesson"
 
 
+def test_without_the_conversations_of_its_fine_tuning_a_model_repeats_its_own_answers(jobs: Jobs) -> None:
+    shutil.rmtree(jobs.home / "data")
+    shown = teach(jobs, written(jobs, "song.jsonl", SONG), code=3, max_steps=1)
+    assert "the conversations of fine-tuning are missing" in shown
+    assert "right among questions that the model answered itself" in shown
+    named = teach(jobs, written(jobs, "song.jsonl", SONG), replay=NAME, code=EXIT_FAILED)
+    assert "there is no train.jsonl" in named
+
+
 def test_killed_at_random_moments_a_lesson_ends_with_the_same_weights(
     jobs: Jobs, with_model: Path, tmp_path: Path
 ) -> None:

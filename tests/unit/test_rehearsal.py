@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs.teach import rehearsal
-from jobs.teach.rehearsal import is_rehearsal, rehearse
+from jobs.teach.rehearsal import rehearse
 from nanochat_core.checkpoint import load_checkpoint
 from nanochat_core.errors import UserError
 from tests.support.lesson_store import SFT, with_model
@@ -24,8 +24,3 @@ def test_the_questions_differ_and_are_always_the_same() -> None:
     questions = rehearsal._questions()
     assert len(set(questions)) == len(questions) > 800
     assert questions == rehearsal._questions()
-
-
-def test_other_mixtures_are_no_rehearsal() -> None:
-    assert not is_rehearsal("demo-chat")
-    assert not is_rehearsal("smoltalk,mmlu:3")
