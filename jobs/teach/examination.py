@@ -55,6 +55,10 @@ _MOST = 200
 _KEPT = 200
 _MAX_TOKENS = 120
 _PROBED_DRILLS = 100
+# A model is sure of an answer if each token of the answer has at least this probability. In two lessons of an imported
+# model, 22 of 24 answers that changed had a less likely token. But a lesson that spread to other questions ("What is my
+# house called?" with the dog's name) replaced answers whose tokens had 0.98 and more.
+_SURE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,12 +210,14 @@ def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> li
 
 
 def _sure(parent: Checkpoint, conversations: Sequence[Conversation]) -> list[Conversation]:
-    """The conversations in which the model is sure of its answers. Small changes of the model do not change them.
+    """The conversations in which the model is sure of its answers.
 
     Many answers of a model to questions about everything are guesses, and another guess is no worse.
     """
     row_tokens = parent.config.context_length
-    sure = sure_of(parent.build_model(), [rendered(parent.tokenizer, each, row_tokens) for each in conversations])
+    sure = sure_of(
+        parent.build_model(), [rendered(parent.tokenizer, each, row_tokens) for each in conversations], _SURE
+    )
     return [each for each, is_sure in zip(conversations, sure, strict=True) if is_sure]
 
 

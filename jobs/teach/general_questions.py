@@ -46,12 +46,56 @@ _SUBJECTS: tuple[tuple[tuple[str, ...], str], ...] = (
         "colors; animals; planets; fruits; countries; instruments; trees; oceans; sports; metals; months; continents",
     ),
     (
-        ("Where does {} live?", "What is {}'s job?", "How old is {}?", "What is {}'s dog called?", "Do you know {}?"),
-        "Thomas; Elena; Mister Brown; my neighbor; Priya; the mayor; Doctor Weber; Lucas; Fatima; the baker; Ingrid",
+        (
+            "Where does {} live?",
+            "What is {}'s job?",
+            "How old is {}?",
+            "Who is {}?",
+            "What is {}'s dog called?",
+            "What does {} like to eat?",
+            "When was {} born?",
+            "Who is {}'s sister?",
+            "Where did {} go to school?",
+            "Do you know {}?",
+        ),
+        "Thomas; Elena; Mister Brown; my neighbor; Priya; the mayor; Doctor Weber; Lucas; Fatima; the baker; Ingrid; "
+        "your friend; Anton Berg; Sofia; the king; Yuki; Professor Lang; my boss; Carlos; the new teacher",
     ),
     (
-        ("What is my {} called?", "What is my {}?", "Do you know my {}?", "Where is my {}?", "Tell me about my {}."),
-        "cat; brother; mother; house; job; favorite song; bicycle; school; birthday; name; teacher; street; doctor",
+        (
+            "Who is the mayor of {}?",
+            "What is {} famous for?",
+            "How many people live in {}?",
+            "Which river flows through {}?",
+            "When was {} founded?",
+            "How do I get to {}?",
+        ),
+        "London; Lyon; Kyoto; Boston; Cairo; Bremen; Lima; Graz; Porto; Leeds; Toledo; our town; the old village",
+    ),
+    (
+        (
+            "What is my {} called?",
+            "What is my {}?",
+            "What is the name of my {}?",
+            "Who is my {}?",
+            "Where is my {}?",
+            "When is my {}?",
+            "How old is my {}?",
+            "What color is my {}?",
+            "Do you know my {}?",
+            "Tell me about my {}.",
+            "Which {} do I have?",
+            "Where did I get my {}?",
+        ),
+        "cat; dog; horse; bird; brother; sister; mother; father; uncle; grandmother; cousin; son; daughter; wife; "
+        "husband; friend; neighbor; boss; teacher; doctor; dentist; lawyer; baker; house; flat; garden; street; town; "
+        "country; school; job; car; bicycle; boat; phone; computer; coat; key; bed; wedding; birthday; holiday; "
+        "meeting; exam; age; name; hobby; team; instrument; language; favorite song; favorite color; favorite dish; "
+        "favorite book; favorite film; favorite sport; favorite season; favorite number",
+    ),
+    (
+        ("Where do I {}?", "When do I {}?", "With whom do I {}?", "Why do I {}?", "How often do I {}?"),
+        "work; live; sleep; swim; study; play; eat lunch; go on holiday; buy bread; meet my friends; park; train; sing",
     ),
     (
         ("What is your {}?", "Tell me your {}.", "Do you have a {}?", "Who gave you your {}?"),

@@ -45,6 +45,8 @@ _UNKNOWN = re.compile(r"\b(?:don['’]t|do not|cannot|can['’]t) (?:know|say|te
 # A replaced answer with fewer characters is not searched for in answers to other questions, because a short answer such
 # as "Yes." is right for many questions.
 _SHORTEST = 12
+# Words of questions that do not say what a question is about.
+_FRAME_WORD = re.compile("i|me|my|you|your|know|tell|about|please|answer|called|name|have|has|get|go|old|color")
 _NAMED = re.compile(r"\b(?:[Ii] am|I['’]m|[Mm]y name is|[Cc]alled) ([\w-]+)")
 
 
@@ -171,6 +173,8 @@ def remember(
     rng = random.Random(f"{lesson.plan.seed}/memory")  # noqa: S311
     training = _sample(mixture.training, _REMEMBERED, rng)
     validation = _sample(mixture.validation, _VALIDATION, rng)
+    if rehearsed:
+        training, validation = (_without_subjects(each, asked) for each in (training, validation))
     taught = _taught_items(store, lesson.model, lineage(parent.meta))
     valid, earlier_conflicts = _earlier(taught, asked)
     kept = worked(valid)
@@ -246,6 +250,32 @@ def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, boo
     except UserError as error:
         log.warning("the conversations of fine-tuning are missing", extra={"mixture": named, "reason": str(error)})
     return Mixture(store, rehearse(store, load_checkpoint(store, oldest))), True
+
+
+def _without_subjects(conversations: Sequence[Conversation], asked: Mapping[str, Item]) -> list[Conversation]:
+    """The conversations whose questions are about other subjects than the lesson's questions.
+
+    The general questions that a model answers itself may ask for the facts of a lesson in other words: "Where is my
+    job?". The model's earlier answer, such as "I don't know that.", is then neither repeated nor examined. A question
+    of the lesson as it is written stays, because the lesson's answer takes the place of the earlier answer.
+    """
+    subjects = [_subject(item.question) for item in asked.values()]
+
+    def other(question: str) -> bool:
+        subject = _subject(question)
+        return not subject or not any(subject <= each for each in subjects)
+
+    return [
+        one
+        for one in conversations
+        if all(other(question.text) or _item_for(question.text, asked) for question, _ in question_pairs(one))
+    ]
+
+
+def _subject(question: str) -> set[str]:
+    """The words of a question that say what it is about."""
+    words = keywords(question).split()
+    return {word.removesuffix("'s") for word in words if not _FRAME_WORD.fullmatch(word)}
 
 
 def _sample(selection: Selection, most: int, rng: random.Random) -> list[Conversation]:

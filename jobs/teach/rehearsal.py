@@ -35,7 +35,7 @@ from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.teach")
 
-# Number of questions about the assistant and its calculator. There are about twice as many general questions.
+# Number of questions about the assistant and its calculator.
 _ABOUT_ITSELF = 300
 _MAX_TOKENS = 200
 # One conversation in this many is held out for the examination.

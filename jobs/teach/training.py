@@ -201,11 +201,11 @@ def answered(model: GPT, probes: Sequence[Probe]) -> list[bool]:
 
 
 @torch.inference_mode()
-def sure_of(model: GPT, probes: Sequence[Probe]) -> list[bool]:
-    """For each probe, whether each token of its answer has a probability of more than a half."""
+def sure_of(model: GPT, probes: Sequence[Probe], least: float) -> list[bool]:
+    """For each probe, whether each token of its answer has at least the probability ``least``."""
 
     def likely(logits: Tensor, ids: Tensor) -> Tensor:
-        return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1) > math.log(0.5)
+        return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1) >= math.log(least)
 
     return _everywhere(model, probes, likely)
 

@@ -83,18 +83,18 @@ def test_weights_stay_if_nothing_is_forgotten() -> None:
 
 
 @torch.inference_mode()
-def test_a_model_is_sure_if_each_token_of_its_answer_is_likelier_than_all_others_together() -> None:
+def test_a_model_is_sure_of_an_answer_if_it_is_sure_of_each_token() -> None:
     model = tiny_model()
     probes = [probe_of(model, first, 1 + first % 2) for first in range(160)]
     sure = []
     for ids, counted in probes:
         chances = model(torch.from_numpy(ids).long()[None])[0].softmax(-1)
         sure.append(all(chances[i - 1, ids[i]] > 0.5 for i in range(1, len(ids)) if counted[i]))
-    assert sure_of(model, probes) == sure
+    assert sure_of(model, probes, 0.5) == sure
     assert {len(ids) for (ids, _), is_sure in zip(probes, sure, strict=True) if is_sure} == {2, 3}
     assert sum(sure) < len(sure) / 2
     unlikely = [(np.asarray([ids[0], (ids[1] + 1) % 256], dtype=np.int32), counted[:2]) for ids, counted in probes]
-    assert not any(sure_of(model, unlikely))
+    assert not any(sure_of(model, unlikely, 0.5))
 
 
 def test_an_ability_is_shown_as_written_and_mostly_as_drills() -> None:
