@@ -26,6 +26,7 @@ from jobs.teach.memory import _conflicts as conflicts
 from jobs.teach.memory import _earlier as earlier
 from jobs.teach.memory import _renamed as renamed
 from jobs.teach.memory import _taught_items as taught_items
+from jobs.teach.memory import _without_subjects as without_subjects
 from jobs.teach.session import Machine, give_lessons, lesson_gate
 from jobs.teach.settings import TeachSettings
 from jobs.teach.watch import Watch, WatchSettings
@@ -533,6 +534,29 @@ def test_what_is_most_similar_to_the_lesson_is_examined_and_not_repeated(store: 
     ranks = [question.startswith("What is") for question in examined]
     assert ranks == sorted(ranks, reverse=True), "the questions with the lesson's words come first"
     assert {each[1].text for each in memory.examined} <= {answer for _, answer in (*sums, *others)}
+
+
+def test_general_questions_about_the_subject_of_a_lesson_are_left_out() -> None:
+    items = [Item.of("What is my dog's name?", "Biscuit."), Item.of("What is my favorite dish?", "Soup.")]
+    same = (
+        "Where is my dog?",
+        "Do you know my dog?",
+        "Tell me about my dog.",
+        "How old is my dog?",
+        "What is my dish?",
+    )
+    others = (
+        "What is my name?",
+        "What is my cat called?",
+        "What is my favorite song?",
+        "Who are you?",
+        "Tell me a joke.",
+    )
+    # The lesson's answer takes the place of the earlier answer to its own question, so this question stays.
+    own = ("What is my dog called?",)
+    known = [chat(question, "I don't know that.") for question in (*same, *others, *own)]
+    left = without_subjects(known, asked_by(items, all_wordings(items)))
+    assert [one[0].text for one in left] == [*others, *own]
 
 
 @pytest.mark.parametrize("group", ["near.worded", "near.computed", "own"])
