@@ -38,7 +38,7 @@ from jobs.tasks.answers import contains_phrase
 from jobs.tasks.task import GenerativeTask, OpenQuestion, Response
 from jobs.teach.curriculum import asked, rendered
 from jobs.teach.memory import Conversation, Memory
-from jobs.teach.training import Probe, sure_of
+from jobs.teach.training import Probe
 from jobs.teach.wordings import Wordings
 from nanochat_core.chat import Message, parse_messages
 from nanochat_core.checkpoint import Checkpoint
@@ -55,10 +55,9 @@ _MOST = 200
 _KEPT = 200
 _MAX_TOKENS = 120
 _PROBED_DRILLS = 100
-# A model is sure of an answer if each token of the answer has at least this probability. In two lessons of an imported
-# model, 22 of 24 answers that changed had a less likely token. But a lesson that spread to other questions ("What is my
-# house called?" with the dog's name) replaced answers whose tokens had 0.98 and more.
-_SURE = 0.8
+# A group of the model's own answers is asked only if it has at least this many questions. In a smaller group, a single
+# changed answer would exceed the share that the gate allows.
+_FEWEST_OWN = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,16 +130,18 @@ def examination(
         for wording in rng.sample(found.held_out, min(_UNSEEN_PER_ITEM, len(found.held_out)))
     ]
     kept = _held_out(store, parent, memory, 0)
-    own = _sure(parent, memory.validation) if memory.rehearsed else []
-    near = _sure(parent, memory.examined) if memory.rehearsed else memory.examined
+    own, further_own = (memory.own[half::2] for half in range(2))
+    similar = memory.examined
+    if memory.own:
+        own, similar = (some if len(some) >= _FEWEST_OWN else [] for some in (own, similar))
     questions = [
         *(_question("taught", item, item.messages[:-1]) for item in _some(chats, rng)),
         *(_question("unseen", item, asked(item, wording)[:-1]) for item, wording in _some(unseen, rng)),
         *(_drill("ability", question, answer) for question, answer in _some(drills, rng)),
         *(_question("earlier", item, item.messages[:-1]) for item in _some(memory.items, rng) if item.messages),
-        *(_question("near.worded", Item(tuple(each)), each[:-1]) for each in near),
+        *(_question("near.worded", Item(tuple(each)), each[:-1]) for each in similar),
         *(_drill("near.computed", question, answer) for question, answer in neighbors),
-        *(_question("own", Item(tuple(each)), each[:-1]) for each in own[::2]),
+        *(_question("own", Item(tuple(each)), each[:-1]) for each in own),
         *_kept(kept),
     ]
     task = GenerativeTask(LESSON_QUESTIONS, tuple(questions), tools=True, max_tokens=_MAX_TOKENS)
@@ -157,7 +158,7 @@ def examination(
         for item in _held_out(store, parent, memory, 1)
         if item.messages not in examined
     ]
-    others += [rendered(tokenizer, each, row_tokens) for each in own[1::2]]
+    others += [rendered(tokenizer, each, row_tokens) for each in further_own]
     return Examination(task, probes, others, [rendered(tokenizer, each, row_tokens) for each in memory.validation])
 
 
@@ -207,18 +208,6 @@ def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> li
     recipe = RECIPES.get(str(origin.get("recipe")))
     drawn = recipe.evaluation_items(_KEPT, seed) if recipe is not None else []
     return [item for item in drawn if not memory.contradicts(str(item.messages[-1]["content"]), _last_text(item))]
-
-
-def _sure(parent: Checkpoint, conversations: Sequence[Conversation]) -> list[Conversation]:
-    """The conversations in which the model is sure of its answers.
-
-    Many answers of a model to questions about everything are guesses, and another guess is no worse.
-    """
-    row_tokens = parent.config.context_length
-    sure = sure_of(
-        parent.build_model(), [rendered(parent.tokenizer, each, row_tokens) for each in conversations], _SURE
-    )
-    return [each for each, is_sure in zip(conversations, sure, strict=True) if is_sure]
 
 
 def _last_text(item: EvalItem) -> str:

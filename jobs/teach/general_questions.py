@@ -5,6 +5,26 @@ from __future__ import annotations
 import itertools
 import random
 
+_ABOUT_PEOPLE = (
+    "Where does {} live?",
+    "What is {}'s job?",
+    "How old is {}?",
+    "Who is {}?",
+    "What is {}'s dog called?",
+    "What does {} like to eat?",
+    "When was {} born?",
+    "Who is {}'s sister?",
+    "Where did {} go to school?",
+    "Do you know {}?",
+)
+_ABOUT_PLACES = (
+    "Who is the mayor of {}?",
+    "What is {} famous for?",
+    "How many people live in {}?",
+    "Which river flows through {}?",
+    "When was {} founded?",
+    "How do I get to {}?",
+)
 # Wordings of questions, and the texts that take the place of {} in each of them.
 _SUBJECTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
@@ -46,30 +66,12 @@ _SUBJECTS: tuple[tuple[tuple[str, ...], str], ...] = (
         "colors; animals; planets; fruits; countries; instruments; trees; oceans; sports; metals; months; continents",
     ),
     (
-        (
-            "Where does {} live?",
-            "What is {}'s job?",
-            "How old is {}?",
-            "Who is {}?",
-            "What is {}'s dog called?",
-            "What does {} like to eat?",
-            "When was {} born?",
-            "Who is {}'s sister?",
-            "Where did {} go to school?",
-            "Do you know {}?",
-        ),
+        _ABOUT_PEOPLE,
         "Thomas; Elena; Mister Brown; my neighbor; Priya; the mayor; Doctor Weber; Lucas; Fatima; the baker; Ingrid; "
         "your friend; Anton Berg; Sofia; the king; Yuki; Professor Lang; my boss; Carlos; the new teacher",
     ),
     (
-        (
-            "Who is the mayor of {}?",
-            "What is {} famous for?",
-            "How many people live in {}?",
-            "Which river flows through {}?",
-            "When was {} founded?",
-            "How do I get to {}?",
-        ),
+        _ABOUT_PLACES,
         "London; Lyon; Kyoto; Boston; Cairo; Bremen; Lima; Graz; Porto; Leeds; Toledo; our town; the old village",
     ),
     (
@@ -118,3 +120,8 @@ def general_questions(rng: random.Random) -> list[str]:
         for wording, subject in itertools.product(wordings, subjects.split("; "))
     ]
     return rng.sample(made, len(made))
+
+
+def questions_about(name: str) -> list[str]:
+    """Questions about a name that may be the name of a person or of a place."""
+    return [wording.format(name) for wording in (*_ABOUT_PEOPLE, *_ABOUT_PLACES)]

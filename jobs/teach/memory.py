@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 
 from jobs.results.metrics import ancestors
-from jobs.teach.rehearsal import rehearse
+from jobs.teach.rehearsal import HELD_OUT, rehearse
 from jobs.teach.wordings import (
     NAME_INTENT,
     Wordings,
@@ -88,15 +88,16 @@ class Memory:
             the lesson's questions, or an answer says that the model does not know. None of the answers is one of the
             lesson's.
         examined: the conversations whose last questions are the most similar to the lesson's. The lesson is examined
-            with them, so they are in neither ``conversations`` nor ``near``.
+            with them, so they are in neither ``conversations`` nor ``near``. If the model wrote the conversations
+            itself, they are in ``validation``.
         items: items of the model's earlier lessons whose questions the lesson does not ask.
         conflicts: the earlier answers that the lesson replaces. They are named to the user.
         replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. If an earlier lesson replaces an
             answer, that lesson named the answer to the user.
         answered: for each :func:`normal` wording of a question, the item that answers it: an item of the lesson, or an
             item of an earlier lesson that is still valid.
-        rehearsed: whether the model itself wrote the conversations, because those of its fine-tuning are not known
-            or not in the store (:mod:`rehearsal`).
+        own: the members of ``validation`` that are not in ``examined``, if the model wrote the conversations itself
+            (:mod:`rehearsal`); empty if the conversations of its fine-tuning are in the store.
     """
 
     conversations: list[Conversation]
@@ -107,7 +108,7 @@ class Memory:
     conflicts: list[Conflict]
     replaced: list[Conflict]
     answered: Mapping[str, Item]
-    rehearsed: bool = False
+    own: Sequence[Conversation] = ()
 
     def contradicts(self, question: str, answer: str) -> bool:
         """Whether the lesson or an earlier lesson changes the right answer of a question, or asks the question itself.
@@ -172,7 +173,7 @@ def remember(
     mixture, rehearsed = _mixture(store, parent, lesson.plan)
     rng = random.Random(f"{lesson.plan.seed}/memory")  # noqa: S311
     training = _sample(mixture.training, _REMEMBERED, rng)
-    validation = _sample(mixture.validation, _VALIDATION, rng)
+    validation = _sample(mixture.validation, HELD_OUT if rehearsed else _VALIDATION, rng)
     if rehearsed:
         training, validation = (_without_subjects(each, asked) for each in (training, validation))
     taught = _taught_items(store, lesson.model, lineage(parent.meta))
@@ -181,7 +182,7 @@ def remember(
     # The conversations of fine-tuning still have the answers that earlier lessons replaced. If the answers of earlier
     # lessons did not take their places here, each new lesson would teach the model the replaced answers again.
     answered = {**asked_by(kept, all_wordings(kept)), **asked}
-    replaced = _conflicts(training, answered)
+    replaced = _conflicts([*training, *validation] if rehearsed else training, answered)
     new = {item.question for item in asked.values()} - _answered_before(taught, asked)
     conflicts = [each for each in replaced if each.question in new]
     names = _renamed(replaced)
@@ -189,17 +190,17 @@ def remember(
     validation = [each for one in validation if (each := _agreeing(one, replaced, answered, names)) == one]
     words = {word for each in asked.values() for word in keywords(each.question).split()}
     answers = {each.answer for each in asked.values()}
-    near = [
-        one
-        for one in agreed
-        if any(
-            words & {*keywords(asks.text).split()} or _UNKNOWN.search(said.text) for asks, said in question_pairs(one)
-        )
-        and not any(said.text in answers for _, said in question_pairs(one))
-    ]
-    examined = _most_similar(near, words, rng)[: len(near) // 2]
+
+    def near_to(conversation: Conversation) -> bool:
+        pairs = question_pairs(conversation)
+        similar = any(words & {*keywords(asks.text).split()} or _UNKNOWN.search(said.text) for asks, said in pairs)
+        return similar and not any(said.text in answers for _, said in pairs)
+
+    near, near_apart = ([one for one in some if near_to(one)] for some in (agreed, validation))
+    candidates = near_apart if rehearsed else near
+    examined = _most_similar(candidates, words, rng)[: len(candidates) // 2]
     apart = {id(one) for one in examined}
-    agreed, near = ([one for one in some if id(one) not in apart] for some in (agreed, near))
+    agreed, near, own = ([one for one in some if id(one) not in apart] for some in (agreed, near, validation))
     return Memory(
         agreed,
         validation,
@@ -209,7 +210,7 @@ def remember(
         [*conflicts, *earlier_conflicts],
         replaced,
         answered,
-        rehearsed,
+        own if rehearsed else [],
     )
 
 

@@ -80,10 +80,11 @@ def train(
 ) -> Trained:
     """Train ``parent`` on the documents until it answers every probe exactly, for at most ``plan.max_steps`` steps.
 
-    ``others`` are probes that the lesson does not teach. Of these, the model may forget a share of ``plan.margin / 2``
-    of the probes that ``parent`` answers. If it forgets more, its weights go back as :func:`go_back` describes.
-    ``tested`` is called after each test with the probes, with the history and the seconds since the beginning. It may
-    raise an error, such as LessonCanceled, which ends the training.
+    ``others`` are probes that the lesson does not teach. If the trained model answers fewer of them than ``parent``, by
+    more than the share ``plan.margin``, it is trained for as many steps again, within ``plan.max_steps``. Of the probes
+    that ``parent`` answers, it may forget a share of ``plan.margin / 2``. If it forgets more, its weights go back
+    as :func:`go_back` describes. ``tested`` is called after each test with the probes, with the history and the seconds
+    since the beginning. It may raise an error, such as LessonCanceled, which ends the training.
 
     Raises:
         SystemExit: SIGTERM or SIGINT arrived.
@@ -144,9 +145,18 @@ def train(
                     warming_down = True
                     end = min(plan.max_steps, state.step + max(_SHORTEST_WARMDOWN, int(_WARMDOWN_SHARE * state.step)))
                     step = step_until(end, state.step)
+                elif warming_down and state.step == end < plan.max_steps and forgets(model, others, known, plan.margin):
+                    # The remembered conversations teach again what was forgotten. The learning rate starts anew.
+                    end = min(plan.max_steps, 2 * end)
+                    step = step_until(end, state.step)
                 progress.update(state.step, dict(history[-1]))
     way = go_back(model, start, probes, known, plan.margin / 2)
     return Trained(model, way, state.step, time.monotonic() - started, history)
+
+
+def forgets(model: GPT, others: Sequence[Probe], known: Sequence[Probe], margin: float) -> bool:
+    """Whether a model answers fewer of ``others`` than there are in ``known``, by more than the share ``margin``."""
+    return len(known) - sum(answered(model, others)) > margin * len(others)
 
 
 @torch.no_grad()
@@ -193,31 +203,8 @@ def answered(model: GPT, probes: Sequence[Probe]) -> list[bool]:
     Greedy decoding does if each token of the answer is the most likely token after the tokens before it. One forward
     pass over the whole probe is enough to see this.
     """
-
-    def right(logits: Tensor, ids: Tensor) -> Tensor:
-        return logits.argmax(-1) == ids
-
-    return _everywhere(model, probes, right)
-
-
-@torch.inference_mode()
-def sure_of(model: GPT, probes: Sequence[Probe], least: float) -> list[bool]:
-    """For each probe, whether each token of its answer has at least the probability ``least``."""
-
-    def likely(logits: Tensor, ids: Tensor) -> Tensor:
-        return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1) >= math.log(least)
-
-    return _everywhere(model, probes, likely)
-
-
-def _everywhere(model: GPT, probes: Sequence[Probe], test: Callable[[Tensor, Tensor], Tensor]) -> list[bool]:
-    """For each probe, whether ``test`` is true for each token of its answer.
-
-    ``test`` takes logits, (rows, length, vocabulary), and the next token ids, (rows, length). It returns a bool for
-    each of these ids.
-    """
     device = model.smear_scale.device
-    passed = []
+    right = []
     longest = max((len(ids) for ids, _ in probes), default=0)
     rows = max(1, _PROBED_TOKENS // max(1, longest))
     for first in range(0, len(probes), rows):
@@ -228,5 +215,6 @@ def _everywhere(model: GPT, probes: Sequence[Probe], test: Callable[[Tensor, Ten
             ids[row, : len(tokens)] = torch.from_numpy(tokens)
             counted[row, : len(mask)] = torch.from_numpy(mask)
         ids, counted = ids.to(device), counted.to(device)
-        passed += (test(model(ids[:, :-1]), ids[:, 1:]) | ~counted[:, 1:]).all(-1).tolist()
-    return passed
+        said = model(ids[:, :-1]).argmax(-1)
+        right += ((said == ids[:, 1:]) | ~counted[:, 1:]).all(-1).tolist()
+    return right
