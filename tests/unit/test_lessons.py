@@ -14,12 +14,16 @@ from typing import Any, cast, get_args
 
 import pytest
 
+from jobs.data.origin import write_origin
+from jobs.demo_world.evaluation import EVALUATION_MIX
+from jobs.recipes import find_recipe
 from jobs.results.metrics import Metric
 from jobs.tasks.task import GenerativeTask, OpenQuestion, ask
 from jobs.teach import __main__ as program
 from jobs.teach import abilities, session, watch
 from jobs.teach.abilities import EXAMINED, ability_of, drills, with_output
 from jobs.teach.examination import Examination
+from jobs.teach.examination import _held_out as held_out
 from jobs.teach.memory import Conflict, Memory, all_wordings, asked_by, check_agreement, remember
 from jobs.teach.memory import _agreeing as agreeing
 from jobs.teach.memory import _conflicts as conflicts
@@ -32,7 +36,7 @@ from jobs.teach.settings import TeachSettings
 from jobs.teach.watch import Watch, WatchSettings
 from jobs.teach.wordings import clause, keywords, with_statements, wordings
 from nanochat_core.chat import Message, Part
-from nanochat_core.checkpoint import Checkpoint
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef
 from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.lessons import records
 from nanochat_core.lessons.items import (
@@ -534,6 +538,16 @@ def test_what_is_most_similar_to_the_lesson_is_examined_and_not_repeated(store: 
     ranks = [question.startswith("What is") for question in examined]
     assert ranks == sorted(ranks, reverse=True), "the questions with the lesson's words come first"
     assert {each[1].text for each in memory.examined} <= {answer for _, answer in (*sums, *others)}
+
+
+@pytest.mark.parametrize("recipe", ["demo", "small"])
+def test_the_examination_asks_equally_many_held_out_questions_for_every_recipe(store: Store, recipe: str) -> None:
+    write_origin(store, recipe, {"recipe": recipe})
+    parent = cast(Checkpoint, SimpleNamespace(ref=CheckpointRef(recipe, "sft", 1)))
+    memory = Memory([], [], [], [], [], [], [], {})
+    drawn = [held_out(store, parent, memory, seed) for seed in range(2)]
+    assert [len(items) for items in drawn] == [200, 200]
+    assert {item.kind for item in drawn[0]} <= (find_recipe(recipe).conversation_kinds or {*EVALUATION_MIX})
 
 
 def test_general_questions_about_the_subject_of_a_lesson_are_left_out() -> None:
