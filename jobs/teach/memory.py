@@ -174,14 +174,14 @@ def remember(
     rng = random.Random(f"{lesson.plan.seed}/memory")  # noqa: S311
     training = _sample(mixture.training, _REMEMBERED, rng)
     validation = _sample(mixture.validation, HELD_OUT if rehearsed else _VALIDATION, rng)
-    if rehearsed:
-        training, validation = (_without_subjects(each, asked) for each in (training, validation))
     taught = _taught_items(store, lesson.model, lineage(parent.meta))
     valid, earlier_conflicts = _earlier(taught, asked)
     kept = worked(valid)
     # The conversations of fine-tuning still have the answers that earlier lessons replaced. If the answers of earlier
     # lessons did not take their places here, each new lesson would teach the model the replaced answers again.
     answered = {**asked_by(kept, all_wordings(kept)), **asked}
+    if rehearsed:
+        training, validation = (_without_subjects(each, answered) for each in (training, validation))
     replaced = _conflicts([*training, *validation] if rehearsed else training, answered)
     new = {item.question for item in asked.values()} - _answered_before(taught, asked)
     conflicts = [each for each in replaced if each.question in new]
@@ -254,7 +254,7 @@ def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, boo
 
 
 def _without_subjects(conversations: Sequence[Conversation], asked: Mapping[str, Item]) -> list[Conversation]:
-    """The conversations whose questions are about other subjects than the lesson's questions.
+    """The conversations whose questions are about other subjects than the questions of the lesson and earlier lessons.
 
     The general questions that a model answers itself may ask for the facts of a lesson in other words: "Where is my
     job?". The model's earlier answer, such as "I don't know that.", is then neither repeated nor examined. A question

@@ -363,7 +363,9 @@ def _drills(store: Store, items: Sequence[Item], lesson: Lesson) -> tuple[dict[i
 
 def _neighbors(store: Store, memory: Memory, items: Sequence[Item], lesson: Lesson) -> list[Drill]:
     """The lesson's questions with other arguments, if fine-tuning taught the model to compute the answers."""
-    questions = computed(memory.conversations, items)
+    # A model may write code that answers nothing. Of the conversations that it wrote itself, only those count of whose
+    # answers it was sure.
+    questions = computed(memory.validation if memory.own else memory.conversations, items)
     if not questions:
         return []
     rng = random.Random(f"{lesson.plan.seed}/neighbors")  # noqa: S311
