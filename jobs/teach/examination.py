@@ -13,7 +13,8 @@ The questions form groups:
 - ``own``: held-out questions that the model answered itself before its first lesson (:mod:`rehearsal`). An answer is
   right if it still contains that answer. The model was sure of each of these answers. This group has questions only if
   the model's fine-tuning is not known. The questions of ``near.worded`` are then of this kind, too.
-- ``kept``: held-out conversations of the model's recipe that the lesson does not contradict. Each kind of conversation
+- ``kept``: held-out conversations of the model's recipe that the lesson does not contradict; if the model's fine-tuning
+  is not known, conversations about the assistant and for its calculator. Each kind of conversation
   is also a group of its own, such as ``kept.fact``.
 """
 
@@ -204,9 +205,13 @@ def _right(expected: str, response: Response, _: SandboxExecutor) -> bool:
 
 
 def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> list[EvalItem]:
-    """Held-out questions of the model's recipe, without those whose answers lessons change."""
+    """Held-out questions of the model's recipe, without those whose answers lessons change.
+
+    If a model wrote its own conversations, its recipe counts as not known.
+    """
     origin = read_origin(store, parent.ref.model) or {}
-    recipe = RECIPES.get(str(origin.get("recipe")))
+    # A model whose fine-tuning is not known may still know how to use the calculator, as the recipe small teaches.
+    recipe = RECIPES.get("small" if memory.own else str(origin.get("recipe")))
     drawn = recipe.evaluation_items(_KEPT, seed) if recipe is not None else []
     if recipe is not None and 0 < len(drawn) < _KEPT:  # the recipe teaches only some kinds of questions
         drawn = recipe.evaluation_items(_KEPT * _KEPT // len(drawn), seed)

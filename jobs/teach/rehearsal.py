@@ -46,8 +46,9 @@ _PRONOUN = re.compile("I|You|He|She|It|We|They|There|This|That|What|Who|Here")
 
 Conversation = tuple[Message, Message]
 
-# Number of questions about the assistant and its calculator.
-_ABOUT_ITSELF = 300
+# Number of questions about the assistant and its calculator. With 300 of them, a small model that computed 134 of 160
+# held-out answers rightly computed 103 after two lessons.
+_ABOUT_ITSELF = 1500
 # Further questions are made this many times, each time at most as many as _FURTHER says.
 _ROUNDS, _FURTHER = 2, 600
 _MAX_TOKENS = 200
