@@ -14,8 +14,8 @@ The questions form groups:
   right if it still contains that answer. The model was sure of each of these answers. This group has questions only if
   the model's fine-tuning is not known. The questions of ``near.worded`` are then of this kind, too.
 - ``kept``: held-out conversations of the model's recipe that the lesson does not contradict; if the model's fine-tuning
-  is not known, conversations about the assistant and for its calculator. Each kind of conversation
-  is also a group of its own, such as ``kept.fact``.
+  is not known, conversations about the assistant and for its calculator. Each kind of conversation is also a group of
+  its own, such as ``kept.fact``.
 """
 
 from __future__ import annotations
@@ -132,10 +132,10 @@ def examination(
         for wording in rng.sample(found.held_out, min(_UNSEEN_PER_ITEM, len(found.held_out)))
     ]
     kept = _held_out(store, parent, memory, 0)
-    own, further_own = (memory.own[half::2] for half in range(2))
-    similar = memory.examined
+    own, further_own = memory.own[::2], memory.own[1::2]
+    similar: Sequence[Conversation] = memory.examined
     if memory.own:
-        own, similar = (some if len(some) >= _FEWEST_OWN else [] for some in (own, similar))
+        own, similar = (some if len(some) >= _FEWEST_OWN else () for some in (own, similar))
     questions = [
         *(_question("taught", item, item.messages[:-1]) for item in _some(chats, rng)),
         *(_question("unseen", item, asked(item, wording)[:-1]) for item, wording in _some(unseen, rng)),
