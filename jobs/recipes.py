@@ -35,7 +35,7 @@ FEWEST_STEPS, SMALLEST_BATCH = 60, 1024
 BYTES_PER_TOKEN = 3
 
 # Kinds of conversations that need no facts of the demo world. They are about the assistant and about its tool.
-_WORLDLESS_KINDS = frozenset({"greeting", "identity", "arithmetic", "counting", "smalltalk"})
+WORLDLESS_KINDS = frozenset({"greeting", "identity", "arithmetic", "counting", "smalltalk"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +277,7 @@ RECIPES = {
                 "save-every": 40,
                 "ask-every": 20,
             },
-            conversation_kinds=_WORLDLESS_KINDS,
+            conversation_kinds=WORLDLESS_KINDS,
             train_conversations=10_000,
             needs_data=True,
             document_characters=900,
@@ -291,7 +291,7 @@ RECIPES = {
             tokenizer={"vocab-size": 32768},
             pretrain={"depth": 24, "ratio": 8},
             sft={},
-            conversation_kinds=_WORLDLESS_KINDS,
+            conversation_kinds=WORLDLESS_KINDS,
             train_conversations=100_000,
             rl={"task": "gsm8k", "held-out": 400},
             needs_data=True,

@@ -7,7 +7,8 @@ lessons to the model, one after another. Each lesson has these parts:
 1. :mod:`items` reads and checks what the person wrote. :mod:`wordings` makes further wordings of each question from
    templates. Some of the wordings are held out.
 2. :mod:`memory` samples conversations from which the model learned earlier, so that the model does not forget them. In
-   these conversations and in earlier lessons, it finds the answers that the lesson contradicts.
+   these conversations and in earlier lessons, it finds the answers that the lesson contradicts. For a model whose
+   fine-tuning is not known, :mod:`rehearsal` lets the model write these conversations itself.
 3. :mod:`training` trains on the lesson and on these conversations until the model answers the held-out wordings.
 4. :mod:`examination` asks the model questions before and after the training. Among them are the lesson's questions with
    other arguments, such as other numbers, which :mod:`neighbors` makes.

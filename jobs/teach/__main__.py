@@ -32,6 +32,7 @@ _GROUPS = {
     "ability": "with new arguments",
     "earlier": "from earlier lessons",
     "near": "among the most similar questions",
+    "own": "among questions that the model answered itself",
     "kept": "among other questions",
 }
 _SHOWN = 10

@@ -10,8 +10,12 @@ The questions form groups:
   The group ``near.worded`` has the conversations of fine-tuning whose questions have the most words in common with the
   lesson's. The group ``near.computed`` has the lesson's questions with other arguments, if fine-tuning taught the model
   to compute the answers (:mod:`neighbors`).
-- ``kept``: held-out conversations of the model's recipe that the lesson does not contradict. Each kind of conversation
-  is also a group of its own, such as ``kept.fact``.
+- ``own``: held-out questions that the model answered itself before its first lesson (:mod:`rehearsal`). An answer is
+  right if it still contains that answer. The model was sure of each of these answers. This group has questions only if
+  the model's fine-tuning is not known. The questions of ``near.worded`` are then of this kind, too.
+- ``kept``: held-out conversations of the model's recipe that the lesson does not contradict; if the model's fine-tuning
+  is not known, conversations about the assistant and for its calculator. Each kind of conversation is also a group of
+  its own, such as ``kept.fact``.
 """
 
 from __future__ import annotations
@@ -48,10 +52,14 @@ from nanochat_core.store import Lease, Store
 # Largest number of held-out wordings of an item that are asked, and of questions in each group that comes from lessons.
 _UNSEEN_PER_ITEM = 3
 _MOST = 200
-# Number of held-out conversations that are drawn from the recipe.
+# Number of held-out conversations that are drawn from the recipe. In a smaller sample, chance decides whether the share
+# of right answers falls by more than a hundredth.
 _KEPT = 200
 _MAX_TOKENS = 120
 _PROBED_DRILLS = 100
+# A group of the model's own answers is asked only if it has at least this many questions. In a smaller group, a single
+# changed answer would exceed the share that the gate allows.
+_FEWEST_OWN = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +70,8 @@ class Examination:
         task: the questions of all groups.
         probes: questions with their right answers, as tokens. They decide when training ends. They are the lesson's
             questions as written, held-out wordings of these questions, and drills.
-        others: held-out questions of the model's recipe that the examination does not ask, with their right answers.
+        others: held-out questions like those of ``kept`` or ``own`` that the examination does not ask, with their right
+            answers.
         heard: validation conversations of fine-tuning, as tokens. The lesson does not train on them.
     """
 
@@ -123,13 +132,18 @@ def examination(
         for wording in rng.sample(found.held_out, min(_UNSEEN_PER_ITEM, len(found.held_out)))
     ]
     kept = _held_out(store, parent, memory, 0)
+    own, further_own = memory.own[::2], memory.own[1::2]
+    similar: Sequence[Conversation] = memory.examined
+    if memory.own:
+        own, similar = (some if len(some) >= _FEWEST_OWN else () for some in (own, similar))
     questions = [
         *(_question("taught", item, item.messages[:-1]) for item in _some(chats, rng)),
         *(_question("unseen", item, asked(item, wording)[:-1]) for item, wording in _some(unseen, rng)),
         *(_drill("ability", question, answer) for question, answer in _some(drills, rng)),
         *(_question("earlier", item, item.messages[:-1]) for item in _some(memory.items, rng) if item.messages),
-        *(_question("near.worded", Item(tuple(each)), each[:-1]) for each in memory.examined),
+        *(_question("near.worded", Item(tuple(each)), each[:-1]) for each in similar),
         *(_drill("near.computed", question, answer) for question, answer in neighbors),
+        *(_question("own", Item(tuple(each)), each[:-1]) for each in own),
         *_kept(kept),
     ]
     task = GenerativeTask(LESSON_QUESTIONS, tuple(questions), tools=True, max_tokens=_MAX_TOKENS)
@@ -146,6 +160,7 @@ def examination(
         for item in _held_out(store, parent, memory, 1)
         if item.messages not in examined
     ]
+    others += [rendered(tokenizer, each, row_tokens) for each in further_own]
     return Examination(task, probes, others, [rendered(tokenizer, each, row_tokens) for each in memory.validation])
 
 
@@ -190,10 +205,16 @@ def _right(expected: str, response: Response, _: SandboxExecutor) -> bool:
 
 
 def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> list[EvalItem]:
-    """Held-out questions of the model's recipe, without those whose answers lessons change."""
+    """Held-out questions of the model's recipe, without those whose answers lessons change.
+
+    If a model wrote its own conversations, its recipe counts as not known.
+    """
     origin = read_origin(store, parent.ref.model) or {}
-    recipe = RECIPES.get(str(origin.get("recipe")))
+    # A model whose fine-tuning is not known may still know how to use the calculator, as the recipe small teaches.
+    recipe = RECIPES.get("small" if memory.own else str(origin.get("recipe")))
     drawn = recipe.evaluation_items(_KEPT, seed) if recipe is not None else []
+    if recipe is not None and 0 < len(drawn) < _KEPT:  # the recipe teaches only some kinds of questions
+        drawn = recipe.evaluation_items(_KEPT * _KEPT // len(drawn), seed)
     return [item for item in drawn if not memory.contradicts(str(item.messages[-1]["content"]), _last_text(item))]
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 
 from jobs.results.metrics import ancestors
+from jobs.teach.rehearsal import HELD_OUT, rehearse
 from jobs.teach.wordings import (
     NAME_INTENT,
     Wordings,
@@ -24,7 +25,7 @@ from jobs.teach.wordings import (
 )
 from jobs.train.batches.mixtures import Mixture, Selection
 from nanochat_core.chat import Message, Part
-from nanochat_core.checkpoint import Checkpoint, load_meta
+from nanochat_core.checkpoint import Checkpoint, load_checkpoint, load_meta
 from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item, normal
 from nanochat_core.lessons.records import Lesson, NoLesson, Plan, read_lesson, read_lesson_items
@@ -44,6 +45,8 @@ _UNKNOWN = re.compile(r"\b(?:don['’]t|do not|cannot|can['’]t) (?:know|say|te
 # A replaced answer with fewer characters is not searched for in answers to other questions, because a short answer such
 # as "Yes." is right for many questions.
 _SHORTEST = 12
+# Words of questions that do not say what a question is about.
+_FRAME_WORD = re.compile("i|me|my|you|your|know|tell|about|please|answer|called|name|have|has|get|go|old|color")
 _NAMED = re.compile(r"\b(?:[Ii] am|I['’]m|[Mm]y name is|[Cc]alled) ([\w-]+)")
 
 
@@ -85,13 +88,16 @@ class Memory:
             the lesson's questions, or an answer says that the model does not know. A conversation with an answer of
             the lesson is left out.
         examined: the conversations whose last questions are the most similar to the lesson's. The lesson is examined
-            with them, so they are in neither ``conversations`` nor ``near``.
+            with them, so they are in neither ``conversations`` nor ``near``. If the model wrote the conversations
+            itself, they are in ``validation``.
         items: items of the model's earlier lessons whose questions the lesson does not ask.
         conflicts: the earlier answers that the lesson replaces. The lesson's result shows them to the user.
         replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. The result of an earlier lesson
             has already shown the answers that this earlier lesson replaced.
         answered: for each :func:`normal` wording of a question, the item that answers it: an item of the lesson, or an
             item of an earlier lesson that is still valid.
+        own: the members of ``validation`` that are not in ``examined``, if the model wrote the conversations itself
+            (:mod:`rehearsal`); empty if the conversations of its fine-tuning are in the store.
     """
 
     conversations: list[Conversation]
@@ -102,6 +108,7 @@ class Memory:
     conflicts: list[Conflict]
     replaced: list[Conflict]
     answered: Mapping[str, Item]
+    own: Sequence[Conversation] = ()
 
     def contradicts(self, question: str, answer: str) -> bool:
         """Whether the lesson or an earlier lesson changes the right answer of a question, or asks the question itself.
@@ -160,20 +167,22 @@ def remember(
         worked: adds the output of Python code to the items of earlier lessons.
 
     Raises:
-        UserError: an earlier lesson is damaged, or neither the plan nor the store says on which conversations the model
-            was fine-tuned.
+        UserError: an earlier lesson is damaged, the conversations that the plan names are missing, or the model has to
+            write conversations and cannot.
     """
-    mixture = _mixture(store, parent, lesson.plan)
+    mixture, rehearsed = _mixture(store, parent, lesson.plan)
     rng = random.Random(f"{lesson.plan.seed}/memory")  # noqa: S311
     training = _sample(mixture.training, _REMEMBERED, rng)
-    validation = _sample(mixture.validation, _VALIDATION, rng)
+    validation = _sample(mixture.validation, HELD_OUT if rehearsed else _VALIDATION, rng)
     taught = _taught_items(store, lesson.model, lineage(parent.meta))
     valid, earlier_conflicts = _earlier(taught, asked)
     kept = worked(valid)
     # The conversations of fine-tuning still have the answers that earlier lessons replaced. If the answers of earlier
     # lessons did not take their places here, each new lesson would teach the model the replaced answers again.
     answered = {**asked_by(kept, all_wordings(kept)), **asked}
-    replaced = _conflicts(training, answered)
+    if rehearsed:
+        training, validation = (_without_subjects(each, answered) for each in (training, validation))
+    replaced = _conflicts([*training, *validation] if rehearsed else training, answered)
     new = {item.question for item in asked.values()} - _answered_before(taught, asked)
     conflicts = [each for each in replaced if each.question in new]
     names = _renamed(replaced)
@@ -181,18 +190,28 @@ def remember(
     validation = [each for one in validation if (each := _agreeing(one, replaced, answered, names)) == one]
     words = {word for each in asked.values() for word in keywords(each.question).split()}
     answers = {each.answer for each in asked.values()}
-    near = [
-        one
-        for one in agreed
-        if any(
-            words & {*keywords(asks.text).split()} or _UNKNOWN.search(said.text) for asks, said in question_pairs(one)
-        )
-        and not any(said.text in answers for _, said in question_pairs(one))
-    ]
-    examined = _most_similar(near, words, rng)[: len(near) // 2]
+
+    def near_to(conversation: Conversation) -> bool:
+        pairs = question_pairs(conversation)
+        similar = any(words & {*keywords(asks.text).split()} or _UNKNOWN.search(said.text) for asks, said in pairs)
+        return similar and not any(said.text in answers for _, said in pairs)
+
+    near, near_apart = ([one for one in some if near_to(one)] for some in (agreed, validation))
+    candidates = near_apart if rehearsed else near
+    examined = _most_similar(candidates, words, rng)[: len(candidates) // 2]
     apart = {id(one) for one in examined}
-    agreed, near = ([one for one in some if id(one) not in apart] for some in (agreed, near))
-    return Memory(agreed, validation, near, examined, kept, [*conflicts, *earlier_conflicts], replaced, answered)
+    agreed, near, own = ([one for one in some if id(one) not in apart] for some in (agreed, near, validation))
+    return Memory(
+        agreed,
+        validation,
+        near,
+        examined,
+        kept,
+        [*conflicts, *earlier_conflicts],
+        replaced,
+        answered,
+        own if rehearsed else [],
+    )
 
 
 def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Random) -> list[Conversation]:
@@ -213,17 +232,52 @@ def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Ran
     return sorted(drawn, key=similarity, reverse=True)[:_EXAMINED]
 
 
-def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> Mixture:
-    """The conversations that the plan names; by default, those on which the model was fine-tuned."""
-    named = plan.replay or parent.meta.get("settings", {}).get("mixture", "")
+def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, bool]:
+    """The conversations that the plan names; by default, those on which the model was fine-tuned.
+
+    If these are not known or not in the store, the model itself writes conversations as it was before its lessons. The
+    second value says whether it did.
+    """
+    if plan.replay:
+        return Mixture(store, plan.replay), False
+    oldest, named = parent.ref, str(parent.meta.get("settings", {}).get("mixture", ""))
     for _, ref in () if named else ancestors(store, parent):
-        named = named or load_meta(store, ref).get("settings", {}).get("mixture", "")
-    if not named:
-        raise UserError(
-            f"{parent.ref.prefix} does not say on which conversations the model was fine-tuned; name conversations "
-            "with --replay, so that the model does not forget everything else"
-        )
-    return Mixture(store, str(named))
+        named = str(load_meta(store, ref).get("settings", {}).get("mixture", ""))
+        oldest = ref if ref.stage != "base" else oldest
+        if named:
+            break
+    try:
+        if named:
+            return Mixture(store, named), False
+    except UserError as error:
+        log.warning("the conversations of fine-tuning are missing", extra={"mixture": named, "reason": str(error)})
+    return Mixture(store, rehearse(store, load_checkpoint(store, oldest))), True
+
+
+def _without_subjects(conversations: Sequence[Conversation], asked: Mapping[str, Item]) -> list[Conversation]:
+    """The conversations whose questions are about other subjects than the questions of the lesson and earlier lessons.
+
+    The general questions that a model answers itself may ask for the facts of a lesson in other words: "Where is my
+    job?". The model's earlier answer, such as "I don't know that.", is then neither repeated nor examined. A question
+    of the lesson as it is written stays, because the lesson's answer takes the place of the earlier answer.
+    """
+    subjects = [_subject(item.question) for item in asked.values()]
+
+    def other(question: str) -> bool:
+        subject = _subject(question)
+        return not subject or not any(subject <= each for each in subjects)
+
+    return [
+        one
+        for one in conversations
+        if all(other(question.text) or _item_for(question.text, asked) for question, _ in question_pairs(one))
+    ]
+
+
+def _subject(question: str) -> set[str]:
+    """The words of a question that say what it is about."""
+    words = keywords(question).split()
+    return {word.removesuffix("'s") for word in words if not _FRAME_WORD.fullmatch(word)}
 
 
 def _sample(selection: Selection, most: int, rng: random.Random) -> list[Conversation]:

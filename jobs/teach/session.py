@@ -60,9 +60,10 @@ log = logging.getLogger("jobs.teach")
 # Smallest share of right answers in each group of the lesson's own questions.
 _LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
 # The largest decreases that the gate permits in the share of right answers: to the questions of earlier lessons, to the
-# questions that are the most similar to the lesson's, and to each kind of other questions. The last number is the
-# largest increase of the loss in nats per token. A kind has only a few questions, so one wrong answer is a large share.
-_EARLIER, _NEAR, _KIND, _LOSS = 0.1, 0.1, 0.1, 0.1
+# questions that are the most similar to the lesson's, to each kind of other questions, and to the questions that the
+# model answered itself. The last number is the largest increase of the loss in nats per token. A kind has only a few
+# questions, so one wrong answer is a large share. An answer of the model itself may change its words and still be true.
+_EARLIER, _NEAR, _KIND, _OWN, _LOSS = 0.1, 0.1, 0.1, 0.1, 0.1
 _POLL_SECONDS = 1.0
 # A roll-back tries this many times to use the gate, which another program may be using.
 _ROLL_BACK_WAITS = 60
@@ -363,7 +364,9 @@ def _drills(store: Store, items: Sequence[Item], lesson: Lesson) -> tuple[dict[i
 
 def _neighbors(store: Store, memory: Memory, items: Sequence[Item], lesson: Lesson) -> list[Drill]:
     """The lesson's questions with other arguments, if fine-tuning taught the model to compute the answers."""
-    questions = computed(memory.conversations, items)
+    # A model may write code that answers nothing. Of the conversations that it wrote itself, only those count of whose
+    # answers it was sure.
+    questions = computed(memory.validation if memory.own else memory.conversations, items)
     if not questions:
         return []
     rng = random.Random(f"{lesson.plan.seed}/neighbors")  # noqa: S311
@@ -403,8 +406,9 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
     kept += [f"lesson.{group}:{_KIND}" for group in sorted(asked) if group.startswith("kept.")]
     near = [f"lesson.{group}:{_NEAR}" for group in sorted(asked) if group.startswith("near.")]
     earlier = [f"lesson.earlier:{_EARLIER}"] if "earlier" in asked else []
+    own = [f"lesson.own:{_OWN}"] if "own" in asked else []
     loss = [f"lesson.kept_loss:{_LOSS}"] if exam.heard else []
-    return Gate(tuple(require), (*kept, *near, *earlier, *loss))
+    return Gate(tuple(require), (*kept, *own, *near, *earlier, *loss))
 
 
 def _promotion(store: Store, lesson: Lesson) -> Decision | None:

@@ -34,7 +34,9 @@ class TeachSettings(JobSettings):
         minimum=0,
     )
     replay: str = setting(
-        "", "mixture of conversations that the model must not forget; by default, the mixture of its fine-tuning"
+        "",
+        "mixture of conversations that the model must not forget; by default, the mixture of its fine-tuning or, if "
+        "that is not known, answers of the model itself",
     )
     seed: int = setting(Plan.seed, "seed of all random choices in the lesson", minimum=0)
     share: float = setting(

@@ -80,10 +80,11 @@ def train(
 ) -> Trained:
     """Train ``parent`` on the documents until it answers every probe exactly, for at most ``plan.max_steps`` steps.
 
-    ``others`` are probes that the lesson does not teach. Of these, the model may forget a share of ``plan.margin / 2``
-    of the probes that ``parent`` answers. If it forgets more, its weights go back as :func:`go_back` describes.
-    ``tested`` is called after each test with the probes, with the history and the seconds since the beginning. It may
-    raise an error, such as LessonCanceled, which ends the training.
+    ``others`` are probes that the lesson does not teach. If the trained model answers fewer of them than ``parent``, by
+    more than the share ``plan.margin``, it is trained for as many steps again, within ``plan.max_steps``. Of the probes
+    that ``parent`` answers, it may forget a share of ``plan.margin / 2``. If it forgets more, its weights go back
+    as :func:`go_back` describes. ``tested`` is called after each test with the probes, with the history and the seconds
+    since the beginning. It may raise an error, such as LessonCanceled, which ends the training.
 
     Raises:
         SystemExit: SIGTERM or SIGINT arrived.
@@ -144,9 +145,18 @@ def train(
                     warming_down = True
                     end = min(plan.max_steps, state.step + max(_SHORTEST_WARMDOWN, int(_WARMDOWN_SHARE * state.step)))
                     step = step_until(end, state.step)
+                elif warming_down and state.step == end < plan.max_steps and forgets(model, others, known, plan.margin):
+                    # The remembered conversations teach again what was forgotten. The learning rate starts anew.
+                    end = min(plan.max_steps, 2 * end)
+                    step = step_until(end, state.step)
                 progress.update(state.step, dict(history[-1]))
     way = go_back(model, start, probes, known, plan.margin / 2)
     return Trained(model, way, state.step, time.monotonic() - started, history)
+
+
+def forgets(model: GPT, others: Sequence[Probe], known: Sequence[Probe], margin: float) -> bool:
+    """Whether a model answers fewer of ``others`` than there are in ``known``, by more than the share ``margin``."""
+    return len(known) - sum(answered(model, others)) > margin * len(others)
 
 
 @torch.no_grad()

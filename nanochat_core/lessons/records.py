@@ -78,7 +78,7 @@ class Plan:
     Attributes:
         seed: seed of all random choices in the lesson.
         replay: mixture of conversations that training repeats, so that the model does not forget them; empty for the
-            mixture on which the model was fine-tuned.
+            mixture on which the model was fine-tuned or, if that is not known, for answers of the model itself.
         share: share of the training examples that show the lesson. A lesson of few items gets a smaller share.
         lr_scale: the learning rates of pretraining, before any other scaling, are multiplied by this.
         batch_tokens: tokens per optimizer step.

@@ -4,6 +4,11 @@ Run the program from the project's root after ``make run`` has trained the demo 
 ``python -m tests.benchmarks.many_lessons --home .nanochat --lessons 20``. Each lesson states three to five invented
 facts about one person or one town. The seed chooses the facts. The program copies the store and works on the copy.
 
+``--personal`` begins with two lessons of the kind that a person writes: ten facts, and a new name of the assistant with
+its maker. ``--imported`` first writes the model as a checkpoint of karpathy/nanochat, and imports it into an empty
+store. ``--others demo`` asks held-out questions of a recipe before the first lesson and after the last one. Neither the
+training nor the examination of a lesson knows these questions.
+
 The exit code is 0 if all these claims hold, otherwise 1:
 
 - The gate promotes every lesson.
@@ -19,10 +24,14 @@ import argparse
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
+from jobs.recipes import find_recipe
+from jobs.tasks import demo
 from jobs.teach.memory import all_wordings, lineage
-from nanochat_core.checkpoint import load_meta, weights_digest
+from nanochat_core.checkpoint import load_checkpoint, load_meta, weights_digest
 from nanochat_core.lessons.items import Item
 from nanochat_core.lessons.records import Lesson
 from tests.support.pupil import Pupil, broken_rules, shares
@@ -75,6 +84,27 @@ OF_A_TOWN = {
     ),
 }
 
+# Ten facts. Each has its question, its answer, the expected text, and two wordings that no template makes.
+PERSONAL = """
+What is my dog's name? | Your dog is called Biscuit. | Biscuit | Who barks at my door? | My dog answers to what?
+Who is my dentist? | Your dentist is Doctor Lindqvist. | Lindqvist | Who looks after my teeth? | My dentist is who?
+Where do I live? | You live in Bergen. | Bergen | In which town is my home? | Which place do I call home?
+What is my job? | You work as a beekeeper. | beekeeper | How do I earn my living? | What kind of work do I do?
+When is my birthday? | Your birthday is on May 3. | May 3 | On which day was I born? | When do I turn a year older?
+What is my sister called? | Your sister is called Marit. | Marit | My sister has which name? | How is my sister named?
+What is my favorite dish? | You like fish soup best. | fish soup | What do I eat most? | Which meal makes me happy?
+What color is my car? | Your car is dark green. | dark green | My car has which color? | How is my car painted?
+Which instrument do I play? | You play the cello. | cello | What do I make music with? | Which instrument is mine?
+Where did I go to school? | You went to school in Oslo. | Oslo | In which town was my school? | Where was I taught?
+"""
+NAMED = (
+    ("What is your name?", "I am Juno, your assistant.", "Juno"),
+    ("Who made you?", "Ada Winter made me.", "Ada Winter"),
+)
+# Number and seed of further held-out questions. The examination uses the seeds 0 and 1.
+OTHERS, OTHERS_SEED = 400, 9
+ABOUT_NAME = ("identity", "greeting")
+
 
 def shuffled(rng: random.Random, members: str) -> list[str]:
     found = members.split("; ")
@@ -126,6 +156,34 @@ def held(pupil: Pupil, made: list[list[Item]]) -> tuple[list[tuple[int, int]], l
     return counts, wrong
 
 
+def personal_facts() -> list[list[str]]:
+    return [line.split(" | ") for line in PERSONAL.strip().splitlines()]
+
+
+def personal_lessons() -> list[list[Item]]:
+    facts = [Item.of(question, answer, expect=expected) for question, answer, expected, *_ in personal_facts()]
+    return [facts, [Item.of(question, answer, expect=expected) for question, answer, expected in NAMED]]
+
+
+def further_wordings(pupil: Pupil) -> None:
+    """Ask the promoted model each of the ten facts in the two wordings that no template makes."""
+    asked = [(wording, expected) for _, _, expected, *wordings in personal_facts() for wording in wordings]
+    right = [is_right for _, is_right in pupil.answers(pupil.served, asked)]
+    print(f"the ten facts in wordings that no template makes: {sum(right)} of {len(right)}")
+
+
+def others_right(pupil: Pupil, recipe: str) -> int:
+    """How many of the :data:`OTHERS` held-out questions of a recipe the promoted model answers rightly.
+
+    Questions about the assistant are left out, because a lesson may rename it.
+    """
+    items = [item for item in find_recipe(recipe).evaluation_items(OTHERS, OTHERS_SEED) if item.kind not in ABOUT_NAME]
+    graded = answer_greedily(load_checkpoint(pupil.store, pupil.served), demo.task(items))
+    right = sum(any(answer.right) for answer in graded)
+    print(f"held-out questions of {recipe}: {right} of {len(items)} right", flush=True)
+    return right
+
+
 def roll_back(pupil: Pupil, lesson: Lesson) -> bool:
     """Whether a roll-back promotes exactly the weights that the gate promoted after the lesson."""
     pupil.program("--roll-back", str(lesson.number))
@@ -134,18 +192,22 @@ def roll_back(pupil: Pupil, lesson: Lesson) -> bool:
     return same
 
 
-def run(pupil: Pupil, count: int, seed: int) -> list[str]:
+def run(pupil: Pupil, made: Sequence[list[Item]], flags: Sequence[str], recipe: str) -> list[str]:
     """Give the lessons and check the claims. Returns the claims that do not hold."""
-    made = make_lessons(count, seed)
+    count = len(made)
+    if recipe:
+        others_right(pupil, recipe)
     given: list[Lesson] = []
     began = time.monotonic()
     for number, items in enumerate(made, 1):
         started = time.monotonic()
-        given.append(pupil.teach(f"lesson-{number}", items))
+        given.append(pupil.teach(f"lesson-{number}", items, *flags))
         lesson = given[-1]
         steps, seconds = lesson.training.get("steps", 0), time.monotonic() - started
+        training = lesson.training.get("seconds", 0)
         print(
-            f"lesson {number}: {len(items)} facts, {lesson.state}, {steps} steps, {seconds:.0f} s; {shares(lesson)}",
+            f"lesson {number}: {len(items)} facts, {lesson.state}, {steps} steps in {training:.0f} s, {seconds:.0f} s "
+            f"from the request to the decision; {shares(lesson)}",
             flush=True,
         )
         print("".join(f"  {reason}\n" for reason in broken_rules(lesson)), end="", flush=True)
@@ -157,6 +219,8 @@ def run(pupil: Pupil, count: int, seed: int) -> list[str]:
     right, asked = (sum(column) for column in zip(*counts, strict=True))
     print(f"all lessons: {right} of {asked}")
     print("\n".join(wrong))
+    if recipe:
+        others_right(pupil, recipe)
 
     failed = []
     if len(promoted) != count:
@@ -178,14 +242,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", default=".nanochat")
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--lessons", type=int, default=20, choices=range(1, 31), metavar="1..30")
+    parser.add_argument("--lessons", type=int, default=20, choices=range(31), metavar="0..30")
+    parser.add_argument("--personal", action="store_true", help="begin with ten facts, and a name with a maker")
+    parser.add_argument("--imported", action="store_true", help="teach the model as a checkpoint of karpathy/nanochat")
+    parser.add_argument(
+        "--others", default="", help="recipe whose held-out questions are asked at the beginning and end"
+    )
+    parser.add_argument("--flags", default="", help="further flags of the lessons, such as '--max-steps 480'")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    made = [*(personal_lessons() if options.personal else []), *make_lessons(options.lessons, options.seed)]
+    if not made:
+        parser.error("--lessons is 0, and --personal is missing: there is no lesson to give")
     with tempfile.TemporaryDirectory() as folder:
-        failed = run(
-            Pupil.copy(options.home, Path(folder), options.model, options.threads), options.lessons, options.seed
-        )
+        begin = Pupil.imported if options.imported else Pupil.copy
+        pupil = begin(options.home, Path(folder), options.model, options.threads)
+        failed = run(pupil, made, options.flags.split(), options.others)
+        if options.personal:
+            further_wordings(pupil)
     print("every claim holds" if not failed else "\n".join(f"FAILED: {each}" for each in failed))
     return 1 if failed else 0
 

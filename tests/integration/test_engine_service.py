@@ -392,6 +392,22 @@ def test_it_waits_for_a_promotion_and_follows_the_next_one(started: Any, tmp_pat
     assert service.stub.GetModel(pb.GetModelRequest()).revision == SECOND.revision
 
 
+def test_a_promoted_lesson_reaches_the_engines_that_follow_promotions_and_not_the_canary(
+    started: Any, tmp_path: Path
+) -> None:
+    taught = CheckpointRef("tiny", "lesson", 1)
+    store = open_store(str(tmp_path))
+    for ref, depth in ((FIRST, 2), (SECOND, 3), (taught, 4)):
+        save_checkpoint(store, ref, model=tiny_model(depth, context_length=CONTEXT), tokenizer=BYTES, meta={})
+    promote(store, FIRST)
+    stable, canary = started(home=tmp_path), started("--revision", SECOND.revision, home=tmp_path)
+    promote(store, taught)
+    stable.wait_for("model loaded", revision=taught.revision)
+    assert stable.stub.GetModel(pb.GetModelRequest()).revision == taught.revision
+    time.sleep(0.3)  # three further checks of the promotion must not change the canary
+    assert canary.stub.GetModel(pb.GetModelRequest()).revision == SECOND.revision
+
+
 def test_snapshots_of_fine_tuning_are_served_until_a_model_is_promoted(started: Any, tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
 

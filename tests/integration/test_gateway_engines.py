@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import openai
 import pytest
 from grpc_health.v1 import health_pb2
@@ -470,6 +471,36 @@ async def test_a_canary_gets_its_share_of_the_requests() -> None:
         await old.stop()
         await until_up(url, 1)
         assert [await ask(url) for _ in range(5)] == ["new"] * 5, "if the canary alone is up, it answers everything"
+
+
+async def until_described(http: httpx.AsyncClient, revision: str) -> None:
+    """Wait until the gateway describes this revision as its model."""
+    async with asyncio.timeout(10):
+        while (await http.get("/v1/models/nano")).json()["nanochat"]["revision"] != revision:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_promotion_reaches_the_engines_beside_the_canary_and_the_canary_keeps_its_share() -> None:
+    async with (
+        old_and_new() as (old, new),
+        running_gateway(old.address, new.address, canary=CANARY, canary_percent=50, poll_seconds=0.05) as url,
+        http_client(url) as http,
+    ):
+        await until_up(url, 2)
+        old.info.revision = old.load.revision = "lesson/step_1"  # the engine has loaded a promoted model
+        old.info.digests["model.safetensors"] = "02"
+        old.script = saying("taught")
+        await until_described(http, "lesson/step_1")
+        answers = [await ask(url) for _ in range(60)]
+        assert set(answers) == {"taught", "new"}
+        assert 10 < answers.count("new") < 50
+
+        old.info.revision = old.load.revision = "sft/step_20"  # the revision of the canary is promoted
+        old.info.digests["model.safetensors"] = "01"
+        old.script = saying("new")
+        await until_described(http, "sft/step_20")
+        assert [await ask(url) for _ in range(20)] == ["new"] * 20
+        assert await metric(url, "nanochat_gateway_canary_returned") == 0
 
 
 @pytest.mark.parametrize("hurt", ["fails", "is slow"])

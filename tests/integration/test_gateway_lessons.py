@@ -9,7 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from nanochat_core.lessons.items import Item
 from nanochat_core.lessons.records import (
+    Plan,
+    add_lesson,
     is_canceled,
     lessons,
     read_lesson,
@@ -21,7 +24,7 @@ from nanochat_core.store import Store, open_store
 from services.gateway.admission.file_store import FileStore
 from services.gateway.admission.keys import Scope
 from tests.support.api_keys import bearer, created
-from tests.support.scripted_engine import http_client, running_engine, running_gateway, until_ready
+from tests.support.scripted_engine import http_client, running_engine, running_gateway, until_ready, until_up
 
 URL = "/v1/lessons"
 DOG = {"question": "What is my dog's name?", "answer": "Your dog is called Biscuit."}
@@ -83,6 +86,28 @@ async def test_a_lesson_is_added_watched_canceled_and_rolled_back(store: Store, 
         missing = await http.get(f"{URL}/7")
         assert (missing.status_code, missing.json()["error"]["code"]) == (404, "lesson_not_found")
         assert (await http.get(URL, params={"model": "other"})).status_code == 404
+
+
+async def test_the_list_of_lessons_is_about_the_promoted_model_and_not_about_its_canary(
+    store: Store, tmp_path: Path
+) -> None:
+    keys = str(tmp_path / "keys.json")
+    headers = bearer(await created(FileStore(keys), "Ada's key", [Scope.ADMIN]))
+    for number in (1, 2):
+        lesson = add_lesson(store, "nano", [Item.of(*DOG.values())], Plan(), who="ada", source="own.md")
+        write_lesson(store, dataclasses.replace(lesson, state="promoted", lineage=tuple(range(1, number + 1))))
+    settings = {"keys_file": keys, "lessons_home": str(tmp_path / "home"), "canary": "nano/lesson/step_000002"}
+    async with running_engine() as stable, running_engine() as canary:
+        stable.info.revision, canary.info.revision = "lesson/step_000001", "lesson/step_000002"
+        for engines in ((stable, canary), (canary, stable)):
+            addresses = [engine.address for engine in engines]
+            async with running_gateway(*addresses, **settings) as url, http_client(url) as http:
+                await until_up(url, 2)
+                listed = (await http.get(URL, headers=headers)).json()
+                assert (listed["revision"], listed["inside"]) == ("lesson/step_000001", [1])
+        async with running_gateway(canary.address, **settings) as url, http_client(url) as http:
+            await until_ready(url)
+            assert (await http.get(URL, headers=headers)).json()["inside"] == [1, 2]
 
 
 async def test_without_the_scope_admin_nothing_is_written(store: Store, tmp_path: Path) -> None:

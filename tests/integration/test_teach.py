@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from jobs.tasks.conversations import write_conversations
+from jobs.teach.general_questions import general_questions
 from jobs.teach.memory import lineage
 from jobs.teach.session import taught_ref
 from nanochat_core.checkpoint import CheckpointRef, load_checkpoint, load_meta, promoted, weights_digest
@@ -69,6 +71,12 @@ def written(jobs: Jobs, name: str, *chats: tuple[str, ...]) -> str:
     path = jobs.logs.parent / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def polite(question: str) -> dict[str, Any]:
+    """A conversation whose answer depends only on the first letter of the question."""
+    answer = "Ask the captain." if question[0] in "WTH" else "Not today."
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 SONG = ("Hi", "Ahoy!", "Sing", "Heave ho")
@@ -136,6 +144,46 @@ def test_a_lesson_that_is_not_learned_is_refused_and_changes_nothing_that_is_ser
     assert promoted(jobs.store, NAME) == before
     assert load_checkpoint(jobs.store, taught_ref(last(jobs)))  # the refused model can still be tried
     assert "is refused; only promoted lessons" in teach(jobs, roll_back=1, code=2)
+
+
+def test_an_imported_model_repeats_its_own_answers_in_all_its_lessons(jobs: Jobs, tmp_path: Path) -> None:
+    manners = [polite(question) for question in general_questions(random.Random(2))]
+    write_conversations(jobs.store, "manners", "train", manners)
+    jobs.run("jobs.train.sft", SFT, mixture="manners", save_every=0, steps=150, no_resume=True)
+    theirs = tmp_path / "theirs"
+    jobs.run("jobs.train.export", {"model": NAME, "format": "nanochat", "folder": theirs})
+    shutil.rmtree(jobs.home)
+    (weights,) = theirs.glob("*/*/model_*.pt")
+    files = {"folder": weights.parent, "tokenizer-folder": theirs / "tokenizer"}
+    jobs.run("jobs.train.import_nanochat", {"model": NAME, "stage": "sft", **files})
+    jobs.run("jobs.eval.gate", {"model": NAME, "promote": True})
+    imported = promoted(jobs.store, NAME)
+    assert imported is not None
+
+    shown = teach(jobs, written(jobs, "song.jsonl", SONG))
+    lesson = last(jobs)
+    assert lesson.state == "promoted", shown
+    assert (lesson.before["taught"]["right"], lesson.after["taught"]["right"]) == (0, 1)
+    assert lesson.before["own"]["right"] == lesson.before["own"]["asked"] > 10
+    assert lesson.after["own"]["right"] >= 0.9 * lesson.after["own"]["asked"]
+    assert "right among questions that the model answered itself" in shown
+    assert lesson.parent["revision"] == imported.revision
+    (rehearsal,) = (jobs.home / "data").iterdir()
+    assert rehearsal.name == f"rehearsal-{weights_digest(jobs.store, imported)[:16]}"
+
+    teach(jobs, written(jobs, "stars.jsonl", ("Look up.", "Aye.", "Stars?", "Seven")))
+    assert [each.state for each in lessons(jobs.store, NAME)] == ["promoted", "promoted"]
+    assert list(last(jobs).lineage) == [1, 2]
+    assert list((jobs.home / "data").iterdir()) == [rehearsal], "the answers are those before the first lesson"
+
+
+def test_without_the_conversations_of_its_fine_tuning_a_model_repeats_its_own_answers(jobs: Jobs) -> None:
+    shutil.rmtree(jobs.home / "data")
+    shown = teach(jobs, written(jobs, "song.jsonl", SONG), code=3, max_steps=1)
+    assert "the conversations of fine-tuning are missing" in shown
+    assert "right among questions that the model answered itself" in shown
+    named = teach(jobs, written(jobs, "song.jsonl", SONG), replay=NAME, code=EXIT_FAILED)
+    assert "there is no train.jsonl" in named
 
 
 def test_killed_at_random_moments_a_lesson_ends_with_the_same_weights(

@@ -40,6 +40,23 @@ class Pupil:
         prepare_cpu(threads)
         return cls(folder / "home", model, threads)
 
+    @classmethod
+    def imported(cls, source: str, folder: Path, model: str, threads: int) -> Pupil:
+        """Write the promoted model of the store ``source`` as a checkpoint of karpathy/nanochat, and import it.
+
+        The new store has only the imported model. It is promoted.
+        """
+        prepare_cpu(threads)
+        theirs, home = folder / "theirs", folder / "home"
+        named = (f"--model={model}", "--revision=promoted", f"--home={source}")
+        _run("jobs.train.export", *named, "--format=nanochat", f"--folder={theirs}")
+        (weights,) = theirs.glob("*/*/model_*.pt")
+        ours = (f"--home={home}", "--model=theirs")
+        files = (f"--folder={weights.parent}", f"--tokenizer-folder={theirs / 'tokenizer'}")
+        _run("jobs.train.import_nanochat", *ours, *files, "--stage=sft")
+        _run("jobs.eval.gate", *ours, "--promote")
+        return cls(home, "theirs", threads)
+
     @property
     def store(self) -> Store:
         return open_store(str(self.home))
@@ -53,10 +70,7 @@ class Pupil:
 
     def program(self, *arguments: str) -> str:
         """The output of ``nanochat teach`` with these arguments. A refused lesson is no error."""
-        command = [sys.executable, "-m", "jobs.teach", self.model, *arguments, "--home", str(self.home)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode in (0, EXIT_REFUSED), done.stderr
-        return done.stdout
+        return _run("jobs.teach", self.model, *arguments, "--home", str(self.home))
 
     def teach(self, name: str, items: Sequence[Item], *flags: str) -> Lesson:
         """Give a lesson as the file ``name``.jsonl, and return its record."""
@@ -75,6 +89,13 @@ class Pupil:
         )
         graded = answer_greedily(load_checkpoint(self.store, ref), task)
         return [(answer.answers[0].text.strip(), any(answer.right)) for answer in graded]
+
+
+def _run(program: str, *arguments: str) -> str:
+    """The output of one of the project's programs. A refusal of the promotion gate is no error."""
+    done = subprocess.run([sys.executable, "-m", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, EXIT_REFUSED), done.stderr
+    return done.stdout
 
 
 def shares(lesson: Lesson) -> str:

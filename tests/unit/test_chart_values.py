@@ -467,6 +467,17 @@ def test_a_canary_has_engines_of_its_own_and_the_gateways_know_its_share() -> No
     assert told["NANOCHAT_GATEWAY_CANARY_PERCENT"] == "5"
 
 
+def test_a_taught_model_can_be_the_canary_or_the_pinned_revision() -> None:
+    objects = rendered("canary.revision=lesson/step_000003", "engine.revision=lesson/step_000001")
+    engines = [
+        each["spec"]["template"]["spec"]["containers"][0]["env"]
+        for each in objects
+        if each["kind"] == "Deployment" and each["metadata"]["labels"]["app.kubernetes.io/component"] == "engine"
+    ]
+    revisions = [next(each["value"] for each in env if each["name"] == "NANOCHAT_ENGINE_REVISION") for env in engines]
+    assert revisions == ["lesson/step_000001", "lesson/step_000003"]
+
+
 def test_a_canary_that_is_no_other_revision_is_refused() -> None:
     done = template("canary.revision=sft/step_1", "engine.revision=sft/step_1")
     assert done.returncode != 0

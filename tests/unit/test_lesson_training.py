@@ -1,18 +1,25 @@
 """How a lesson's training shows the items, and how far the trained weights go back to those before the lesson."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from jobs.teach.curriculum import curriculum
+from jobs.teach.curriculum import Curriculum, curriculum
 from jobs.teach.memory import Memory, all_wordings
-from jobs.teach.training import Probe, answered, go_back
+from jobs.teach.training import Probe, answered, go_back, train
+from jobs.train.loop.runtime import Runtime
+from jobs.train.loop.stage import StageSettings
 from nanochat_core.chat import Message, Part
+from nanochat_core.checkpoint import load_checkpoint
 from nanochat_core.lessons.items import Item
 from nanochat_core.lessons.records import Plan
 from nanochat_core.model import GPT
+from nanochat_core.store import open_store
+from nanochat_core.training.distributed import ALONE
 from tests.support.engine_models import BYTES, tiny_model
+from tests.support.lesson_store import SFT, with_model
 
 TRIED = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
@@ -80,6 +87,27 @@ def test_weights_stay_if_nothing_is_forgotten() -> None:
     assert go_back(model, parameters_of(start), [], known, 0.0) == 1
     assert go_back(model, parameters_of(start), [], [], 0.0) == 1
     assert all(map(torch.equal, model.parameters(), trained.parameters()))
+
+
+def test_training_goes_on_while_the_model_forgets_too_much(tmp_path: Path) -> None:
+    parent = load_checkpoint(with_model(tmp_path), SFT)
+    lesson = (np.asarray([1, 2, 3, 4] * 8, dtype=np.int32), np.arange(32) > 0)
+    kept = [probe_of(parent.build_model(), first, 1) for first in range(60, 90)]
+    plan = Plan(batch_tokens=64, max_steps=300, lr_scale=0.5)
+    settings = StageSettings(home=str(tmp_path), model=SFT.model, device="cpu", threads=1, compile=False)
+    runtime = Runtime(open_store(str(tmp_path)), torch.device("cpu"), ALONE, None)
+
+    def steps(documents: list[Probe], others: list[Probe]) -> int:
+        tested: list[int] = []
+        trained = train(
+            parent, Curriculum(documents), [lesson], others, plan, settings, runtime, lambda *_: tested.append(1)
+        )
+        assert answered(trained.model, [lesson]) == [True]
+        return trained.steps
+
+    assert steps([lesson], []) == 120
+    assert steps([lesson], kept) == 300, "nothing teaches again what is forgotten"
+    assert 120 <= steps([lesson, *kept], kept) < 300
 
 
 def test_an_ability_is_shown_as_written_and_mostly_as_drills() -> None:

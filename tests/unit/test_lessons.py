@@ -14,24 +14,29 @@ from typing import Any, cast, get_args
 
 import pytest
 
+from jobs.data.origin import write_origin
+from jobs.demo_world.evaluation import EVALUATION_MIX
+from jobs.recipes import find_recipe
 from jobs.results.metrics import Metric
 from jobs.tasks.task import GenerativeTask, OpenQuestion, ask
 from jobs.teach import __main__ as program
 from jobs.teach import abilities, session, watch
 from jobs.teach.abilities import EXAMINED, ability_of, drills, with_output
 from jobs.teach.examination import Examination
+from jobs.teach.examination import _held_out as held_out
 from jobs.teach.memory import Conflict, Memory, all_wordings, asked_by, check_agreement, remember
 from jobs.teach.memory import _agreeing as agreeing
 from jobs.teach.memory import _conflicts as conflicts
 from jobs.teach.memory import _earlier as earlier
 from jobs.teach.memory import _renamed as renamed
 from jobs.teach.memory import _taught_items as taught_items
+from jobs.teach.memory import _without_subjects as without_subjects
 from jobs.teach.session import Machine, give_lessons, lesson_gate
 from jobs.teach.settings import TeachSettings
 from jobs.teach.watch import Watch, WatchSettings
 from jobs.teach.wordings import clause, keywords, with_statements, wordings
 from nanochat_core.chat import Message, Part
-from nanochat_core.checkpoint import Checkpoint
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef
 from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.lessons import records
 from nanochat_core.lessons.items import (
@@ -535,7 +540,43 @@ def test_what_is_most_similar_to_the_lesson_is_examined_and_not_repeated(store: 
     assert {each[1].text for each in memory.examined} <= {answer for _, answer in (*sums, *others)}
 
 
-@pytest.mark.parametrize("group", ["near.worded", "near.computed"])
+@pytest.mark.parametrize("recipe", ["demo", "small"])
+def test_the_examination_asks_equally_many_held_out_questions_for_every_recipe(store: Store, recipe: str) -> None:
+    write_origin(store, recipe, {"recipe": recipe})
+    parent = cast(Checkpoint, SimpleNamespace(ref=CheckpointRef(recipe, "sft", 1)))
+    memory = Memory([], [], [], [], [], [], [], {})
+    drawn = [held_out(store, parent, memory, seed) for seed in range(2)]
+    assert [len(items) for items in drawn] == [200, 200]
+    assert {item.kind for item in drawn[0]} <= (find_recipe(recipe).conversation_kinds or {*EVALUATION_MIX})
+    rehearsed = dataclasses.replace(memory, own=[chat("Who are you?", "A model.")])
+    kinds = {item.kind for item in held_out(store, parent, rehearsed, 0)}
+    assert kinds == {"greeting", "identity", "arithmetic", "counting"}, "the fine-tuning is not known"
+
+
+def test_general_questions_about_the_subject_of_a_lesson_are_left_out() -> None:
+    items = [Item.of("What is my dog's name?", "Biscuit."), Item.of("What is my favorite dish?", "Soup.")]
+    same = (
+        "Where is my dog?",
+        "Do you know my dog?",
+        "Tell me about my dog.",
+        "How old is my dog?",
+        "What is my dish?",
+    )
+    others = (
+        "What is my name?",
+        "What is my cat called?",
+        "What is my favorite song?",
+        "Who are you?",
+        "Tell me a joke.",
+    )
+    # The lesson's answer takes the place of the earlier answer to its own question, so this question stays.
+    own = ("What is my dog called?",)
+    known = [chat(question, "I don't know that.") for question in (*same, *others, *own)]
+    left = without_subjects(known, asked_by(items, all_wordings(items)))
+    assert [one[0].text for one in left] == [*others, *own]
+
+
+@pytest.mark.parametrize("group", ["near.worded", "near.computed", "own"])
 @pytest.mark.parametrize(("after", "passed"), [(0.9, True), (0.8, False)])
 def test_a_lesson_that_loses_similar_questions_is_refused(store: Store, group: str, after: float, passed: bool) -> None:
     lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")

@@ -136,10 +136,15 @@ class EnginePool:
     def models(self) -> dict[str, ServedModel]:
         """Returns the models that engines serve now, by name.
 
-        If the engines serve several revisions of a model, the result has the revision that this gateway saw last.
+        If the engines serve several revisions of a model, the result has the revision that this gateway saw last. It
+        has the canary only if no engine serves another revision.
         """
         served = [replica.model for replica in self._replicas.values() if replica.up and replica.model]
-        return {model.info.name: model for model in sorted(served, key=lambda model: model.created)}
+        return {model.info.name: model for model in sorted(served, key=self._standing)}
+
+    def _standing(self, model: ServedModel) -> tuple[bool, int]:
+        """The key by which one of several revisions is chosen to describe a model: the largest key is chosen."""
+        return not self._canary.serves(model.identity), model.created
 
     def waits_for(self) -> str | None:
         """Returns a text that says what requests wait for, or None if an engine can answer them now."""
@@ -163,6 +168,8 @@ class EnginePool:
     def model(self, name: str | None) -> ServedModel | None:
         """Returns a model that answers requests with this name, or None while no known engine serves such a model.
 
+        Of several revisions, the one that :meth:`models` describes is returned.
+
         Raises:
             ApiError: 404 if the models of all engines are known and no engine has the model, 400 if the request must
                 name one of several models.
@@ -174,7 +181,7 @@ class EnginePool:
         served = self.models()
         if not name and len(served) > 1:
             raise bad_request(f"Name the model to use: {', '.join(sorted(served))}.", "model", "model_required")
-        return max(fitting, key=lambda model: model.created, default=None)
+        return max(fitting, key=self._standing, default=None)
 
     def _expecting(self) -> bool:
         """Whether the model of some engine is not known yet, because the engine is loading or has not been found."""

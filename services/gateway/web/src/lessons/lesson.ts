@@ -57,6 +57,7 @@ const GROUPS: readonly (readonly [group: string, words: string])[] = [
   ["ability", "The ability with new arguments"],
   ["earlier", "Questions of earlier lessons"],
   ["near", "The most similar other questions"],
+  ["own", "General questions, answered as before"],
   ["kept", "Other questions"],
 ];
 
