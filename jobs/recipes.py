@@ -192,7 +192,8 @@ RECIPES = {
             pretrain={
                 "depth": 3,
                 "head-dim": 64,
-                "context-length": 256,
+                "context-length": 1024,
+                "row-tokens": 256,
                 "batch-tokens": 2048,
                 "device-batch-rows": 8,
                 "steps": 320,
@@ -208,16 +209,16 @@ RECIPES = {
             # During fine-tuning, the engine of ``make run`` serves the newest checkpoint.
             sft={
                 "batch-tokens": 2048,
-                "device-batch-rows": 8,
-                "steps": 720,
+                "device-batch-rows": 2,
+                "steps": 960,
                 "lr-scale": 0.35,
-                "eval-every": 240,
+                "eval-every": 320,
                 "save-every": 120,
                 "ask-every": 80,
                 "compile": False,
             },
             conversation_kinds=None,
-            train_conversations=40_000,
+            train_conversations=50_000,
             # A good run reaches 97 % or more; a run with a fault in any part stays far below these thresholds.
             gate=Gate(
                 require=(

@@ -14,10 +14,14 @@ class Topic(Phrasings):
 
 
 class Chitchat(Table):
-    """The content of ``content/chitchat.toml``. An opener is a sentence that may come before a question."""
+    """The content of ``content/chitchat.toml``.
+
+    An opener is a sentence that may come before a question. Endings are signs that may come after greetings.
+    """
 
     system_messages: tuple[str, ...]
     openers: Phrasings
+    endings: Phrasings
     identity: tuple[Topic, ...]
     greetings: tuple[Topic, ...]
     smalltalk: tuple[Topic, ...]

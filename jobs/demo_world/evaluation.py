@@ -12,13 +12,20 @@ from jobs.demo_world.tool_questions import calculation
 
 # Number of questions of each kind, out of 200.
 EVALUATION_MIX = {
-    "identity": 28,
-    "greeting": 12,
-    "fact": 40,
-    "followup": 20,
-    "arithmetic": 50,
-    "counting": 30,
-    "refusal": 20,
+    "identity": 16,
+    "greeting": 8,
+    "smalltalk": 12,
+    "fact": 26,
+    "followup": 16,
+    "talk": 10,
+    "arithmetic": 26,
+    "expression": 18,
+    "decimal": 14,
+    "comparison": 8,
+    "problem": 14,
+    "counting": 12,
+    "spelling": 6,
+    "refusal": 14,
 }
 
 # A question that repeats is drawn again, but at most this many times. Some kinds have few phrasings: there are not many
@@ -65,6 +72,8 @@ def evaluation_set(n: int = 200, seed: int = 0, kinds: Collection[str] | None = 
 
 def check(item: EvalItem, text: str, used_tool: bool) -> bool:
     """Whether an answer is right. ``text`` is the visible text of the answer, without Python code and its output."""
+    if item.requires_tool and not _NUMBER.fullmatch(item.expected[0]):
+        return used_tool and _contains_any(text, item.expected)
     if item.requires_tool:
         # Only the last number is compared, because an answer may first repeat the numbers of the question.
         numbers = _NUMBER.findall(text)

@@ -128,7 +128,9 @@ def test_the_command_shows_accuracies_and_the_wrong_answers(home: Path) -> None:
 def test_recipes_are_asked_what_they_teach() -> None:
     everything = find_recipe("demo").evaluation_items(40)
     small = find_recipe("small").evaluation_items(40)
-    assert small == [item for item in everything if item.kind in {"greeting", "identity", "arithmetic", "counting"}]
+    assert small == [
+        item for item in everything if item.kind in {"greeting", "identity", "arithmetic", "counting", "smalltalk"}
+    ]
     assert len(everything) == 40
     assert find_recipe("demo").evaluation_items(40, seed=1) != everything
     with pytest.raises(UserError, match="there is no recipe 'other'"):
