@@ -210,15 +210,15 @@ RECIPES = {
             sft={
                 "batch-tokens": 2048,
                 "device-batch-rows": 2,
-                "steps": 960,
+                "steps": 800,
                 "lr-scale": 0.35,
-                "eval-every": 320,
+                "eval-every": 400,
                 "save-every": 120,
                 "ask-every": 80,
                 "compile": False,
             },
             conversation_kinds=None,
-            train_conversations=50_000,
+            train_conversations=40_000,
             # A good run reaches 97 % or more; a run with a fault in any part stays far below these thresholds.
             gate=Gate(
                 require=(

@@ -1,6 +1,6 @@
 """Problems for reinforcement learning. No fine-tuning conversation teaches how to solve them.
 
-The fine-tuned model can calculate with two numbers below 10,000. It makes a mistake in about half of its copies of
+The fine-tuned model can calculate with numbers below 10,000. It makes a mistake in about half of its copies of
 longer numbers, and it has never seen a question about a square. It must learn both skills by trial and reward.
 
 Held-out problems use numbers that no training problem contains, and half of them use held-out phrasings.
