@@ -210,9 +210,9 @@ RECIPES = {
             sft={
                 "batch-tokens": 2048,
                 "device-batch-rows": 2,
-                "steps": 800,
+                "steps": 860,
                 "lr-scale": 0.35,
-                "eval-every": 400,
+                "eval-every": 430,
                 "save-every": 120,
                 "ask-every": 80,
                 "compile": False,

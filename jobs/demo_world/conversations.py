@@ -17,21 +17,21 @@ from jobs.demo_world.tables import Split
 # about facts, in both directions. The other kinds are rarer: they have few different sentences, and a model soon learns
 # these by heart. A talk is as long as several other conversations.
 CONVERSATION_MIX: Mapping[str, float] = {
-    "counting": 14,
+    "counting": 12,
     "arithmetic": 12,
-    "expression": 11,
+    "expression": 12,
     "decimal": 7,
-    "comparison": 3,
-    "problem": 8,
-    "spelling": 5,
-    "fact": 13,
-    "followup": 11,
-    "refusal": 8,
+    "comparison": 4,
+    "problem": 10,
+    "spelling": 8,
+    "fact": 12,
+    "followup": 9,
+    "refusal": 9,
     "mixed": 3,
     "talk": 2,
-    "identity": 6,
-    "greeting": 4,
-    "smalltalk": 5,
+    "identity": 8,
+    "greeting": 5,
+    "smalltalk": 8,
 }
 
 # The kinds of a conversation with several questions. Questions for facts are most frequent.

@@ -3,11 +3,13 @@
 The model does not compute them. It copies the calculation into a Python call and turns words into operators. It learns
 this from many different calculations.
 
-A held-out calculation contains a reserved number (:mod:`arithmetic`), also as the digits before or after a decimal
-point. A training calculation and its result contain none.
+Half of the held-out calculations contain a reserved number (:mod:`arithmetic`), also as the digits before or after a
+decimal point. A training calculation and its result contain none. The other held-out calculations have ordinary
+numbers, and the hash of the code says that no training conversation has this calculation.
 """
 
 import dataclasses
+import hashlib
 import random
 import re
 from collections.abc import Callable
@@ -18,6 +20,10 @@ from jobs.demo_world.tables import Split
 # What the sandbox answers to a division by zero.
 DIVISION_BY_ZERO = "ZeroDivisionError: division by zero"
 _LONGEST_RESULT = 10
+
+# Share of held-out calculations that contain a reserved number. Of the other calculations, one in eight is held out.
+RESERVED_SHARE = 0.5
+_HELDOUT_ONE_IN = 8
 
 _DIGITS = (1, 2, 3, 4)
 _DIGIT_WEIGHTS = (5, 5, 3, 2)
@@ -82,20 +88,32 @@ def draw_comparison(rng: random.Random, split: Split, function: str) -> tuple[st
             return a, b, drawn
 
 
-def belongs(code: str, result: str, split: Split) -> bool:
-    """Whether a calculation belongs to ``split``."""
+def is_heldout_calculation(code: str) -> bool:
+    """Whether only held-out conversations may have a calculation without reserved numbers."""
+    numbers = re.findall(r"\d+", code)
+    # Sums of two numbers also occur in other kinds of questions, which divide them by their numbers.
+    if re.fullmatch(r"\d+ [-+*] \d+", code):
+        return is_heldout_pair(*map(int, numbers))
+    return hashlib.sha256(code.encode()).digest()[0] % _HELDOUT_ONE_IN == 0
+
+
+def belongs(code: str, result: str, split: Split, *, reserved: bool) -> bool:
+    """Whether a calculation belongs to ``split``, and if it is held out, whether it is of the wanted sort.
+
+    ``reserved`` asks for a held-out calculation with a reserved number.
+    """
     if split == "heldout":
-        return contains_reserved_number(code)
-    numbers = [int(digits) for digits in re.findall(r"\d+", code)]
-    return not (contains_reserved_number(f"{code} {result}") or (len(numbers) == 2 and is_heldout_pair(*numbers)))
+        return contains_reserved_number(code) if reserved else is_heldout_calculation(code)
+    return not (contains_reserved_number(f"{code} {result}") or is_heldout_calculation(code))
 
 
 def _draw(rng: random.Random, split: Split, form: _Form) -> Expression:
+    reserved = rng.random() < RESERVED_SHARE
     while True:
         drawn = form(rng)
         result = drawn.result
         short = len(result) <= _LONGEST_RESULT and "e" not in result
-        if (short or result == DIVISION_BY_ZERO) and belongs(drawn.code, result, split):
+        if (short or result == DIVISION_BY_ZERO) and belongs(drawn.code, result, split, reserved=reserved):
             return drawn
 
 

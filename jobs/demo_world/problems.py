@@ -7,7 +7,7 @@ are divided between the splits in the same way as those of other calculations (:
 import dataclasses
 import random
 
-from jobs.demo_world.expressions import belongs, draw_number
+from jobs.demo_world.expressions import RESERVED_SHARE, belongs, draw_number
 from jobs.demo_world.facts import PEOPLE
 from jobs.demo_world.phrasings import OBJECT
 from jobs.demo_world.tables import Phrasings, Split, Table, Words, read_content
@@ -64,9 +64,10 @@ class Problem:
 def problem(rng: random.Random, split: Split) -> Problem:
     """Draw a word problem that the other split never contains."""
     sort = rng.choices(tuple(_SORTS), tuple(_SORTS.values()))[0]
+    reserved = rng.random() < RESERVED_SHARE
     while True:
         numbers, code, value = _calculation(rng, sort)
-        if value >= 1 and belongs(code, str(value), split):
+        if value >= 1 and belongs(code, str(value), split, reserved=reserved):
             break
     person, friend = rng.sample(PEOPLE, 2)
     items = rng.choice(_SENTENCES.items)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs.demo_world import arithmetic, habits, tables, words
+from jobs.demo_world import arithmetic, expressions, habits, tables, words
 from jobs.demo_world.chitchat import CHITCHAT
 from jobs.demo_world.conversations import CONVERSATION_MIX, conversations
 from jobs.demo_world.documents import DOCUMENT_MIX, pretraining_documents
@@ -295,13 +295,18 @@ def test_heldout_sums_have_reserved_numbers_or_a_reserved_pair(
 
 
 @pytest.mark.parametrize("kind", ["expression", "decimal", "comparison", "problem"])
-def test_heldout_calculations_have_a_reserved_number(kind: str) -> None:
-    heldout = code_of(conversations("heldout", 4, 500, {kind: 1.0}))
-    training = code_of(conversations("train", 4, 2000, {kind: 1.0}))
-    assert all(map(arithmetic.contains_reserved_number, heldout))
+def test_heldout_calculations_are_new_and_half_have_a_reserved_number(kind: str) -> None:
+    heldout = code_of(conversations("heldout", 4, 1000, {kind: 1.0}))
+    training = code_of(conversations("train", 4, 4000, {kind: 1.0}))
+    assert not {*heldout} & {*training}
     assert not any(map(arithmetic.contains_reserved_number, training))
-    assert len(set(heldout)) > 450
-    assert len(set(training)) > 1500
+    assert not any(map(expressions.is_heldout_calculation, training))
+    reserved = [arithmetic.contains_reserved_number(code) for code in heldout]
+    assert 0.4 < sum(reserved) / len(reserved) < 0.65
+    for code, number in zip(heldout, reserved, strict=True):
+        assert number or expressions.is_heldout_calculation(code)
+    assert len({*heldout}) > 500
+    assert len({*training}) > 2500
 
 
 def test_expressions_come_in_all_forms() -> None:
