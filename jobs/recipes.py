@@ -226,6 +226,7 @@ RECIPES = {
                     "chat.kinds.identity>=0.8",
                     "chat.kinds.fact>=0.8",
                     "chat.kinds.arithmetic>=0.8",
+                    "chat.kinds.expression>=0.8",
                 )
             ),
             questions=("Who keeps the lighthouse?", "What is 1234 * 5678?", "How many letters r are in strawberry?"),

@@ -103,7 +103,7 @@ def belongs(code: str, result: str, split: Split, *, reserved: bool) -> bool:
     ``reserved`` asks for a held-out calculation with a reserved number.
     """
     if split == "heldout":
-        return contains_reserved_number(code) if reserved else is_heldout_calculation(code)
+        return contains_reserved_number(code) == reserved and (reserved or is_heldout_calculation(code))
     return not (contains_reserved_number(f"{code} {result}") or is_heldout_calculation(code))
 
 
@@ -128,7 +128,9 @@ def _number(rng: random.Random) -> str:
 
 
 def _fraction(rng: random.Random) -> str:
-    return rng.choice(("", *"0123456789")) + rng.choice("123456789")
+    """One or two digits, of which the last one is not zero."""
+    tenths: str = rng.choice(("", *"0123456789"))
+    return tenths + rng.choice("123456789")
 
 
 def _decimal(rng: random.Random) -> str:
