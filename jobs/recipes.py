@@ -210,9 +210,9 @@ RECIPES = {
             sft={
                 "batch-tokens": 2048,
                 "device-batch-rows": 2,
-                "steps": 860,
+                "steps": 900,
                 "lr-scale": 0.35,
-                "eval-every": 430,
+                "eval-every": 450,
                 "save-every": 120,
                 "ask-every": 80,
                 "compile": False,

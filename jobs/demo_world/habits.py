@@ -15,7 +15,7 @@ from jobs.demo_world.tables import Split
 # Share of all questions without capitals and final punctuation.
 _SLOPPY_SHARE = 0.1
 # Shares of greetings and small talk with other habits. People type these faster than questions.
-_CAPITALS_SHARE, _MISSPELLED_SHARE, _ENDING_SHARE = 0.05, 0.1, 0.12
+_CAPITALS_SHARE, _MISSPELLED_SHARE, _ENDING_SHARE = 0.08, 0.1, 0.12
 _TRIES = 20
 _WORD = re.compile(r"[A-Za-z]{4,}")
 

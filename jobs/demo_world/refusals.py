@@ -36,7 +36,7 @@ _REFUSALS = read_content("refusals", Refusals)
 
 # Shares of the three sorts of questions, in percent. Questions about unknown names are most frequent: they sound like
 # questions about the people of Saltmere, so a model easily invents an answer.
-_STRANGER, _NO_SUCH_VALUE, _ELSEWHERE = 40, 18, 42
+_STRANGER, _NO_SUCH_VALUE, _ELSEWHERE = 36, 24, 40
 
 
 def refusal(rng: random.Random, split: Split) -> Exchange:
