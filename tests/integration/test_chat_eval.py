@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with an untrained model. For this model, special tokens are as likely as other tokens."""
     home = tmp_path_factory.mktemp("home")
     tokenizer = train_tokenizer(pretraining_documents(seed=1, n=200), 400)
-    model = GPT(ModelConfig.from_depth(1, vocab_size=400, head_dim=32, context_length=512))
+    model = GPT(ModelConfig.from_depth(1, vocab_size=400, head_dim=32, context_length=2048))
     generator = torch.Generator().manual_seed(3)
     model.init_weights(generator)
     with torch.no_grad():
