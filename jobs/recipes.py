@@ -235,6 +235,8 @@ RECIPES = {
                 "Who keeps the lighthouse?",
                 "What is 1234 * 5678?",
                 "How many letters r are in strawberry?",
+                "What is 26% of 1234?",
+                "Which is larger: 9.11 or 9.9?",
             ),
             # The 40 steps take about two and a half minutes. docs/rl.md shows the curve, and the skills that the model
             # would forget in further steps.

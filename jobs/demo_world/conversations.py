@@ -39,9 +39,9 @@ _MIXED_KINDS = (
     "counting", "spelling", "arithmetic", "expression", "decimal", "problem", "comparison",
     "fact", "fact", "fact", "fact", "refusal", "greeting", "identity", "smalltalk",
 )  # fmt: skip
-# Bounds of the least length of a talk. With its last answer, a talk has up to 2,400 characters, and a row of 1,024
-# tokens holds about as many.
-_TALK_CHARACTERS = (1000, 1900)
+# Bounds of the least number of characters in a talk. The last exchanges may exceed it by some hundred characters. A row
+# of 1,024 tokens holds about 2,000 characters of a talk.
+_TALK_CHARACTERS = (900, 1600)
 
 _OPENER_SHARE = 0.08
 # Share of conversations with a system message. Many API clients send a system message, and it must not confuse the

@@ -35,6 +35,8 @@ _SIGNS = {"+": ("+",), "-": ("-",), "*": ("*", "*", "x", "×"), "/": ("/", "/", 
 _WORDS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
 _WORDS_SHARE, _UNSPACED_SHARE = 0.12, 0.25
 _POWERS = ("{a}^{b}", "{a}^{b}", "{a} ^ {b}", "{a} ** {b}", "{a}**{b}", "{a} to the power of {b}")
+# Shares of the powers. Reinforcement learning practices other wordings of squares (jobs.demo_world.practice).
+_SQUARES_SHARE, _CUBES_SHARE = 0.35, 0.15
 _PERCENTAGES = ("{p}% of {n}", "{p}% of {n}", "{p} % of {n}", "{p} percent of {n}")
 
 _FUNCTIONS = {"round": round, "max": max, "min": min}
@@ -62,7 +64,7 @@ _Form = Callable[[random.Random], Expression]
 
 def draw_chain(rng: random.Random, split: Split) -> Expression:
     """Draw a calculation with three or four whole numbers, a power, or a division by zero."""
-    return _draw(rng, split, rng.choices((_chain, _power, _by_zero), (80, 10, 10))[0])
+    return _draw(rng, split, rng.choices((_chain, _power, _by_zero), (74, 16, 10))[0])
 
 
 def draw_decimal(rng: random.Random, split: Split) -> Expression:
@@ -179,8 +181,12 @@ def _joined(rng: random.Random, operands: list[str], groups: tuple[int, ...], sy
 
 
 def _power(rng: random.Random) -> Expression:
-    # Squares are left to reinforcement learning (jobs.demo_world.practice).
-    a, b = rng.choice((rng.randint(2, 12), rng.randint(10, 999))), rng.randint(3, 10)
+    pick = rng.random()
+    if pick < _SQUARES_SHARE + _CUBES_SHARE:
+        word, exponent = ("squared", 2) if pick < _SQUARES_SHARE else ("cubed", 3)
+        a = rng.choice((rng.randint(2, 99), rng.randint(100, 999)))
+        return Expression(f"{a} {word}", f"{a} ** {exponent}")
+    a, b = rng.choice((rng.randint(2, 12), rng.randint(10, 999))), rng.randint(2, 10)
     return Expression(rng.choice(_POWERS).format(a=a, b=b), f"{a} ** {b}")
 
 
