@@ -17,21 +17,21 @@ from jobs.demo_world.tables import Split
 # about facts, in both directions. The other kinds are rarer: they have few different sentences, and a model soon learns
 # these by heart. A talk is as long as several other conversations.
 CONVERSATION_MIX: Mapping[str, float] = {
-    "counting": 12,
-    "arithmetic": 12,
-    "expression": 12,
-    "decimal": 7,
-    "comparison": 4,
-    "problem": 10,
-    "spelling": 8,
-    "fact": 12,
-    "followup": 9,
-    "refusal": 9,
+    "counting": 18,
+    "arithmetic": 10,
+    "expression": 10,
+    "decimal": 6,
+    "comparison": 3,
+    "problem": 11,
+    "spelling": 12,
+    "fact": 11,
+    "followup": 10,
+    "refusal": 10,
     "mixed": 3,
     "talk": 2,
-    "identity": 8,
-    "greeting": 5,
-    "smalltalk": 8,
+    "identity": 6,
+    "greeting": 4,
+    "smalltalk": 10,
 }
 
 # The kinds of a conversation with several questions. Questions for facts are most frequent.
