@@ -210,9 +210,9 @@ RECIPES = {
             sft={
                 "batch-tokens": 2048,
                 "device-batch-rows": 2,
-                "steps": 900,
+                "steps": 1100,
                 "lr-scale": 0.35,
-                "eval-every": 450,
+                "eval-every": 550,
                 "save-every": 120,
                 "ask-every": 80,
                 "compile": False,

@@ -3,7 +3,7 @@
 import random
 
 from jobs.demo_world.exchange import Exchange
-from jobs.demo_world.tables import Phrasings, Split, Table, read_content
+from jobs.demo_world.tables import Phrasings, Split, Table, Words, read_content
 
 
 class Topic(Phrasings):
@@ -21,7 +21,7 @@ class Chitchat(Table):
 
     system_messages: tuple[str, ...]
     openers: Phrasings
-    endings: Phrasings
+    endings: Words
     identity: tuple[Topic, ...]
     greetings: tuple[Topic, ...]
     smalltalk: tuple[Topic, ...]

@@ -23,15 +23,15 @@ CONVERSATION_MIX: Mapping[str, float] = {
     "decimal": 6,
     "comparison": 3,
     "problem": 11,
-    "spelling": 12,
+    "spelling": 15,
     "fact": 11,
     "followup": 10,
     "refusal": 10,
     "mixed": 3,
     "talk": 2,
     "identity": 6,
-    "greeting": 4,
-    "smalltalk": 10,
+    "greeting": 5,
+    "smalltalk": 14,
 }
 
 # The kinds of a conversation with several questions. Questions for facts are most frequent.

@@ -341,7 +341,7 @@ def test_people_misspell_greetings_and_the_misspellings_are_divided_too() -> Non
         split: {normalized(text) for topic in (*CHITCHAT.greetings, *CHITCHAT.smalltalk) for text in topic.of(split)}
         for split in ("train", "heldout")
     }
-    endings = tuple(ending.strip() for split in ("train", "heldout") for ending in CHITCHAT.endings.of(split))
+    endings = tuple(ending.strip() for ending in CHITCHAT.endings)
     mix = {"greeting": 1.0, "smalltalk": 1.0}
     for split in ("train", "heldout"):
         asked = {
