@@ -192,7 +192,8 @@ RECIPES = {
             pretrain={
                 "depth": 3,
                 "head-dim": 64,
-                "context-length": 256,
+                "context-length": 1024,
+                "row-tokens": 256,
                 "batch-tokens": 2048,
                 "device-batch-rows": 8,
                 "steps": 320,
@@ -208,10 +209,10 @@ RECIPES = {
             # During fine-tuning, the engine of ``make run`` serves the newest checkpoint.
             sft={
                 "batch-tokens": 2048,
-                "device-batch-rows": 8,
-                "steps": 720,
+                "device-batch-rows": 2,
+                "steps": 1100,
                 "lr-scale": 0.35,
-                "eval-every": 240,
+                "eval-every": 550,
                 "save-every": 120,
                 "ask-every": 80,
                 "compile": False,
@@ -225,6 +226,7 @@ RECIPES = {
                     "chat.kinds.identity>=0.8",
                     "chat.kinds.fact>=0.8",
                     "chat.kinds.arithmetic>=0.8",
+                    "chat.kinds.expression>=0.8",
                 )
             ),
             questions=("Who keeps the lighthouse?", "What is 1234 * 5678?", "How many letters r are in strawberry?"),
@@ -233,6 +235,8 @@ RECIPES = {
                 "Who keeps the lighthouse?",
                 "What is 1234 * 5678?",
                 "How many letters r are in strawberry?",
+                "What is 26% of 1234?",
+                "Which is larger: 9.11 or 9.9?",
             ),
             # The 40 steps take about two and a half minutes. docs/rl.md shows the curve, and the skills that the model
             # would forget in further steps.

@@ -24,6 +24,8 @@ _RESERVED_ONE_IN = 8
 _HELDOUT_PAIR_ONE_IN = 20
 # The documentation shows 1234 * 5678, so these two must be held out too.
 _ALWAYS_RESERVED = frozenset({1234, 5678})
+# The code of every percentage contains this number.
+_NEVER_RESERVED = frozenset({100})
 LARGEST = 9999
 
 # Weights of the number of digits in an operand. Long operands are frequent because copying their results takes the most
@@ -40,10 +42,10 @@ _OPERATIONS: dict[str, Callable[[int, int], int | float]] = {
     "/": operator.truediv,
 }
 OPERATORS = tuple(_OPERATIONS)
-# Products are frequent because they have the longest results. Divisions are rare because few of them have short
-# results.
+# Products are frequent because they have the longest results.
 _OPERATOR_WEIGHTS = (4, 3, 6, 2)
-_LONGEST_QUOTIENT = 7
+# Digits after the decimal point of a quotient. The model would make mistakes in longer ones.
+PLACES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +58,22 @@ class Sum:
 
     @property
     def code(self) -> str:
+        return rounded(self.bare) if self.symbol == "/" else self.bare
+
+    @property
+    def bare(self) -> str:
+        """The calculation in Python's notation, without the rounding of :attr:`code`."""
         return f"{self.a} {self.symbol} {self.b}"
 
     @property
     def result(self) -> str:
-        return str(_OPERATIONS[self.symbol](self.a, self.b))
+        value = _OPERATIONS[self.symbol](self.a, self.b)
+        return str(round(value, PLACES) if self.symbol == "/" else value)
+
+
+def rounded(code: str) -> str:
+    """Code that rounds the value of ``code``. All calculations with divisions, decimals or percentages have it."""
+    return f"round({code}, {PLACES})"
 
 
 def _hash(text: str) -> int:
@@ -71,7 +84,7 @@ def _hash(text: str) -> int:
 def reserved_numbers() -> frozenset[int]:
     """The numbers that no training text contains."""
     hashed = (n for n in range(10, LARGEST + 1) if _hash(str(n)) % _RESERVED_ONE_IN == 0)
-    return (frozenset(hashed) - world_numbers()) | _ALWAYS_RESERVED
+    return (frozenset(hashed) - world_numbers() - _NEVER_RESERVED) | _ALWAYS_RESERVED
 
 
 @functools.cache
@@ -122,14 +135,14 @@ def draw_sum(rng: random.Random, split: Split, symbol: str | None = None, *, res
 
 
 def _draw_quotient(rng: random.Random, draw: Callable[[random.Random], int]) -> Sum:
-    """Draw a division, usually without remainder, and otherwise with a short decimal fraction."""
+    """Draw a division, usually without remainder."""
     while True:
         b = draw(rng)
         if b > LARGEST // 2:
             continue
-        a = b * rng.randint(2, LARGEST // b) if rng.random() < 0.8 else draw(rng)
+        a = b * rng.randint(2, LARGEST // b) if rng.random() < 0.7 else draw(rng)
         quotient = Sum(a, "/", b)
-        if len(quotient.result) <= _LONGEST_QUOTIENT and "e" not in quotient.result:
+        if "e" not in quotient.result:
             return quotient
 
 

@@ -3,7 +3,7 @@
 import random
 
 from jobs.demo_world.exchange import Exchange
-from jobs.demo_world.tables import Phrasings, Split, Table, read_content
+from jobs.demo_world.tables import Phrasings, Split, Table, Words, read_content
 
 
 class Topic(Phrasings):
@@ -14,10 +14,14 @@ class Topic(Phrasings):
 
 
 class Chitchat(Table):
-    """The content of ``content/chitchat.toml``. An opener is a sentence that may come before a question."""
+    """The content of ``content/chitchat.toml``.
+
+    An opener is a sentence that may come before a question. Endings are signs that may come after greetings.
+    """
 
     system_messages: tuple[str, ...]
     openers: Phrasings
+    endings: Words
     identity: tuple[Topic, ...]
     greetings: tuple[Topic, ...]
     smalltalk: tuple[Topic, ...]

@@ -1,34 +1,48 @@
 """Conversations for fine-tuning, and held-out conversations of the same kinds."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jobs.demo_world import fact_questions, refusals, tool_questions
+from jobs.demo_world import tool_questions
 from jobs.demo_world.chitchat import CHITCHAT, small_talk
 from jobs.demo_world.exchange import Exchange
+from jobs.demo_world.fact_questions import about_facts, follow_up
+from jobs.demo_world.habits import as_typed
+from jobs.demo_world.refusals import refusal
 from jobs.demo_world.seeding import generator
 from jobs.demo_world.tables import Split
 
-# Shares of the kinds, in percent. Counting and arithmetic are frequent because copying takes the most practice. Next
-# come questions about facts, in both directions. The other kinds are rare: they have few different sentences, and a
-# model soon learns these by heart.
+# Weights of the kinds. Calculations and words are frequent because copying takes the most practice. Next come questions
+# about facts, in both directions. The other kinds are rarer: they have few different sentences, and a model soon learns
+# these by heart. A talk is as long as several other conversations.
 CONVERSATION_MIX: Mapping[str, float] = {
-    "counting": 24,
-    "arithmetic": 21,
-    "fact": 16,
-    "followup": 15,
-    "refusal": 7,
-    "mixed": 5,
-    "identity": 8,
-    "greeting": 3,
-    "smalltalk": 1,
+    "counting": 18,
+    "arithmetic": 10,
+    "expression": 10,
+    "decimal": 6,
+    "comparison": 3,
+    "problem": 11,
+    "spelling": 15,
+    "fact": 11,
+    "followup": 10,
+    "refusal": 10,
+    "mixed": 3,
+    "talk": 2,
+    "identity": 6,
+    "greeting": 5,
+    "smalltalk": 14,
 }
 
-_MIXED_KINDS = ("counting", "arithmetic", "fact", "fact", "refusal", "greeting", "identity", "smalltalk")
+# The kinds of a conversation with several questions. Questions for facts are most frequent.
+_MIXED_KINDS = (
+    "counting", "spelling", "arithmetic", "expression", "decimal", "problem", "comparison",
+    "fact", "fact", "fact", "fact", "refusal", "greeting", "identity", "smalltalk",
+)  # fmt: skip
+# Bounds of the least number of characters in a talk. The last exchanges may exceed it by some hundred characters. A row
+# of 1,024 tokens holds about 2,000 characters of a talk.
+_TALK_CHARACTERS = (900, 1600)
 
-# Share of questions without capitals and final punctuation. People type like that too.
-_SLOPPY_SHARE = 0.1
 _OPENER_SHARE = 0.08
 # Share of conversations with a system message. Many API clients send a system message, and it must not confuse the
 # model.
@@ -57,26 +71,40 @@ def draw(rng: random.Random, split: Split, kind: str) -> list[Exchange]:
     if kind == "mixed":
         parts = rng.choices(_MIXED_KINDS, k=rng.choice((2, 2, 3)))
         return [exchange for part in parts for exchange in draw(rng, split, part)]
+    if kind == "talk":
+        return _talk(rng, split)
     if kind == "followup":
-        return [_casual(rng, exchange) for exchange in fact_questions.follow_up(rng, split)]
-    exchange = {
-        "identity": lambda: small_talk(rng, split, CHITCHAT.identity),
-        "greeting": lambda: small_talk(rng, split, CHITCHAT.greetings),
-        "smalltalk": lambda: small_talk(rng, split, CHITCHAT.smalltalk),
-        "fact": lambda: fact_questions.about_facts(rng, split),
-        "refusal": lambda: refusals.refusal(rng, split),
-        "arithmetic": lambda: tool_questions.calculation(rng, split),
-        "counting": lambda: tool_questions.count(rng, split),
-    }[kind]()
-    if kind not in ("greeting", "smalltalk") and rng.random() < _OPENER_SHARE:
+        return [exchange.asked(as_typed(rng, split, exchange.question)) for exchange in follow_up(rng, split)]
+    exchange = _WRITERS[kind](rng, split)
+    if kind not in _CHATTY_KINDS and rng.random() < _OPENER_SHARE:
         exchange = exchange.asked(f"{rng.choice(CHITCHAT.openers.of(split))} {exchange.question}")
-    return [_casual(rng, exchange)]
+    return [exchange.asked(as_typed(rng, split, exchange.question, chatty=kind in _CHATTY_KINDS))]
 
 
-def _casual(rng: random.Random, exchange: Exchange) -> Exchange:
-    if rng.random() >= _SLOPPY_SHARE:
-        return exchange
-    return exchange.asked(exchange.question.lower().rstrip("?.!"))
+_WRITERS: Mapping[str, Callable[[random.Random, Split], Exchange]] = {
+    "identity": lambda rng, split: small_talk(rng, split, CHITCHAT.identity),
+    "greeting": lambda rng, split: small_talk(rng, split, CHITCHAT.greetings),
+    "smalltalk": lambda rng, split: small_talk(rng, split, CHITCHAT.smalltalk),
+    "fact": about_facts,
+    "refusal": refusal,
+    "arithmetic": tool_questions.calculation,
+    "expression": tool_questions.expression,
+    "decimal": tool_questions.decimal,
+    "comparison": tool_questions.comparison,
+    "problem": tool_questions.word_problem,
+    "counting": tool_questions.count,
+    "spelling": tool_questions.spelling,
+}
+_CHATTY_KINDS = ("greeting", "smalltalk")
+
+
+def _talk(rng: random.Random, split: Split) -> list[Exchange]:
+    """Draw a long conversation about many things."""
+    length = rng.randint(*_TALK_CHARACTERS)
+    exchanges: list[Exchange] = []
+    while sum(exchange.characters for exchange in exchanges) < length:
+        exchanges += draw(rng, split, rng.choice((*_MIXED_KINDS, "followup", "followup")))
+    return exchanges
 
 
 def _messages(rng: random.Random, drawn: list[Exchange]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from jobs.demo_world import words
 from jobs.demo_world.arithmetic import OPERATORS, draw_sum, training_number
 from jobs.demo_world.conversations import draw
+from jobs.demo_world.expressions import draw_chain, draw_decimal
 from jobs.demo_world.facts import ENTITIES, EVENTS, PEOPLE, PLACES, Entity, Person, fact, key, relations_of
 from jobs.demo_world.phrasings import OBJECT, POSSESSIVE, RELATIONS, fill
 from jobs.demo_world.seeding import generator
@@ -136,13 +137,21 @@ def _code(rng: random.Random) -> str:
 @_lines(2, 4)
 def _sums(rng: random.Random) -> str:
     """A line with a calculation in words and in Python's notation. The result can be copied from the same line."""
-    drawn = draw_sum(rng, "train")
-    spelled = rng.choice(_TEXTS.operators[drawn.symbol]).format(a=drawn.a, b=drawn.b)
     name = rng.choice(PEOPLE).name
-    return rng.choice(_TEXTS.sums).format(spelled=spelled, code=drawn.code, result=drawn.result, name=name)
+    if rng.random() < 0.5:
+        longer = rng.choice((draw_chain, draw_decimal))(rng, "train")
+        spelled, code, result = longer.spelled, longer.code, longer.result
+    else:
+        drawn = draw_sum(rng, "train")
+        spelled = rng.choice(_TEXTS.operators[drawn.symbol]).format(a=drawn.a, b=drawn.b)
+        code, result = drawn.code, drawn.result
+    return rng.choice(_TEXTS.sums).format(spelled=spelled, code=code, result=result, name=name)
 
 
-_DIALOGUE_KINDS = ("fact", "fact", "arithmetic", "counting")
+_DIALOGUE_KINDS = (
+    "fact", "fact", "fact", "arithmetic", "expression", "decimal", "problem", "problem", "counting", "counting",
+    "spelling", "comparison", "smalltalk", "identity", "refusal",
+)  # fmt: skip
 
 
 @_lines(1, 3)
@@ -163,16 +172,16 @@ def _dialogue(rng: random.Random) -> str:
 # most words and numbers occur twice. The model can predict the second occurrence only by looking back, so it learns
 # early to copy.
 _KINDS: Mapping[str, tuple[float, Writer]] = {
-    "portrait": (28, _portrait),
-    "comparison": (7, _comparison),
+    "portrait": (24, _portrait),
+    "comparison": (6, _comparison),
     "story": (13, _story),
-    "ledger": (9, _ledger),
+    "ledger": (8, _ledger),
     "echo": (7, _echo),
     "spelling": (10, _spelling),
     "code": (10, _code),
-    "sums": (6, _sums),
+    "sums": (8, _sums),
     # Dialogues give the tokenizer the words of questions, and teach the model the copying that conversations need.
-    "dialogue": (10, _dialogue),
+    "dialogue": (14, _dialogue),
 }
 DOCUMENT_MIX = {kind: share for kind, (share, _) in _KINDS.items()}
 

@@ -31,3 +31,9 @@ class Exchange:
     def messages(self) -> list[dict[str, Any]]:
         content = self.answer if isinstance(self.answer, str) else [dict(part) for part in self.answer]
         return [{"role": "user", "content": self.question}, {"role": "assistant", "content": content}]
+
+    @property
+    def characters(self) -> int:
+        """Number of characters of the question and the whole answer."""
+        parts = [self.answer] if isinstance(self.answer, str) else [part["text"] for part in self.answer]
+        return len(self.question) + sum(map(len, parts))

@@ -1,7 +1,8 @@
-"""Problems for reinforcement learning. No fine-tuning conversation teaches how to solve them.
+"""Problems for reinforcement learning. Fine-tuning conversations hardly teach how to solve them.
 
-The fine-tuned model can calculate with two numbers below 10,000. It makes a mistake in about half of its copies of
-longer numbers, and it has never seen a question about a square. It must learn both skills by trial and reward.
+The fine-tuned model can calculate with numbers below 10,000. It often copies numbers of six digits rightly, and
+numbers of seven digits rarely. It knows squares in a single wording. By trial and reward, it must learn to copy longer
+numbers and to understand other wordings.
 
 Held-out problems use numbers that no training problem contains, and half of them use held-out phrasings.
 """
@@ -14,7 +15,7 @@ from jobs.demo_world.tables import Split
 from jobs.demo_world.tool_questions import QUESTIONS, draw_frame, framed
 
 _SQUARE_SHARE = 0.4
-_LONGEST = 99_999
+_DIGITS = (6, 7)
 # Larger factors would give results much longer than any answer in the training conversations.
 _LARGEST_FACTOR = 999
 # Of the numbers above 9,999, one in eight is reserved for held-out problems.
@@ -41,7 +42,8 @@ def _short_number(rng: random.Random, split: Split) -> int:
 
 def _long_number(rng: random.Random, split: Split) -> int:
     while True:
-        number = rng.randint(LARGEST + 1, _LONGEST)
+        digits = rng.choice(_DIGITS)
+        number = rng.randrange(10 ** (digits - 1), 10**digits)
         if is_heldout_number(number) == (split == "heldout"):
             return number
 

@@ -62,7 +62,7 @@ def spells(word: str, answer_text: str) -> bool:
 def _spelling(rng: random.Random, split: Split) -> Exchange:
     english = rng.random() < _ENGLISH_SHARE
     word = rng.choice(words.ENGLISH.of(split)) if english else words.made_up_word(rng, split)
-    question = rng.choice(tool_questions.QUESTIONS.spelling).format(word=word)
+    question = rng.choice(tool_questions.QUESTIONS.spelling.train).format(word=word)
     return Exchange(question, f"{word} is spelled {' '.join(word)}.", (word,))
 
 

@@ -25,7 +25,7 @@ from nanochat_core.sandbox import SandboxExecutor
 # Largest number of questions in total, and for each question of the lesson.
 MOST, MOST_OF_A_QUESTION = 100, 20
 # Largest number of words in a question. Fine-tuning teaches no calculation in a longer question.
-_LONGEST = 30
+_LONGEST = 40
 # Largest number of arguments that are words instead of numbers.
 _MOST_WORDS = 2
 

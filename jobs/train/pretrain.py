@@ -63,7 +63,10 @@ class PretrainSettings(StageSettings):
         12, "layers; sets width, heads, batch size, learning rates and number of steps", minimum=1, maximum=1000
     )
     head_dim: int = setting(128, "channels per attention head", minimum=2, maximum=65536)
-    context_length: int = setting(2048, "tokens per row", minimum=16, maximum=2**30)
+    context_length: int = setting(2048, "the model's context, in tokens", minimum=16, maximum=2**30)
+    row_tokens: int | None = setting(
+        None, "tokens per row of a batch, at most the context; the context by default", minimum=16
+    )
     window_pattern: str = setting("SSSL", "attention windows of the layers, repeated: S short, L full context")
     ratio: float = setting(DEFAULT_RATIO, "training tokens per scaling parameter", minimum=1e-6, maximum=1e6)
     target_flops: float | None = setting(None, "training FLOPs; replaces --ratio", minimum=1.0, maximum=1e30)
@@ -188,16 +191,16 @@ def open_training(
     entries: Sequence[Entry],
     tokenizer: Tokenizer,
     settings: PretrainSettings,
-    config: ModelConfig,
+    row_tokens: int,
     plan: TrainingPlan,
 ) -> Source:
     """The training documents of the datasets, mixed by their weights if there are several."""
-    rows = rows_per_batch(plan.batch_tokens, config.context_length)
+    rows = rows_per_batch(plan.batch_tokens, row_tokens)
     sources = [
         open_texts(
             TextDataset(runtime.store, entry.name, "train", text_cache(rows, runtime.ranks.size, len(entries))),
             tokenizer,
-            row_length=config.context_length + 1,
+            row_length=row_tokens + 1,
             seed=settings.seed,
             threads=settings.loader_workers,
         )
@@ -218,9 +221,12 @@ def pretrain(settings: PretrainSettings, runtime: Runtime) -> CheckpointRef:
     start, tokenizer = open_start(store, settings)
     config, plan = plan_run(settings, tokenizer.vocab_size, start)
     entries = parse_mixture(settings.dataset)
-    training = open_training(runtime, entries, tokenizer, settings, config, plan)
+    row_tokens = settings.row_tokens or config.context_length
+    if row_tokens > config.context_length:
+        raise UserError(f"--row-tokens is {row_tokens}, but the context is {config.context_length}; lower it")
+    training = open_training(runtime, entries, tokenizer, settings, row_tokens, plan)
     validation = {entry.name: TextDataset(store, entry.name, "val") for entry in entries}
-    rows = rows_per_batch(plan.batch_tokens, config.context_length)
+    rows = rows_per_batch(plan.batch_tokens, row_tokens)
     stage = Stage("base", settings, runtime, config, tokenizer, start.checkpoint if start else None)
     model = stage.model
 
@@ -269,7 +275,7 @@ def pretrain(settings: PretrainSettings, runtime: Runtime) -> CheckpointRef:
         lambda state: stage.packed_loader(
             training,
             rows=rows,
-            context_length=config.context_length,
+            context_length=row_tokens,
             rank=ranks.rank,
             world_size=ranks.size,
             state=state,

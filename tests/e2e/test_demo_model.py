@@ -41,8 +41,29 @@ def test_sums_of_unseen_numbers_are_right_in_95_percent(answered: Answered) -> N
     assert_right(answered, ["arithmetic"], 0.95)
 
 
+def test_longer_calculations_with_unseen_numbers_are_right_in_95_percent(answered: Answered) -> None:
+    assert_right(answered, ["expression", "decimal", "comparison"], 0.95)
+
+
+def test_word_problems_with_unseen_numbers_are_right_in_85_percent(answered: Answered) -> None:
+    assert_right(answered, ["problem"], 0.85)
+
+
+def test_small_talk_is_answered_and_unknown_things_are_refused_in_85_percent(answered: Answered) -> None:
+    assert_right(answered, ["greeting", "smalltalk"], 0.85)
+    assert_right(answered, ["refusal"], 0.85)
+
+
+def test_a_question_at_the_end_of_a_long_talk_is_answered_in_85_percent(answered: Answered) -> None:
+    assert_right(answered, ["talk"], 0.85)
+
+
 def test_letters_of_unseen_words_are_counted_right_in_90_percent(answered: Answered) -> None:
     assert_right(answered, ["counting"], 0.90)
+
+
+def test_unseen_words_are_spelled_right_in_80_percent(answered: Answered) -> None:
+    assert_right(answered, ["spelling"], 0.80)
 
 
 def test_the_report_shows_the_loss_and_two_hundred_answers(demo_home: Path) -> None:

@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with an untrained model. For this model, special tokens are as likely as other tokens."""
     home = tmp_path_factory.mktemp("home")
     tokenizer = train_tokenizer(pretraining_documents(seed=1, n=200), 400)
-    model = GPT(ModelConfig.from_depth(1, vocab_size=400, head_dim=32, context_length=512))
+    model = GPT(ModelConfig.from_depth(1, vocab_size=400, head_dim=32, context_length=2048))
     generator = torch.Generator().manual_seed(3)
     model.init_weights(generator)
     with torch.no_grad():
@@ -128,7 +128,9 @@ def test_the_command_shows_accuracies_and_the_wrong_answers(home: Path) -> None:
 def test_recipes_are_asked_what_they_teach() -> None:
     everything = find_recipe("demo").evaluation_items(40)
     small = find_recipe("small").evaluation_items(40)
-    assert small == [item for item in everything if item.kind in {"greeting", "identity", "arithmetic", "counting"}]
+    assert small == [
+        item for item in everything if item.kind in {"greeting", "identity", "arithmetic", "counting", "smalltalk"}
+    ]
     assert len(everything) == 40
     assert find_recipe("demo").evaluation_items(40, seed=1) != everything
     with pytest.raises(UserError, match="there is no recipe 'other'"):

@@ -235,6 +235,19 @@ def test_small_passes_add_up_to_the_same_batch(jobs: Jobs, uninterrupted: Result
     assert losses == pytest.approx(expected, rel=0.1 if cpu_multiplies_bf16() else 1e-2)
 
 
+def test_rows_may_be_shorter_than_the_context(jobs: Jobs, uninterrupted: Result) -> None:
+    jobs.run(MODULE, PRETRAIN, context_length=64, row_tokens=32)
+    longer = jobs.result("base")
+    assert [point["loss"] for point in longer.history] == [point["loss"] for point in uninterrupted.history]
+    assert longer.meta["settings"]["context_length"] == 64
+
+
+def test_rows_longer_than_the_context_are_refused(jobs: Jobs) -> None:
+    job = jobs.start(MODULE, PRETRAIN, row_tokens=64)
+    assert job.wait() == 2
+    assert "--row-tokens is 64, but the context is 32; lower it" in job.stderr
+
+
 def test_a_run_that_diverges_ends_with_an_error_and_no_broken_checkpoint(jobs: Jobs) -> None:
     job = jobs.start(MODULE, PRETRAIN, lr_scale=1e30, save_every=1, eval_every=0)
     assert job.wait() == 2

@@ -243,7 +243,7 @@ def test_the_demo_world_is_asked_what_the_recipe_teaches(store: FolderStore) -> 
     kinds = {
         question.group for question in opened("demo", store, kinds=find_recipe("small").conversation_kinds).questions
     }
-    assert kinds == {"greeting", "identity", "arithmetic", "counting"}
+    assert kinds == {"greeting", "identity", "arithmetic", "counting", "smalltalk"}
     with pytest.raises(UserError, match="there is no recipe 'other'"):
         find_recipe("other")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs.demo_world import arithmetic, tables, words
+from jobs.demo_world import arithmetic, expressions, habits, tables, words
 from jobs.demo_world.chitchat import CHITCHAT
 from jobs.demo_world.conversations import CONVERSATION_MIX, conversations
 from jobs.demo_world.documents import DOCUMENT_MIX, pretraining_documents
@@ -23,7 +23,14 @@ from nanochat_core.chat import parse_messages
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import SPECIAL_TOKENS
 
-SUM = re.compile(r"(\d+) [-+*/] (\d+)")
+SUM = re.compile(r"(?:round\()?(\d+) [-+*/] (\d+)(?:, 4\))?")
+NUMBER = r"\(*\d+(?:\.\d+)?\)*"
+EXPRESSION = re.compile(
+    rf"(?:round\()?{NUMBER}(?: (?:[-+*/]|\*\*|//) {NUMBER})+(?:, 4\))?|(?:max|min)\({NUMBER}, {NUMBER}\)"
+)
+SPELLING = re.compile(r"' '\.join\('([a-z]+)'\)|len\('([a-z]+)'\)")
+CALCULATED = ("arithmetic", "expression", "decimal", "comparison", "problem")
+FUNCTIONS = {"round": round, "max": max, "min": min, "len": len}
 LETTER_COUNT = re.compile(r"'([a-z]+)'\.count\('[a-z]'\)")
 
 
@@ -177,8 +184,10 @@ def test_conversations_are_valid(split: Split, training: list[dict[str, Any]], h
         messages = parse_messages(conversation["messages"])
         assert messages[-1].role == "assistant"
         assert all(message.text for message in messages)
-        # A context of 256 tokens holds about 600 characters.
-        assert sum(len(part.text) for message in messages for part in message.parts) < 600
+        # A context of 1,024 tokens holds about 2,000 characters.
+        length = sum(len(part.text) for message in messages for part in message.parts)
+        assert length < (2100 if conversation["kind"] == "talk" else 600)
+        assert length >= 900 or conversation["kind"] != "talk"
         assert not any(token in part.text for message in messages for part in message.parts for token in SPECIAL_TOKENS)
     seen = collections.Counter(conversation["kind"] for conversation in made)
     total = sum(CONVERSATION_MIX.values())
@@ -194,17 +203,25 @@ def test_documents_are_short_and_of_every_kind(documents: list[str]) -> None:
 
 
 def test_python_prints_what_the_output_says(training: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> None:
-    calls = 0
+    calls = divided_by_zero = 0
     for message in (message for c in (*training, *heldout) for message in c["messages"]):
         if isinstance(message["content"], str):
             continue
         code, output, text = message["content"]
         assert [part["type"] for part in (code, output, text)] == ["python", "python_output", "text"]
-        assert SUM.fullmatch(code["text"]) or LETTER_COUNT.fullmatch(code["text"])
-        assert str(eval(code["text"], {"__builtins__": {}})) == output["text"]
-        assert re.search(rf"(?<![\d.]){re.escape(output['text'])}(?!\d)", text["text"])
+        assert any(form.fullmatch(code["text"]) for form in (EXPRESSION, LETTER_COUNT, SPELLING))
         calls += 1
+        if output["text"].startswith("ZeroDivisionError"):
+            with pytest.raises(ZeroDivisionError) as raised:
+                eval(code["text"], {"__builtins__": {}}, FUNCTIONS)
+            assert output["text"] == f"ZeroDivisionError: {raised.value}"
+            assert "zero" in text["text"]
+            divided_by_zero += 1
+            continue
+        assert str(eval(code["text"], {"__builtins__": {}}, FUNCTIONS)) == output["text"]
+        assert re.search(rf"(?<![\d.]){re.escape(output['text'])}(?!\d)", text["text"])
     assert calls > 10_000
+    assert divided_by_zero > 100
 
 
 def test_code_uses_the_operands_and_words_of_the_question(evaluation: list[EvalItem]) -> None:
@@ -212,12 +229,19 @@ def test_code_uses_the_operands_and_words_of_the_question(evaluation: list[EvalI
         if not item.requires_tool:
             continue
         code, question = item.reference[0]["text"], item.messages[-1]["content"]  # type: ignore[index]
-        if item.kind == "arithmetic":
-            assert re.findall(r"\d+", question) == re.findall(r"\d+", code)
+        if item.kind == "talk":
+            continue
+        if item.kind in CALCULATED:
+            written = re.sub(r" / 100(?= \*)", "", re.sub(r"^round\((.*), 4\)$", r"\1", code))
+            if named := re.search("squared|cubed", question.lower()):
+                question = f"{question} {2 if named[0] == 'squared' else 3}"
+            asked = re.findall(r"\d+(?:\.\d+)?", question)
+            # What is paid is said last and written first.
+            assert re.findall(r"\d+(?:\.\d+)?", written) in (asked, [*asked[-1:], *asked[:-1]])
         else:
-            match = LETTER_COUNT.fullmatch(code)
+            match = LETTER_COUNT.fullmatch(code) or SPELLING.fullmatch(code)
             assert match
-            assert match[1] in re.findall("[a-z]+", question)
+            assert {*filter(None, match.groups())} & {*re.findall("[a-z]+", question)}
 
 
 def test_a_question_has_one_answer(training: list[dict[str, Any]]) -> None:
@@ -268,13 +292,70 @@ def test_heldout_sums_have_reserved_numbers_or_a_reserved_pair(
         return {tuple(sorted(map(int, match.groups()))) for match in matches if match}
 
     assert not pairs(heldout) & pairs(training)
-    for a, b in pairs(heldout):
+    for a, b in pairs([conversation for conversation in heldout if conversation["kind"] == "arithmetic"]):
         assert {a, b} <= arithmetic.reserved_numbers() or arithmetic.is_heldout_pair(a, b)
+
+
+@pytest.mark.parametrize("kind", ["expression", "decimal", "comparison", "problem"])
+def test_heldout_calculations_are_new_and_half_have_a_reserved_number(kind: str) -> None:
+    heldout = code_of(conversations("heldout", 4, 1000, {kind: 1.0}))
+    training = code_of(conversations("train", 4, 4000, {kind: 1.0}))
+    assert not {*heldout} & {*training}
+    assert not any(map(arithmetic.contains_reserved_number, training))
+    assert not any(map(expressions.is_heldout_calculation, training))
+    reserved = [arithmetic.contains_reserved_number(code) for code in heldout]
+    assert 0.4 < sum(reserved) / len(reserved) < 0.65
+    for code, number in zip(heldout, reserved, strict=True):
+        assert number or expressions.is_heldout_calculation(code)
+    assert len({*heldout}) > 500
+    assert len({*training}) > 2500
+
+
+def test_expressions_come_in_all_forms() -> None:
+    codes = code_of(conversations("train", 4, 2000, {"expression": 1.0, "decimal": 1.0}))
+    for form in (
+        r"\* \(",
+        r"\(.*\) / ",
+        r" \*\* ",
+        r"\*\* 2$",
+        r"/ 0\b",
+        r"/ 100 \*",
+        r"\d\.\d",
+        r"^\d+ [-+] \d+ \* \d+$",
+    ):
+        assert sum(re.search(form, code) is not None for code in codes) > 10, form
+
+
+def test_word_problems_have_one_and_two_steps_and_whole_results() -> None:
+    drawn = list(conversations("train", 4, 2000, {"problem": 1.0}))
+    steps = collections.Counter(len(re.findall(r"[-+*]|//", code)) for code in code_of(drawn))
+    assert steps[1] > 400
+    assert steps[2] > 800
+    assert set(steps) == {1, 2}
+    for output in (part["text"] for part in all_parts(drawn) if part["type"] == "python_output"):
+        assert int(output) > 0
+
+
+def test_people_misspell_greetings_and_the_misspellings_are_divided_too() -> None:
+    plain = {
+        split: {normalized(text) for topic in (*CHITCHAT.greetings, *CHITCHAT.smalltalk) for text in topic.of(split)}
+        for split in ("train", "heldout")
+    }
+    endings = tuple(ending.strip() for ending in CHITCHAT.endings)
+    mix = {"greeting": 1.0, "smalltalk": 1.0}
+    for split in ("train", "heldout"):
+        asked = {
+            question
+            for question in questions(conversations(split, 4, 3000, mix))
+            if question not in plain[split] and not question.endswith(endings) and "\n\n" not in question
+        }
+        assert len(asked) > 50
+        assert {habits.is_heldout_misspelling(question) for question in asked} == {split == "heldout"}
 
 
 def test_evaluation_sums_have_only_numbers_that_training_never_shows(evaluation: list[EvalItem]) -> None:
     sums = [item for item in evaluation if item.kind == "arithmetic"]
-    assert len(sums) == 100
+    assert len(sums) == 44
     for item in sums:
         match = SUM.fullmatch(item.reference[0]["text"])  # type: ignore[index]
         assert match
@@ -283,7 +364,7 @@ def test_evaluation_sums_have_only_numbers_that_training_never_shows(evaluation:
 
 def test_training_never_shows_a_heldout_word_or_stranger(training_text: str, heldout: list[dict[str, Any]]) -> None:
     shown = set(re.findall(r"[a-z]+", training_text.lower()))
-    counted = {match[1] for code in code_of(heldout) if (match := LETTER_COUNT.fullmatch(code))}
+    counted = {match[1] for code in code_of(heldout) if (match := re.search("'([a-z]+)'", code))}
     assert {"strawberry", "banana", "mississippi"} <= set(words.ENGLISH.heldout)
     assert not shown & set(words.ENGLISH.heldout)
     assert not shown & counted
@@ -295,8 +376,8 @@ def test_the_hash_of_a_made_up_word_decides_its_split(
     training: list[dict[str, Any]], heldout: list[dict[str, Any]]
 ) -> None:
     def made_up(made: list[dict[str, Any]]) -> set[str]:
-        counted = {match[1] for code in code_of(made) if (match := LETTER_COUNT.fullmatch(code))}
-        return counted - {*words.ENGLISH.train, *words.ENGLISH.heldout}
+        quoted = {match[1] for code in code_of(made) if (match := re.search("'([a-z]+)'", code))}
+        return quoted - {*words.ENGLISH.train, *words.ENGLISH.heldout}
 
     assert len(made_up(training)) > 2_000
     assert len(made_up(heldout)) > 200
@@ -315,12 +396,14 @@ def test_evaluation_has_the_promised_kinds() -> None:
     items = evaluation_set()
     assert collections.Counter(item.kind for item in items) == EVALUATION_MIX
     assert sum(EVALUATION_MIX.values()) == len(items) == 200
+    assert min(EVALUATION_MIX.values()) >= 12
     assert len({str(item.messages) for item in items}) == 200
     assert len(evaluation_set(33)) == 33
     for item in items:
         assert parse_messages(item.messages)[-1].role == "user"
-        assert item.requires_tool == (item.kind in ("arithmetic", "counting"))
-        assert len(item.messages) > 1 or item.kind != "followup"
+        if item.kind != "talk":
+            assert item.requires_tool == (item.kind in (*CALCULATED, "counting", "spelling"))
+        assert len(item.messages) > {"followup": 1, "talk": 5}.get(item.kind, 0)
 
 
 def test_the_reference_answer_is_right(evaluation: list[EvalItem]) -> None:
@@ -328,7 +411,7 @@ def test_the_reference_answer_is_right(evaluation: list[EvalItem]) -> None:
         assert check(item, visible(item.reference), item.requires_tool), item
 
 
-@pytest.mark.parametrize("kind", ["arithmetic", "counting"])
+@pytest.mark.parametrize("kind", ["arithmetic", "decimal", "comparison", "problem", "counting"])
 def test_a_wrong_number_or_one_without_the_tool_is_wrong(kind: str, evaluation: list[EvalItem]) -> None:
     for item in (item for item in evaluation if item.kind == kind):
         (number,) = item.expected
@@ -338,6 +421,24 @@ def test_a_wrong_number_or_one_without_the_tool_is_wrong(kind: str, evaluation: 
         assert not check(item, text.replace(number, f"1{number.lstrip('-')}"), used_tool=True)
         assert not check(item, "I don't know that.", used_tool=True)
         assert not check(item, "", used_tool=True)
+
+
+def test_a_spelling_with_a_letter_too_few_or_too_many_is_wrong(evaluation: list[EvalItem]) -> None:
+    spelled = [item for item in evaluation if item.kind == "spelling" and "spelled" in visible(item.reference)]
+    assert spelled
+    for item in spelled:
+        text = visible(item.reference)
+        assert not check(item, text, used_tool=False)
+        assert not check(item, text.replace(".", " s."), used_tool=True)
+        assert not check(item, text.replace("spelled ", "spelled s "), used_tool=True)
+        assert not check(item, f"{text[:-3]}.", used_tool=True)
+
+
+def test_a_number_where_there_is_none_is_wrong() -> None:
+    item = EvalItem("expression", (), ("divided by zero",), (), True, "")
+    assert check(item, "No number can be divided by zero.", used_tool=True)
+    assert not check(item, "No number can be divided by zero.", used_tool=False)
+    assert not check(item, "The answer is 0.", used_tool=True)
 
 
 def test_a_negative_result_needs_its_sign() -> None:
@@ -369,7 +470,7 @@ def test_another_value_or_another_subject_is_wrong(kind: str, evaluation: list[E
     assert tried > 100
 
 
-@pytest.mark.parametrize("kind", ["identity", "greeting", "refusal"])
+@pytest.mark.parametrize("kind", ["identity", "greeting", "smalltalk", "refusal"])
 def test_an_answer_to_something_else_is_wrong(kind: str, evaluation: list[EvalItem]) -> None:
     for item in (item for item in evaluation if item.kind == kind):
         for entity in ENTITIES:

@@ -56,6 +56,7 @@ def test_batches_are_whole_rows_and_the_rates_change_over_the_run(recipe: Any) -
     config, planned = plan_run(pretrain, tokenizer.vocab_size)
     batch_tokens = sft.batch_tokens or planned.batch_tokens  # fine-tuning inherits the batch size of pretraining
     assert batch_tokens % config.context_length == 0
+    assert planned.batch_tokens % (pretrain.row_tokens or config.context_length) == 0
     assert pretrain.warmup_steps < planned.steps
 
 

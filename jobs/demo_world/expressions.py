@@ -1,0 +1,197 @@
+"""Calculations beyond two whole numbers: several operands, parentheses, powers, decimals, percentages and comparisons.
+
+The model does not compute them. It copies the calculation into a Python call and turns words into operators. It learns
+this from many different calculations.
+
+Half of the held-out calculations contain a reserved number (:mod:`arithmetic`), also as the digits before or after a
+decimal point. A training calculation and its result contain none. The other held-out calculations have ordinary
+numbers, and the hash of the code says that no training conversation has this calculation.
+"""
+
+import dataclasses
+import hashlib
+import random
+import re
+from collections.abc import Callable
+
+from jobs.demo_world.arithmetic import contains_reserved_number, is_heldout_pair, rounded
+from jobs.demo_world.tables import Split
+
+# What the sandbox answers to a division by zero.
+DIVISION_BY_ZERO = "ZeroDivisionError: division by zero"
+_LONGEST_RESULT = 10
+
+# Share of held-out calculations that contain a reserved number. Of the other calculations, one in eight is held out.
+RESERVED_SHARE = 0.5
+_HELDOUT_ONE_IN = 8
+
+_DIGITS = (1, 2, 3, 4)
+_DIGIT_WEIGHTS = (5, 5, 3, 2)
+_SYMBOLS = "+-*/"
+_SYMBOL_WEIGHTS = (5, 4, 5, 2)
+
+# How people write the operators. A calculation uses one sign for each operator.
+_SIGNS = {"+": ("+",), "-": ("-",), "*": ("*", "*", "x", "×"), "/": ("/", "/", "÷")}
+_WORDS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
+_WORDS_SHARE, _UNSPACED_SHARE = 0.12, 0.25
+_POWERS = ("{a}^{b}", "{a}^{b}", "{a} ^ {b}", "{a} ** {b}", "{a}**{b}", "{a} to the power of {b}")
+# Shares of the powers. Reinforcement learning practices other wordings of squares (jobs.demo_world.practice).
+_SQUARES_SHARE, _CUBES_SHARE = 0.35, 0.15
+_PERCENTAGES = ("{p}% of {n}", "{p}% of {n}", "{p} % of {n}", "{p} percent of {n}")
+
+_FUNCTIONS = {"round": round, "max": max, "min": min}
+
+
+@dataclasses.dataclass(frozen=True)
+class Expression:
+    """A calculation as a question spells it, and as Python code with the same numbers in the same order."""
+
+    spelled: str
+    code: str
+
+    @property
+    def result(self) -> str:
+        """The text that the sandbox prints for the code."""
+        try:
+            # This module wrote the code. The sandbox will evaluate the same text, so the results cannot differ.
+            return str(eval(self.code, {"__builtins__": {}}, _FUNCTIONS))  # noqa: S307
+        except ZeroDivisionError:
+            return DIVISION_BY_ZERO
+
+
+_Form = Callable[[random.Random], Expression]
+
+
+def draw_chain(rng: random.Random, split: Split) -> Expression:
+    """Draw a calculation with three or four whole numbers, a power, or a division by zero."""
+    return _draw(rng, split, rng.choices((_chain, _power, _by_zero), (74, 16, 10))[0])
+
+
+def draw_decimal(rng: random.Random, split: Split) -> Expression:
+    """Draw a calculation with decimals, or a percentage."""
+    return _draw(rng, split, rng.choices((_decimals, _percentage), (55, 45))[0])
+
+
+def draw_comparison(rng: random.Random, split: Split, function: str) -> tuple[str, str, Expression]:
+    """Draw two different numbers, and the call of ``function``, max or min, that picks one of them."""
+
+    def comparison(rng: random.Random) -> Expression:
+        draw = rng.choice((_number, _decimal))
+        a, b = draw(rng), draw(rng)
+        if rng.random() < 0.5:  # Numbers that begin with the same digits are the hardest to compare.
+            whole, point, _ = a.partition(".")
+            b = f"{whole}{point}{_fraction(rng)}" if point else str(max(1, int(a) + rng.randint(-9, 9)))
+        return Expression(f"{a} {b}", f"{function}({a}, {b})")
+
+    while True:
+        drawn = _draw(rng, split, comparison)
+        a, b = drawn.spelled.split()
+        if float(a) != float(b):
+            return a, b, drawn
+
+
+def is_heldout_calculation(code: str) -> bool:
+    """Whether only held-out conversations may have a calculation without reserved numbers."""
+    numbers = re.findall(r"\d+", code)
+    # Sums of two numbers also occur in other kinds of questions, which divide them by their numbers.
+    if re.fullmatch(r"\d+ [-+*] \d+", code):
+        return is_heldout_pair(*map(int, numbers))
+    return hashlib.sha256(code.encode()).digest()[0] % _HELDOUT_ONE_IN == 0
+
+
+def belongs(code: str, result: str, split: Split, *, reserved: bool) -> bool:
+    """Whether a calculation belongs to ``split``, and if it is held out, whether it is of the wanted sort.
+
+    ``reserved`` asks for a held-out calculation with a reserved number.
+    """
+    if split == "heldout":
+        return contains_reserved_number(code) == reserved and (reserved or is_heldout_calculation(code))
+    return not (contains_reserved_number(f"{code} {result}") or is_heldout_calculation(code))
+
+
+def _draw(rng: random.Random, split: Split, form: _Form) -> Expression:
+    reserved = rng.random() < RESERVED_SHARE
+    while True:
+        drawn = form(rng)
+        result = drawn.result
+        short = len(result) <= _LONGEST_RESULT and "e" not in result
+        if (short or result == DIVISION_BY_ZERO) and belongs(drawn.code, result, split, reserved=reserved):
+            return drawn
+
+
+def draw_number(rng: random.Random) -> int:
+    """Draw a whole number of one to four digits; short numbers are most frequent."""
+    digits = rng.choices(_DIGITS, _DIGIT_WEIGHTS)[0]
+    return rng.randrange(10 ** (digits - 1), 10**digits)
+
+
+def _number(rng: random.Random) -> str:
+    return str(draw_number(rng))
+
+
+def _fraction(rng: random.Random) -> str:
+    """One or two digits, of which the last one is not zero."""
+    tenths: str = rng.choice(("", *"0123456789"))
+    return tenths + rng.choice("123456789")
+
+
+def _decimal(rng: random.Random) -> str:
+    whole = rng.randrange(10 ** rng.choices((1, 2, 3), (5, 4, 2))[0])
+    return f"{whole}.{_fraction(rng)}"
+
+
+def _chain(rng: random.Random) -> Expression:
+    count = rng.choices((3, 4), (5, 1))[0]
+    operands = [_number(rng) for _ in range(count)]
+    # Two neighbors in parentheses; with four numbers sometimes two such pairs.
+    groups = rng.choice(((), (0,), (1,), *(((2,), (0, 2)) if count == 4 else ())))
+    return _joined(rng, operands, groups)
+
+
+def _decimals(rng: random.Random) -> Expression:
+    operands = [_decimal(rng), rng.choice((_decimal, _number))(rng)]
+    if rng.random() < 0.2:
+        operands.append(rng.choice((_decimal, _number))(rng))
+    rng.shuffle(operands)
+    return _joined(rng, operands, rng.choice(((), (0,), (1,))) if len(operands) > 2 else ())
+
+
+def _by_zero(rng: random.Random) -> Expression:
+    if rng.random() < 0.6:
+        return _joined(rng, [_number(rng), "0"], (), "/")
+    number = _number(rng)
+    if rng.random() < 0.5:
+        return _joined(rng, [_number(rng), number, number], (1,), "/-")
+    return _joined(rng, [_number(rng), number, "0"], rng.choice(((), (0,))), f"{rng.choice('+-*')}/")
+
+
+def _joined(rng: random.Random, operands: list[str], groups: tuple[int, ...], symbols: str = "") -> Expression:
+    """Join operands by ``symbols`` or by drawn ones. A pair of parentheses begins at each operand of ``groups``."""
+    symbols = symbols or "".join(rng.choices(_SYMBOLS, _SYMBOL_WEIGHTS, k=len(operands) - 1))
+    written = [f"{'(' * (i in groups)}{operand}{')' * (i - 1 in groups)}" for i, operand in enumerate(operands)]
+    code = written[0] + "".join(f" {symbol} {operand}" for symbol, operand in zip(symbols, written[1:], strict=True))
+    if not groups and rng.random() < _WORDS_SHARE:
+        signs = _WORDS
+        space = " "
+    else:
+        signs = {symbol: rng.choice(choices) for symbol, choices in _SIGNS.items()}
+        space = "" if rng.random() < _UNSPACED_SHARE else " "
+    rest = (f"{space}{signs[symbol]}{space}{operand}" for symbol, operand in zip(symbols, written[1:], strict=True))
+    return Expression(written[0] + "".join(rest), rounded(code) if "/" in symbols or "." in code else code)
+
+
+def _power(rng: random.Random) -> Expression:
+    pick = rng.random()
+    if pick < _SQUARES_SHARE + _CUBES_SHARE:
+        word, exponent = ("squared", 2) if pick < _SQUARES_SHARE else ("cubed", 3)
+        a = rng.choice((rng.randint(2, 99), rng.randint(100, 999)))
+        return Expression(f"{a} {word}", f"{a} ** {exponent}")
+    a, b = rng.choice((rng.randint(2, 12), rng.randint(10, 999))), rng.randint(2, 10)
+    return Expression(rng.choice(_POWERS).format(a=a, b=b), f"{a} ** {b}")
+
+
+def _percentage(rng: random.Random) -> Expression:
+    round_share = 5 * rng.randint(1, 19)
+    p = rng.choice((str(round_share), str(rng.randint(1, 99)), f"{rng.randint(1, 19)}.5"))
+    n = _decimal(rng) if rng.random() < 0.1 else _number(rng)
+    return Expression(rng.choice(_PERCENTAGES).format(p=p, n=n), rounded(f"{p} / 100 * {n}"))

@@ -1,0 +1,131 @@
+"""Word problems of one and two steps, which the model solves with one Python expression.
+
+A problem is put together from sentences: what somebody has, what is added or taken away, and a question. The numbers
+are divided between the splits in the same way as those of other calculations (:mod:`expressions`).
+"""
+
+import dataclasses
+import random
+
+from jobs.demo_world.expressions import RESERVED_SHARE, belongs, draw_number
+from jobs.demo_world.facts import PEOPLE
+from jobs.demo_world.phrasings import OBJECT
+from jobs.demo_world.tables import Phrasings, Split, Table, Words, read_content
+
+
+class ProblemSentences(Table):
+    """The content of ``content/problems.toml``, explained there."""
+
+    items: Words
+    start: Phrasings
+    gain: Phrasings
+    loss: Phrasings
+    groups: Phrasings
+    total: Phrasings
+    left: Phrasings
+    share: Phrasings
+    price: Phrasings
+    change: Phrasings
+
+
+_SENTENCES = read_content("problems", ProblemSentences)
+
+# The sentences of each sort of problem, and its weight.
+_SORTS: dict[tuple[str, ...], int] = {
+    ("start", "gain", "total"): 2,
+    ("start", "loss", "left"): 2,
+    ("groups", "total"): 2,
+    ("start", "share"): 2,
+    ("price",): 2,
+    ("start", "gain", "gain", "total"): 2,
+    ("start", "gain", "loss", "left"): 3,
+    ("start", "loss", "gain", "total"): 3,
+    ("start", "loss", "loss", "left"): 2,
+    ("groups", "gain", "total"): 3,
+    ("groups", "loss", "left"): 3,
+    ("start", "gain", "share"): 3,
+    ("change",): 3,
+}
+# Share of held-out sentences that training contains too, as in other questions for the Python tool.
+_SEEN_SENTENCE_SHARE = 0.5
+_SMALLEST, _LARGEST, _MOST_SHARES = 2, 999, 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A word problem. ``unit`` is what the result counts."""
+
+    question: str
+    code: str
+    result: str
+    unit: str
+
+
+def problem(rng: random.Random, split: Split) -> Problem:
+    """Draw a word problem that the other split never contains."""
+    sort = rng.choices(tuple(_SORTS), tuple(_SORTS.values()))[0]
+    reserved = rng.random() < RESERVED_SHARE
+    while True:
+        numbers, code, value = _calculation(rng, sort)
+        if value >= 1 and belongs(code, str(value), split, reserved=reserved):
+            break
+    person, friend = rng.sample(PEOPLE, 2)
+    items = rng.choice(_SENTENCES.items)
+    said = []
+    remaining = iter(numbers)
+    for name in sort:
+        phrasings: Phrasings = getattr(_SENTENCES, name)
+        seen = split == "heldout" and rng.random() < _SEEN_SENTENCE_SHARE
+        template = rng.choice(phrasings.of("train" if seen else split))
+        # A sentence with two or three numbers names them {n}, {m} and {k}.
+        fields = {letter: next(remaining) for letter in "nmk" if f"{{{letter}}}" in template}
+        said.append(
+            template.format(
+                **fields,
+                name=person.name,
+                subj=person.pronoun,
+                Subj=person.pronoun.capitalize(),
+                obj=OBJECT[person.pronoun],
+                friend=friend.name,
+                home=friend.home,
+                items=items,
+            )
+        )
+    unit = "coins" if sort in (("price",), ("change",)) else items
+    return Problem(" ".join(said), code, str(value), unit)
+
+
+def _calculation(rng: random.Random, sort: tuple[str, ...]) -> tuple[list[int], str, int]:
+    """Draw the numbers of a problem in the order of its sentences, and return them with the code and its value."""
+    if sort == ("change",):
+        price, bought = _number(rng, 99), _number(rng, 99)
+        paid = price * bought + _number(rng, 99)
+        return [bought, price, paid], f"{paid} - {bought} * {price}", paid - bought * price
+    if sort[0] in ("groups", "price"):
+        numbers = [_number(rng, 99), _number(rng, _LARGEST)]
+        code, value = f"{numbers[0]} * {numbers[1]}", numbers[0] * numbers[1]
+    else:
+        numbers = [_number(rng, _LARGEST)]
+        code, value = str(numbers[0]), numbers[0]
+    for step in sort[1:]:
+        if step == "share":
+            # The last number before the share becomes larger, so that nothing remains.
+            among = rng.randint(2, _MOST_SHARES)
+            numbers[-1] += -value % among
+            value += -value % among
+            code = f"({' + '.join(map(str, numbers))}) // {among}" if len(numbers) > 1 else f"{numbers[0]} // {among}"
+            numbers.append(among)
+            value //= among
+        elif step in ("gain", "loss"):
+            drawn = _number(rng, _LARGEST if step == "gain" else max(_SMALLEST, min(_LARGEST, value - 1)))
+            numbers.append(drawn)
+            code += f" {'+' if step == 'gain' else '-'} {drawn}"
+            value += drawn if step == "gain" else -drawn
+    return numbers, code, value
+
+
+def _number(rng: random.Random, largest: int) -> int:
+    while True:
+        drawn = draw_number(rng)
+        if _SMALLEST <= drawn <= largest:
+            return drawn
