@@ -21,3 +21,6 @@ The sentences and words are in ``content/``, as TOML files that can be edited wi
 Because a hash decides the split of a number or word, no generator needs a list of the numbers and words that training
 has used. This works for any seed.
 """
+
+# Raise this number when the generated data change, so that the pipeline does not train a new recipe on old data.
+VERSION = 2

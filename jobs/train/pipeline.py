@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from jobs import demo_world
 from jobs.data.local_text import DATA_HELP, TEXT_COLUMN_HELP, VAL_DATA_HELP, LocalText, local_text
 from jobs.data.origin import read_origin, write_origin
 from jobs.data.shards import TextDataset, dataset_digest, read_manifest, shard_keys
@@ -228,7 +229,9 @@ class Pipeline:
         elif settings.val_data:
             raise UserError("--val-data is the validation text beside --data; give --data too")
         given = {"recipe": self.recipe.name}
-        if data is not None and self.recipe.needs_data:
+        if not self.recipe.needs_data:
+            given["version"] = str(demo_world.VERSION)
+        elif data is not None:
             given["text"] = data.digest
         self._has_data(given)  # If the model has other data, this raises an error before a download.
         if data is None and self.recipe.web_shards and self._lacks_text():
@@ -254,16 +257,20 @@ class Pipeline:
     def _has_data(self, given: Mapping[str, str]) -> bool:
         """Whether a pipeline has made the model's data.
 
-        ``given`` has the name of the recipe, and the digest of the user's text if the data are made from it. Raises
-        UserError if the stored data were made with another recipe or from another text.
+        ``given`` has the name of the recipe, and the digest of the user's text or the version of the demo world, from
+        which the data are made. Raises UserError if the stored data were made with another recipe, from another text or
+        from another version.
         """
         stored = read_origin(self.store, self.model)
         if stored is not None and given != {name: stored.get(name) for name in given}:
+            recipe = stored.get("recipe")
             source = f" from {stored['source']}" if "source" in stored else ""
+            made = f"with recipe {recipe}{source}, not with the recipe or text given now"
+            if recipe == given["recipe"] and "version" in given:
+                made = f"by another version of recipe {recipe}"
             raise UserError(
-                f"data/{self.model} in {self.store} was made with recipe {stored.get('recipe')}{source}, not with the "
-                f"recipe or text given now; use another --model name, or delete data/{self.model} and "
-                f"data/{self.model}-chat and give --start-over to train {self.model} anew"
+                f"data/{self.model} in {self.store} was made {made}; use another --model name, or delete "
+                f"data/{self.model} and data/{self.model}-chat and give --start-over to train {self.model} anew"
             )
         return stored is not None
 

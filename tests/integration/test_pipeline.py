@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from jobs.data.local_text import LocalText
+from jobs.data.origin import write_origin
 from jobs.promotion.decisions import latest_decision
 from jobs.promotion.rules import Gate
 from jobs.recipes import RECIPES, Recipe
@@ -388,6 +389,14 @@ def test_another_text_or_recipe_for_the_same_model_is_refused(again: Again, chan
     assert f"data/{MODEL} in {again.home} was made with recipe small from " in message
     assert "book.txt, not with the recipe or text given now; use another --model name" in message
     assert {path: path.stat().st_mtime_ns for path in again.home.rglob("*")} == before
+
+
+def test_data_of_another_version_of_the_demo_world_are_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    write_origin(store, MODEL, {"recipe": "demo"})  # as versions without a number wrote it
+    settings = PipelineSettings(home=str(tmp_path), model=MODEL, recipe="demo")
+    with pytest.raises(UserError, match=f"data/{MODEL} in .* was made by another version of recipe demo; use another"):
+        Pipeline(settings, RECIPES["demo"]).run()
 
 
 def test_a_failing_stage_ends_the_pipeline_with_its_exit_code(again: Again, caplog: pytest.LogCaptureFixture) -> None:

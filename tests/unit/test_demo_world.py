@@ -1,6 +1,7 @@
 """The demo world is deterministic, consistent, and keeps its two splits apart."""
 
 import collections
+import hashlib
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs.demo_world import arithmetic, expressions, habits, tables, words
+from jobs.demo_world import VERSION, arithmetic, expressions, habits, tables, words
 from jobs.demo_world.chitchat import CHITCHAT
 from jobs.demo_world.conversations import CONVERSATION_MIX, conversations
 from jobs.demo_world.documents import DOCUMENT_MIX, pretraining_documents
@@ -105,6 +106,12 @@ def test_equal_seeds_give_equal_data_in_another_process() -> None:
         for hash_seed in ("1", "2")
     }
     assert len(digests) == 1
+
+
+def test_the_number_of_the_version_stands_for_these_data() -> None:
+    made = [*pretraining_documents(1, 300), *conversations("train", 1, 300)]
+    digest = hashlib.sha256(repr(made).encode()).hexdigest()[:16]
+    assert {VERSION: digest} == {2: "e26decfb2e59cca5"}, "the data have changed: raise jobs.demo_world.VERSION"
 
 
 def test_other_seeds_give_other_data_and_fewer_give_the_first() -> None:
