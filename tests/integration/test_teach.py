@@ -146,10 +146,15 @@ def test_a_lesson_that_is_not_learned_is_refused_and_changes_nothing_that_is_ser
     assert "is refused; only promoted lessons" in teach(jobs, roll_back=1, code=2)
 
 
-def test_an_imported_model_repeats_its_own_answers_in_all_its_lessons(jobs: Jobs, tmp_path: Path) -> None:
+def teach_manners(jobs: Jobs) -> None:
+    """Fine-tune the model so that it is sure of its answers to general questions."""
     manners = [polite(question) for question in general_questions(random.Random(2))]
     write_conversations(jobs.store, "manners", "train", manners)
     jobs.run("jobs.train.sft", SFT, mixture="manners", save_every=0, steps=150, no_resume=True)
+
+
+def test_an_imported_model_repeats_its_own_answers_in_all_its_lessons(jobs: Jobs, tmp_path: Path) -> None:
+    teach_manners(jobs)
     theirs = tmp_path / "theirs"
     jobs.run("jobs.train.export", {"model": NAME, "format": "nanochat", "folder": theirs})
     shutil.rmtree(jobs.home)
@@ -178,6 +183,8 @@ def test_an_imported_model_repeats_its_own_answers_in_all_its_lessons(jobs: Jobs
 
 
 def test_without_the_conversations_of_its_fine_tuning_a_model_repeats_its_own_answers(jobs: Jobs) -> None:
+    teach_manners(jobs)
+    jobs.run("jobs.eval.gate", {"model": NAME, "promote": True})
     shutil.rmtree(jobs.home / "data")
     shown = teach(jobs, written(jobs, "song.jsonl", SONG), code=3, max_steps=1)
     assert "the conversations of fine-tuning are missing" in shown

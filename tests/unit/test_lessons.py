@@ -550,7 +550,7 @@ def test_the_examination_asks_equally_many_held_out_questions_for_every_recipe(s
     assert {item.kind for item in drawn[0]} <= (find_recipe(recipe).conversation_kinds or {*EVALUATION_MIX})
     rehearsed = dataclasses.replace(memory, own=[chat("Who are you?", "A model.")])
     kinds = {item.kind for item in held_out(store, parent, rehearsed, 0)}
-    assert kinds == {"greeting", "identity", "arithmetic", "counting"}, "the fine-tuning is not known"
+    assert kinds == {"greeting", "identity", "smalltalk", "arithmetic", "counting"}, "the fine-tuning is not known"
 
 
 def test_general_questions_about_the_subject_of_a_lesson_are_left_out() -> None:
