@@ -587,6 +587,18 @@ def test_a_lesson_that_loses_similar_questions_is_refused(store: Store, group: s
     assert outcome.passed is passed, outcome.reason
 
 
+@pytest.mark.parametrize(("questions", "lost"), [(1, 1), (7, 1), (8, 1), (10, 1), (11, 1), (20, 2), (49, 4)])
+def test_a_kind_may_lose_a_tenth_of_its_answers_but_always_one(store: Store, questions: int, lost: int) -> None:
+    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    asked = (OpenQuestion(ask("Who are you?"), "A model.", "A model.", lambda *_: True, "kept.identity"),) * questions
+    exam = Examination(GenerativeTask("lesson", asked, tools=True, max_tokens=1), [], [], [])
+    (rule,) = (rule for rule in lesson_gate(lesson, exam).rules() if "kept.identity" in str(rule))
+    before = {"lesson.kept.identity": Metric(1.0, "a")}
+    for wrong in range(questions + 1):
+        outcome = rule.judge({"lesson.kept.identity": Metric(1 - wrong / questions, "a")}, before)
+        assert outcome.passed is (wrong <= lost), outcome.reason
+
+
 def test_a_lesson_that_contradicts_a_computed_answer_says_so_and_changes_no_equal_answer() -> None:
     def computed(question: str) -> list[Message]:
         parts = (Part("python", "1"), Part("python_output", "7"), Part("text", "The answer is 7."))
