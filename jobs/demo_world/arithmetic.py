@@ -101,11 +101,15 @@ def contains_reserved_number(text: str) -> bool:
     return any(int(digits) in reserved_numbers() for digits in re.findall(r"\d+", text))
 
 
+def number_of_digits(rng: random.Random, digits: int) -> int:
+    """Draw one of all numbers of this many digits, without a leading zero."""
+    return rng.randrange(10 ** (digits - 1), 10**digits)
+
+
 def training_number(rng: random.Random, smallest: int = 1, largest: int = LARGEST) -> int:
     """A number that training may contain. Its number of digits is drawn first, so that short numbers are not rare."""
     while True:
-        digits = rng.choices(_DIGITS, _TRAINING_WEIGHTS)[0]
-        n = rng.randrange(10 ** (digits - 1), 10**digits)
+        n = number_of_digits(rng, rng.choices(_DIGITS, _TRAINING_WEIGHTS)[0])
         if smallest <= n <= largest and n not in reserved_numbers():
             return n
 

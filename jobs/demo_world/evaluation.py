@@ -56,9 +56,9 @@ class EvalItem:
 def evaluation_set(n: int = 200, seed: int = 0, kinds: Collection[str] | None = None) -> list[EvalItem]:
     """Generate ``n`` held-out conversations, with the shares of :data:`EVALUATION_MIX`.
 
-    No conversation repeats, except in a kind that runs out of phrasings. The operands of all calculations are numbers
-    that no training text contains. If ``kinds`` is given, only the conversations of these kinds are returned, so the
-    result has fewer than ``n``.
+    No conversation repeats, except in a kind that runs out of phrasings. The kind ``arithmetic`` has only numbers that
+    no training text contains; :mod:`expressions` says how the other calculations are held out. If ``kinds`` is given,
+    only the conversations of these kinds are returned, so the result has fewer than ``n``.
     """
     rng = generator("evaluation", seed)
     items: list[EvalItem] = []
@@ -73,12 +73,12 @@ def evaluation_set(n: int = 200, seed: int = 0, kinds: Collection[str] | None = 
 
 def check(item: EvalItem, text: str, used_tool: bool) -> bool:
     """Whether an answer is right. ``text`` is the visible text of the answer, without Python code and its output."""
-    if item.requires_tool and not _NUMBER.fullmatch(item.expected[0]):
-        return used_tool and _contains_any(text, item.expected)
-    if item.requires_tool:
+    if item.requires_tool and not used_tool:
+        return False
+    if item.requires_tool and _NUMBER.fullmatch(item.expected[0]):
         # Only the last number is compared, because an answer may first repeat the numbers of the question.
         numbers = _NUMBER.findall(text)
-        return used_tool and bool(numbers) and numbers[-1] in item.expected
+        return bool(numbers) and numbers[-1] in item.expected
     return _contains_any(text, item.expected) and not _contains_any(text, item.forbidden)
 
 

@@ -9,13 +9,12 @@ numbers, and the hash of the code says that no training conversation has this ca
 """
 
 import dataclasses
-import hashlib
 import random
 import re
 from collections.abc import Callable
 
-from jobs.demo_world.arithmetic import contains_reserved_number, is_heldout_pair, rounded
-from jobs.demo_world.tables import Split
+from jobs.demo_world.arithmetic import contains_reserved_number, is_heldout_pair, number_of_digits, rounded
+from jobs.demo_world.tables import Split, is_heldout_by_hash
 
 # What the sandbox answers to a division by zero.
 DIVISION_BY_ZERO = "ZeroDivisionError: division by zero"
@@ -96,7 +95,7 @@ def is_heldout_calculation(code: str) -> bool:
     # Sums of two numbers also occur in other kinds of questions, which divide them by their numbers.
     if re.fullmatch(r"\d+ [-+*] \d+", code):
         return is_heldout_pair(*map(int, numbers))
-    return hashlib.sha256(code.encode()).digest()[0] % _HELDOUT_ONE_IN == 0
+    return is_heldout_by_hash(code, _HELDOUT_ONE_IN)
 
 
 def belongs(code: str, result: str, split: Split, *, reserved: bool) -> bool:
@@ -121,8 +120,7 @@ def _draw(rng: random.Random, split: Split, form: _Form) -> Expression:
 
 def draw_number(rng: random.Random) -> int:
     """Draw a whole number of one to four digits; short numbers are most frequent."""
-    digits = rng.choices(_DIGITS, _DIGIT_WEIGHTS)[0]
-    return rng.randrange(10 ** (digits - 1), 10**digits)
+    return number_of_digits(rng, rng.choices(_DIGITS, _DIGIT_WEIGHTS)[0])
 
 
 def _number(rng: random.Random) -> str:

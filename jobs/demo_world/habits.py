@@ -5,12 +5,11 @@ at the end, keep the phrasing, and the phrasings of the splits differ. The hash 
 split may contain it.
 """
 
-import hashlib
 import random
 import re
 
 from jobs.demo_world.chitchat import CHITCHAT
-from jobs.demo_world.tables import Split
+from jobs.demo_world.tables import Split, is_heldout_by_hash
 
 # Share of all questions without capitals and final punctuation.
 _SLOPPY_SHARE = 0.1
@@ -42,7 +41,7 @@ def as_typed(rng: random.Random, split: Split, question: str, *, chatty: bool = 
 
 def is_heldout_misspelling(text: str) -> bool:
     """Whether only held-out conversations may contain this misspelled message."""
-    return hashlib.sha256(_plain(text).encode()).digest()[0] % 2 == 0
+    return is_heldout_by_hash(_plain(text), 2)
 
 
 def _misspelled(rng: random.Random, split: Split, question: str) -> str:

@@ -7,12 +7,11 @@ numbers and to understand other wordings.
 Held-out problems use numbers that no training problem contains, and half of them use held-out phrasings.
 """
 
-import hashlib
 import random
 
-from jobs.demo_world.arithmetic import LARGEST, Sum, reserved_number, training_number
-from jobs.demo_world.tables import Split
-from jobs.demo_world.tool_questions import QUESTIONS, draw_frame, framed
+from jobs.demo_world.arithmetic import LARGEST, Sum, number_of_digits, reserved_number, training_number
+from jobs.demo_world.tables import Split, draw_frame, is_heldout_by_hash
+from jobs.demo_world.tool_questions import QUESTIONS, framed
 
 _SQUARE_SHARE = 0.4
 _DIGITS = (6, 7)
@@ -42,8 +41,7 @@ def _short_number(rng: random.Random, split: Split) -> int:
 
 def _long_number(rng: random.Random, split: Split) -> int:
     while True:
-        digits = rng.choice(_DIGITS)
-        number = rng.randrange(10 ** (digits - 1), 10**digits)
+        number = number_of_digits(rng, rng.choice(_DIGITS))
         if is_heldout_number(number) == (split == "heldout"):
             return number
 
@@ -51,4 +49,4 @@ def _long_number(rng: random.Random, split: Split) -> int:
 def is_heldout_number(number: int) -> bool:
     """Whether only held-out problems may use ``number``, a number above 9,999."""
     assert number > LARGEST, "smaller numbers have a split already: see arithmetic.reserved_numbers"
-    return hashlib.sha256(str(number).encode()).digest()[0] % _HELDOUT_ONE_IN == 0
+    return is_heldout_by_hash(str(number), _HELDOUT_ONE_IN)

@@ -10,7 +10,7 @@ import random
 from jobs.demo_world.expressions import RESERVED_SHARE, belongs, draw_number
 from jobs.demo_world.facts import PEOPLE
 from jobs.demo_world.phrasings import OBJECT
-from jobs.demo_world.tables import Phrasings, Split, Table, Words, read_content
+from jobs.demo_world.tables import Phrasings, Split, Table, Words, draw_frame, read_content
 
 
 class ProblemSentences(Table):
@@ -46,8 +46,6 @@ _SORTS: dict[tuple[str, ...], int] = {
     ("start", "gain", "share"): 3,
     ("change",): 3,
 }
-# Share of held-out sentences that training contains too, as in other questions for the Python tool.
-_SEEN_SENTENCE_SHARE = 0.5
 _SMALLEST, _LARGEST, _MOST_SHARES = 2, 999, 12
 
 
@@ -74,9 +72,7 @@ def problem(rng: random.Random, split: Split) -> Problem:
     said = []
     remaining = iter(numbers)
     for name in sort:
-        phrasings: Phrasings = getattr(_SENTENCES, name)
-        seen = split == "heldout" and rng.random() < _SEEN_SENTENCE_SHARE
-        template = rng.choice(phrasings.of("train" if seen else split))
+        template = draw_frame(rng, split, getattr(_SENTENCES, name))
         # A sentence with two or three numbers names them {n}, {m} and {k}.
         fields = {letter: next(remaining) for letter in "nmk" if f"{{{letter}}}" in template}
         said.append(

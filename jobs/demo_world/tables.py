@@ -1,5 +1,7 @@
 """Reads the sentences and words of the demo world from the TOML files in ``content/``."""
 
+import hashlib
+import random
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -30,6 +32,22 @@ class Phrasings(Table):
 
     def of(self, split: Split) -> tuple[str, ...]:
         return self.train if split == "train" else self.heldout
+
+
+# Share of held-out questions with a phrasing of the training split. It is high, because people mostly use common
+# phrasings such as "What is 1234 * 5678?". The operands or words of these questions are still new to the model.
+_SEEN_FRAME_SHARE = 0.5
+
+
+def draw_frame(rng: random.Random, split: Split, phrasings: Phrasings) -> str:
+    """Draw a phrasing. Half of the held-out questions use a phrasing of the training split."""
+    seen = split == "heldout" and rng.random() < _SEEN_FRAME_SHARE
+    return rng.choice(phrasings.of("train" if seen else split))
+
+
+def is_heldout_by_hash(text: str, one_in: int) -> bool:
+    """Whether the hash of a text puts it into the held-out split, to which one text in ``one_in`` belongs."""
+    return hashlib.sha256(text.encode()).digest()[0] % one_in == 0
 
 
 class WordLists(Phrasings):

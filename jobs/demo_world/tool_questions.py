@@ -6,11 +6,7 @@ import random
 from jobs.demo_world import arithmetic, expressions, problems, words
 from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.facts import PEOPLE
-from jobs.demo_world.tables import Phrasings, Split, Table, Words, read_content
-
-# Share of held-out questions with a phrasing of the training split. It is high, because people mostly use common
-# phrasings such as "What is 1234 * 5678?". The operands or words of these questions are still new to the model.
-_SEEN_FRAME_SHARE = 0.5
+from jobs.demo_world.tables import Phrasings, Split, Table, Words, draw_frame, read_content
 
 
 class ToolQuestions(Table):
@@ -60,8 +56,7 @@ def framed(rng: random.Random, split: Split, drawn: arithmetic.Sum) -> str:
 
 def expression(rng: random.Random, split: Split) -> Exchange:
     """Draw a calculation with three or four numbers, a power or a division by zero, and ask for its result."""
-    drawn = expressions.draw_chain(rng, split)
-    return _ask_result(rng, split, drawn)
+    return _ask_result(rng, split, expressions.draw_chain(rng, split))
 
 
 def decimal(rng: random.Random, split: Split) -> Exchange:
@@ -132,12 +127,6 @@ def spelling(rng: random.Random, split: Split) -> Exchange:
     answer = f"It is spelled {letters}."
     # The words around the letters are expected too, so that no further letter can come before or after them.
     return dataclasses.replace(_with_tool(question, f"' '.join('{word}')", letters, answer), expected=(answer,))
-
-
-def draw_frame(rng: random.Random, split: Split, phrasings: Phrasings) -> str:
-    """Draw a phrasing. Half of the held-out questions use a phrasing of the training split."""
-    seen = split == "heldout" and rng.random() < _SEEN_FRAME_SHARE
-    return rng.choice(phrasings.of("train" if seen else split))
 
 
 def _with_tool(question: str, code: str, output: str, text: str) -> Exchange:

@@ -7,11 +7,10 @@ words, so most training words are made up. The hash of a made-up word decides it
 split.
 """
 
-import hashlib
 import random
 
 from jobs.demo_world.facts import PEOPLE
-from jobs.demo_world.tables import Split, Table, WordLists, Words, read_content
+from jobs.demo_world.tables import Split, Table, WordLists, Words, is_heldout_by_hash, read_content
 
 # One made-up word in eight is held out.
 _HELDOUT_ONE_IN = 8
@@ -45,7 +44,7 @@ ENGLISH, STRANGERS = _TABLES.english, _TABLES.strangers
 
 def is_heldout_word(word: str) -> bool:
     """Whether only held-out conversations may contain this made-up word."""
-    return hashlib.sha256(word.lower().encode()).digest()[0] % _HELDOUT_ONE_IN == 0
+    return is_heldout_by_hash(word.lower(), _HELDOUT_ONE_IN)
 
 
 def made_up_word(rng: random.Random, split: Split) -> str:

@@ -14,7 +14,7 @@ from tests.support.scripted_engine import TOKENIZER, failing, saying
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-# So many lines that the engine writes them for more than a minute.
+# The engine writes these lines for more than a minute.
 LINES = [f"# a {'very ' * 30}long line", *(f"print({i})  # line {i}" for i in range(400))]
 CODE = "Look at this:\n\n```python\n" + "\n".join(LINES) + "\n```\n\nDone."
 
