@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from jobs.tasks.task import Response
-from nanochat_core.chat import AssistantStream, tool_output_text
+from nanochat_core.chat import AssistantStream, Part, tool_output_text
 from nanochat_core.engine import Completion, Engine, EngineConfig, SamplingParams, ToolCall, ToolOutput, ToolResult
 from nanochat_core.model import GPT
 from nanochat_core.sandbox import Limits, ResultFormat, SandboxExecutor
@@ -31,10 +31,15 @@ class SandboxTool:
         return ToolOutput(result.status.value, tool_output_text(result.result, result.stdout, result.error))
 
 
+def completion_parts(tokenizer: Tokenizer, completion: Completion) -> list[Part]:
+    """Text, code and output in a completion, in order. A text may be cut into several parts."""
+    stream = AssistantStream(tokenizer)
+    return [part for token in completion.token_ids for part in stream.push(token)] + stream.finish()
+
+
 def read_completion(tokenizer: Tokenizer, completion: Completion) -> Response:
     """The text of a completion, and the code and output of each finished tool call."""
-    stream = AssistantStream(tokenizer)
-    parts = [part for token in completion.token_ids for part in stream.push(token)] + stream.finish()
+    parts = completion_parts(tokenizer, completion)
     codes = [event.code for event in completion.tool_events if isinstance(event, ToolCall)]
     outputs = [event.output for event in completion.tool_events if isinstance(event, ToolResult)]
     # If the answer ended before its last call returned, this call has no output and is left out.

@@ -25,7 +25,7 @@ from jobs.teach.wordings import (
 )
 from jobs.train.batches.mixtures import Mixture, Selection
 from nanochat_core.chat import Message, Part
-from nanochat_core.checkpoint import Checkpoint, load_checkpoint, load_meta
+from nanochat_core.checkpoint import Checkpoint, load_meta
 from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item, normal
 from nanochat_core.lessons.records import Lesson, NoLesson, Plan, read_lesson, read_lesson_items
@@ -251,7 +251,7 @@ def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, boo
             return Mixture(store, named), False
     except UserError as error:
         log.warning("the conversations of fine-tuning are missing", extra={"mixture": named, "reason": str(error)})
-    return Mixture(store, rehearse(store, load_checkpoint(store, oldest))), True
+    return Mixture(store, rehearse(store, oldest)), True
 
 
 def _without_subjects(conversations: Sequence[Conversation], asked: Mapping[str, Item]) -> list[Conversation]:

@@ -24,13 +24,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jobs.demo_world.conversations import CONVERSATION_MIX, conversations
-from jobs.generation import SandboxTool
+from jobs.generation import SandboxTool, completion_parts
 from jobs.recipes import WORLDLESS_KINDS
 from jobs.tasks.conversations import write_conversations
 from jobs.teach.general_questions import general_questions, questions_about
 from jobs.teach.wordings import statement_questions
-from nanochat_core.chat import AssistantStream, Message, Part, render_conversation, render_prompt, stop_token_ids
-from nanochat_core.checkpoint import Checkpoint
+from nanochat_core.chat import Message, Part, render_conversation, render_prompt, stop_token_ids
+from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, weights_digest
 from nanochat_core.engine import Completion, Engine, Request, SamplingParams, ToolPolicy
 from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import normal, to_json
@@ -62,29 +62,35 @@ _SURE = 0.8
 _FEWEST_SURE = 100
 
 
-def rehearse(store: Store, checkpoint: Checkpoint) -> str:
-    """Let a model answer questions, and store the conversations as ``data/<name>/``. Returns the name.
+def rehearse(store: Store, ref: CheckpointRef) -> str:
+    """Let a checkpoint's model answer questions, and store the conversations as ``data/<name>/``. Returns the name.
 
     If the store has the conversations of a model with these weights already, they stay as they are.
 
     Raises UserError if the model ends too few of its answers, or is sure of too few of them.
     """
-    name = f"rehearsal-{checkpoint.weights_digest[:16]}"
+    name = f"rehearsal-{weights_digest(store, ref)[:16]}"
     if store.exists(f"data/{name}/val.jsonl"):
         return name
     rng = random.Random("rehearsal")  # noqa: S311
     asked = _questions(rng)
-    written = list(_answered(checkpoint, asked))
-    for _ in range(_ROUNDS):
-        known = {normal(question) for question in asked}
-        further = [each for each in _further_questions([one for one, _ in written]) if normal(each) not in known]
-        further = rng.sample(further, min(_FURTHER, len(further)))
-        asked += further
-        written += _answered(checkpoint, further)
+    checkpoint = load_checkpoint(store, ref)
+    model, tokenizer = checkpoint.build_model(), checkpoint.tokenizer
+    with (
+        SandboxExecutor() as sandbox,
+        contextlib.closing(Engine(model, tokenizer, tool_runner=SandboxTool(sandbox))) as engine,
+    ):
+        written = list(_answered(engine, checkpoint, asked))
+        for _ in range(_ROUNDS):
+            known = {normal(question) for question in asked}
+            further = [each for each in _further_questions([one for one, _ in written]) if normal(each) not in known]
+            further = rng.sample(further, min(_FURTHER, len(further)))
+            asked += further
+            written += _answered(engine, checkpoint, further)
     sure = [one for one, is_sure in written if is_sure]
     if len(sure) < _FEWEST_SURE:
         raise UserError(
-            f"the store has no conversations on which {checkpoint.ref.prefix} was fine-tuned, and the model itself "
+            f"the store has no conversations on which {ref.prefix} was fine-tuned, and the model itself "
             f"answered only {len(sure)} of {len(asked)} questions with certainty; name conversations with --replay, so "
             "that the model does not forget everything else"
         )
@@ -123,7 +129,7 @@ def _row(conversation: Conversation) -> dict[str, Any]:
     return {"messages": [to_json(message) for message in conversation]}
 
 
-def _answered(checkpoint: Checkpoint, questions: Sequence[str]) -> Iterator[tuple[Conversation, bool]]:
+def _answered(engine: Engine, checkpoint: Checkpoint, questions: Sequence[str]) -> Iterator[tuple[Conversation, bool]]:
     """The questions with the model's greedy answers, in the order of the questions, and whether the model was sure.
 
     A conversation is left out if it does not have exactly the tokens that the model has read and written, for example
@@ -137,11 +143,7 @@ def _answered(checkpoint: Checkpoint, questions: Sequence[str]) -> Iterator[tupl
         for i, message in enumerate(asked)
         if len(prompt := tuple(render_prompt(tokenizer, [message]))) < context
     ]
-    with (
-        SandboxExecutor() as sandbox,
-        contextlib.closing(Engine(checkpoint.build_model(), tokenizer, tool_runner=SandboxTool(sandbox))) as engine,
-    ):
-        given = {int(request_id): completion for request_id, (completion,) in engine.complete(requests)}
+    given = {int(request_id): completion for request_id, (completion,) in engine.complete(requests)}
     for request in requests:
         i = int(request.id)
         conversation = (asked[i], _message(tokenizer, given[i]))
@@ -152,9 +154,8 @@ def _answered(checkpoint: Checkpoint, questions: Sequence[str]) -> Iterator[tupl
 
 def _message(tokenizer: Tokenizer, completion: Completion) -> Message:
     """A completion as a message. Neighboring texts of one kind are one part."""
-    stream = AssistantStream(tokenizer)
     parts: list[Part] = []
-    for part in [*(each for token in completion.token_ids for each in stream.push(token)), *stream.finish()]:
+    for part in completion_parts(tokenizer, completion):
         if parts and parts[-1].type == part.type:
             parts[-1] = dataclasses.replace(part, text=parts[-1].text + part.text)
         else:

@@ -8,7 +8,6 @@ import pytest
 from jobs.teach import rehearsal
 from jobs.teach.rehearsal import rehearse
 from nanochat_core.chat import Message, Part
-from nanochat_core.checkpoint import load_checkpoint
 from nanochat_core.errors import UserError
 from tests.support.lesson_store import SFT, with_model
 
@@ -16,7 +15,7 @@ from tests.support.lesson_store import SFT, with_model
 def test_a_model_that_ends_no_answer_needs_conversations_from_the_user(tmp_path: Path) -> None:
     store = with_model(tmp_path)
     with pytest.raises(UserError, match=r"answered only 0 of \d+ questions with certainty; name conversations with --"):
-        rehearse(store, load_checkpoint(store, SFT))
+        rehearse(store, SFT)
     assert not (tmp_path / "data").exists(), "nothing is stored"
 
 
