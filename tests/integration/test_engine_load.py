@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
@@ -19,6 +19,7 @@ from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.benchmarks.soak_engine import soak
 from tests.support.engine_models import BYTES, scripted_model, tiny_model
 from tests.support.service_process import EngineProcess, ServiceProcess
+from tests.support.waiting import until
 
 CONTEXT = 1024
 FIRST, SECOND = CheckpointRef("tiny", "sft", 1), CheckpointRef("tiny", "sft", 2)
@@ -59,12 +60,6 @@ def ending(service: ServiceProcess) -> Iterator[None]:
 async def stub_of(service: ServiceProcess) -> AsyncIterator[engine_pb2_grpc.EngineStub]:
     async with grpc.aio.insecure_channel(service.address) as channel:
         yield engine_pb2_grpc.EngineStub(channel)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 class Stream:

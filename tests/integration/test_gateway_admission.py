@@ -46,6 +46,7 @@ from tests.support.scripted_engine import (
     saying,
     until_ready,
 )
+from tests.support.waiting import until
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"
@@ -497,9 +498,7 @@ async def test_an_answer_that_began_without_redis_leaves_no_lease_there(
         server.kill()
         grant = await admission.begin(caller)
         server.start()
-        async with asyncio.timeout(30):
-            while not admission.redis.up:
-                await asyncio.sleep(0.02)
+        await until(lambda: admission.redis.up, 30)
         await asyncio.sleep(0.5)  # meanwhile, no renewal may tell Redis about the answer
         await admission.finish(grant, 1, 1, refused=False)
         await admission.finish(await admission.begin(caller), 1, 1, refused=False)

@@ -27,6 +27,7 @@ from tests.support.scripted_engine import (
     until_ready,
     until_up,
 )
+from tests.support.waiting import until
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -110,9 +111,7 @@ async def test_a_lookup_that_fails_keeps_the_known_engines() -> None:
     ):
         await until_known(url, f"127.0.0.1:{port}")
         names.addresses.clear()
-        async with asyncio.timeout(30):
-            while names.failures < 3:
-                await asyncio.sleep(0.01)
+        await until(lambda: names.failures >= 3, 30)
         await until_known(url, f"127.0.0.1:{port}")
         assert await ask(url) == "127.0.0.1"
 
@@ -139,9 +138,7 @@ async def test_a_stream_of_an_engine_that_leaves_its_name_goes_on_to_its_end() -
         ended = asyncio.Event()
         leaving.script = saying("hello", "!", until=ended)
         asking = asyncio.create_task(ask(url))
-        async with asyncio.timeout(30):
-            while not leaving.requests:
-                await asyncio.sleep(0.01)
+        await until(lambda: leaving.requests, 30)
         names.addresses["engines"] = ["127.0.0.2"]
         await until_up(url, 2)  # the engine that has left stays known until its stream ends
         ended.set()
@@ -226,9 +223,7 @@ async def test_the_calls_of_an_engine_that_left_end_with_their_clients() -> None
         await until_ready(url)
         engine.script = hanging("hello")
         asking = asyncio.create_task(ask(url))
-        async with asyncio.timeout(30):
-            while not engine.requests:
-                await asyncio.sleep(0.01)
+        await until(lambda: engine.requests, 30)
         names.addresses["engines"] = []
         await until_ready(url, ready=False)
         asking.cancel()

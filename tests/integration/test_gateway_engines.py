@@ -33,6 +33,7 @@ from tests.support.scripted_engine import (
     until_ready,
     until_up,
 )
+from tests.support.waiting import until
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -87,9 +88,7 @@ async def test_checks_go_on_after_an_unexpected_error(
             patch.setattr(Router, "left", fail)
             await engine.stop()
             await until_ready(url, ready=False)
-            async with asyncio.timeout(30):
-                while "engine check failed" not in [record.getMessage() for record in caplog.records]:
-                    await asyncio.sleep(0.02)
+            await until(lambda: "engine check failed" in [record.getMessage() for record in caplog.records], 30)
         await engine.start()
         await until_ready(url)
         assert await ask(url) == "hello"

@@ -24,6 +24,7 @@ from tests.support.scripted_engine import (
     until_up,
 )
 from tests.support.story_engine import Step, Story, StoryEngine
+from tests.support.waiting import until
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
@@ -284,9 +285,7 @@ async def test_a_request_of_which_nothing_was_said_begins_anew_with_other_weight
         await two.looked_at()
         one.steps = two.steps = 0
         asking = asyncio.create_task(ask(url))
-        async with asyncio.timeout(30):
-            while not (one.requests or two.requests):
-                await asyncio.sleep(0.01)
+        await until(lambda: one.requests or two.requests, 30)
         first, second = (one, two) if one.requests else (two, one)
         second.allow(None)
         await first.stop()
@@ -376,9 +375,7 @@ async def test_an_engine_that_ends_many_streams_at_once_is_not_ejected() -> None
     async with two_engines() as (url, one, two):
         one.steps = two.steps = 0
         asking = [asyncio.create_task(ask(url)) for _ in range(8)]
-        async with asyncio.timeout(30):
-            while len(one.requests) + len(two.requests) < 8:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(one.requests) + len(two.requests) >= 8, 30)
         assert len(one.requests) > 3
         two.allow(None)
         await one.stop()
@@ -430,9 +427,7 @@ async def test_the_clients_of_moved_streams_can_leave() -> None:
         told, reading = await begin(url)
         first, second = (one, two) if one.requests else (two, one)
         await first.drain()
-        async with asyncio.timeout(30):
-            while not second.requests:
-                await asyncio.sleep(0.01)
+        await until(lambda: second.requests, 30)
         reading.cancel()
         await told.stream.close()
         for engine in (first, second):

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from nanochat_core.progress import read_progress
 from nanochat_core.store import Store, open_store
 from tests.support.processes import FORKSERVER
 from tests.support.tiny_training import TINY_PRETRAIN, TINY_SFT, Job, OwnSignal, Saved, sentences
+from tests.support.waiting import eventually
 
 MODEL = "mine"
 TOKENIZER, PRETRAIN, SFT, RL, REPORT = (
@@ -423,7 +424,7 @@ def test_sigterm_in_a_stage_saves_its_state_and_the_next_run_goes_on_from_there(
     shutil.rmtree(again.home / "models")
     process = FORKSERVER.Process(target=run_pipeline, args=(again.folder,))
     process.start()
-    wait_for(lambda: bool(base_steps(again.folder)))
+    eventually(lambda: bool(base_steps(again.folder)), seconds=120, every=0.002)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM
@@ -497,10 +498,3 @@ def run_pipeline(folder: Path) -> None:
 
 def base_steps(folder: Path) -> list[int]:
     return [ref.step for ref in list_checkpoints(open_store(str(folder / "home")), MODEL, "base")]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)

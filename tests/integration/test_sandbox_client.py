@@ -16,6 +16,7 @@ from nanochat_core.grpc_client import ServiceChannel
 from nanochat_core.protos import engine_pb2, sandbox_pb2, sandbox_pb2_grpc
 from services.engine.conversion import core_request
 from services.engine.sandbox_client import SandboxClient
+from tests.support.waiting import until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -139,9 +140,7 @@ async def client_of(*sandboxes: Sandbox) -> AsyncIterator[Client]:
 
 
 async def until_called(sandbox: Sandbox, calls: int = 1) -> None:
-    async with asyncio.timeout(30):
-        while sandbox.calls < calls:
-            await asyncio.sleep(0.01)
+    await until(lambda: sandbox.calls >= calls, 30)
 
 
 async def test_calls_are_balanced_over_all_sandboxes(sandboxes: list[Sandbox]) -> None:
@@ -336,9 +335,7 @@ async def test_a_late_answer_is_a_timeout_and_later_attempts_get_the_rest_of_the
         await client.until_serving(2)
         began = time.monotonic()
         call = asyncio.create_task(client.run(5.0))
-        async with asyncio.timeout(30):
-            while not (a.calls or b.calls):
-                await asyncio.sleep(0.01)
+        await until(lambda: a.calls or b.calls, 30)
         first, second = (a, b) if a.calls else (b, a)
         await asyncio.sleep(0.5)
         await first.die()

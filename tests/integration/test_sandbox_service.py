@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from nanochat_core.sandbox import SandboxExecutor
 from services.sandbox.__main__ import _probe
 from tests.support import sandbox_service_attacks
 from tests.support.service_process import REPOSITORY, ServiceProcess
+from tests.support.waiting import eventually
 
 
 class Service(ServiceProcess):
@@ -53,13 +54,6 @@ def service() -> Iterator[Service]:
 
 # The longest time that a call can ask for. Calls that a test lets wait or cancels must not end by themselves.
 PATIENT = sandbox_pb2.Limits(wall_seconds=30)
-
-
-def eventually(claim: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not claim():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.01)
 
 
 def test_code_is_executed_and_answered_in_the_models_format(service: Service) -> None:

@@ -6,8 +6,7 @@ import importlib.util
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.support.certificates import Authority, flags, needs_openssl
 from tests.support.engine_models import BYTES, CALLING, tiny_model
 from tests.support.service_process import REPOSITORY, EngineProcess, GatewayProcess, ServiceProcess
+from tests.support.waiting import eventually
 
 pytestmark = needs_openssl
 
@@ -115,13 +115,6 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
         for process in (gateway, engine, sandbox):
             assert process.stop() == 0
     collector.close()
-
-
-def eventually(claim: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not claim():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.05)
 
 
 def call_python(services: Services, **options: Any) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from nanochat_core.engine import AsyncEngine, CallerLimit, Engine, EngineConfig,
 from nanochat_core.engine.compilations import PROCESSES, Compilations
 from nanochat_core.engine.constraints import Grammars
 from tests.support.engine_models import BYTES, tiny_model
+from tests.support.waiting import until
 
 
 def regex(pattern: str) -> Constraint:
@@ -168,12 +169,6 @@ class Scripted(Grammars):
                 raise TrialEnded("ended")
             time.sleep(0.001)
         return constraint.source
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 @contextlib.asynccontextmanager

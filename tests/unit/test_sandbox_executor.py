@@ -36,6 +36,7 @@ from nanochat_core.sandbox.call import run_call
 from nanochat_core.sandbox.interpreter import current_executable
 from nanochat_core.sandbox.worker_process import WorkerProcess
 from tests.support.processes import descendants
+from tests.support.waiting import eventually
 
 ENDLESS = "import time\ntime.sleep(60)"
 TELLS_ITS_BEGINNING = "print('begun', flush=True)\n" + ENDLESS
@@ -76,13 +77,6 @@ class Begun:
 
     async def wait(self) -> None:
         assert await asyncio.to_thread(self._event.wait, 60)
-
-
-def eventually(claim: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not claim():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.01)
 
 
 @pytest.fixture(params=["bwrap", "pod"])

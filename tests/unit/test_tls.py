@@ -17,6 +17,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.grpc_client import ServiceChannel
 from nanochat_core.tls import TlsFiles, TlsSettings, tls_files
 from tests.support.certificates import Authority, needs_openssl
+from tests.support.waiting import until
 
 pytestmark = needs_openssl
 
@@ -146,9 +147,7 @@ async def test_an_old_connection_closes_after_its_last_call(authority: Authority
         assert opened.connection() is not first
         assert first.channel.get_state() is grpc.ChannelConnectivity.READY
         stream.cancel()
-        async with asyncio.timeout(30):
-            while first.channel.get_state() is not grpc.ChannelConnectivity.SHUTDOWN:
-                await asyncio.sleep(0.01)
+        await until(lambda: first.channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN, 30)
         await opened.close()
 
 
