@@ -69,7 +69,7 @@ class Examination:
     Attributes:
         task: the questions of all groups.
         probes: questions with their right answers, as tokens. They decide when training ends. They are the lesson's
-            questions as written, held-out wordings of these questions, and drills.
+            questions as written, other wordings of these questions, trained ones and held-out ones, and drills.
         others: held-out questions like those of ``kept`` or ``own`` that the examination does not ask, with their right
             answers.
         heard: validation conversations of fine-tuning, as tokens. The lesson does not train on them.
@@ -148,7 +148,11 @@ def examination(
     ]
     task = GenerativeTask(LESSON_QUESTIONS, tuple(questions), tools=True, max_tokens=_MAX_TOKENS)
     probes = [rendered(tokenizer, item.messages, row_tokens) for item in _some(chats, rng)]
-    probes += [rendered(tokenizer, asked(item, wording), row_tokens) for item, wording in _some(unseen, rng)]
+    trained = [(items[i], wording) for i, found in worded.items() for wording in found.plain[1:]]
+    probes += [
+        rendered(tokenizer, asked(item, wording), row_tokens)
+        for item, wording in (*_some(unseen, rng), *_some(trained, rng))
+    ]
     # The drills of one ability follow one another, so every n-th drill is a sample with drills of each ability.
     probed = drills[:: -(-len(drills) // _PROBED_DRILLS) or 1]
     probes += [rendered(tokenizer, drill, row_tokens) for drill in probed]

@@ -60,11 +60,23 @@ _REWRITES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         r"what is the name of (.+)",
-        (r"what is \1 called", r"what do you call \1", r"which name does \1 have", r"how is \1 called"),
+        (
+            r"what is \1 called",
+            r"what do you call \1",
+            r"which name does \1 have",
+            r"how is \1 called",
+            r"what is \1's name",
+        ),
     ),
     (
         r"what (?:is|are) (.+) called",
-        (r"what is the name of \1", r"what do you call \1", r"which name does \1 have", r"how is \1 called"),
+        (
+            r"what is the name of \1",
+            r"what do you call \1",
+            r"which name does \1 have",
+            r"how is \1 called",
+            r"what is \1's name",
+        ),
     ),
     (r"how old (?:is|am) (.+)", (r"what is the age of \1", r"what age is \1", r"how many years old is \1")),
     (

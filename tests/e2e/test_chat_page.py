@@ -5,10 +5,12 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from tests.support.greedy_page import greedy_context
+
 
 @pytest.fixture
 def page(browser: Browser, url: str) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, reduced_motion="reduce")
+    context = greedy_context(browser, viewport={"width": 1280, "height": 800}, reduced_motion="reduce")
     page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -56,7 +58,7 @@ def test_the_next_question_knows_the_conversation(page: Page) -> None:
 
 
 def test_the_page_works_on_a_phone(browser: Browser, url: str) -> None:
-    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    context = greedy_context(browser, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     page = context.new_page()
     page.goto(url)
     page.get_by_test_id("composer").fill("Hello!")

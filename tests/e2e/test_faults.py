@@ -12,6 +12,7 @@ import openai
 import pytest
 from playwright.sync_api import Browser, expect
 
+from tests.support.greedy_page import greedy_context
 from tests.support.stack import Stack
 
 SUM = [{"role": "user", "content": "What is 1234 * 5678?"}]
@@ -63,7 +64,7 @@ def test_an_answer_goes_on_after_its_only_engine_was_killed_and_started_again(st
 
 def test_the_page_says_that_the_engine_is_gone_and_recovers(stack: Stack, browser: Browser) -> None:
     url = stack.wait_ready()
-    page = browser.new_context().new_page()
+    page = greedy_context(browser).new_page()
     page.goto(url)
     engine = stack.service_pid("engine")
     # A stopped engine accepts the question but never answers. After the kill, ``make run`` starts it again.

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from tests.support.greedy_page import greedy_context
 from tests.support.stack import Stack
 
 COLORS = 64
@@ -57,7 +58,7 @@ def ask(page: Page, text: str) -> Locator:
 def test_a_fact_is_written_on_the_page_learned_asked_for_and_taken_back(
     browser: Browser, link: str, pictures: Path
 ) -> None:
-    context = browser.new_context(viewport={"width": 900, "height": 760}, reduced_motion="reduce")
+    context = greedy_context(browser, viewport={"width": 900, "height": 760}, reduced_motion="reduce")
     page = context.new_page()
     page.goto(link)
     expect(ask(page, QUESTION)).not_to_contain_text("Biscuit")

@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from nanochat_core.checkpoint import CheckpointRef, newest_checkpoint, promote
 from nanochat_core.progress import write_progress
 from nanochat_core.store import open_store
+from tests.support.greedy_page import greedy_context
 from tests.support.stack import Stack
 
 MODEL = "replayed"
@@ -90,7 +91,7 @@ def ask(page: Page, text: str) -> Locator:
 def test_one_watches_babble_become_facts_and_talks_on_when_the_model_is_promoted(
     browser: Browser, watched: str, replay: Replay
 ) -> None:
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+    context = greedy_context(browser, viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     page = context.new_page()
     page.goto(watched)
     panel, who = page.get_by_test_id("training"), page.get_by_test_id("training-who")
@@ -140,7 +141,7 @@ def test_a_page_that_is_opened_in_the_middle_shows_the_run_from_its_beginning(
     replay.stage("sft")
     replay.steps("base", 320, 320, {0: "qqz9"})
     replay.steps("sft", 60, 720, {0: "The the keeps the"})
-    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    context = greedy_context(browser, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     page = context.new_page()
     page.goto(watched)
     expect(page.get_by_test_id("training")).to_contain_text("fine-tuning · 8 %")

@@ -174,7 +174,12 @@ def test_a_wrong_request_is_refused_in_the_form_of_the_api(
 def test_output_comes_while_the_code_runs(gateway: Gateway, sandbox: Sandbox) -> None:
     code = "import time\nprint('begun', flush=True)\ntime.sleep(30)"
     events = gateway.stream(code=code, limits={"wall_seconds": 30})
-    assert next(events) == {"type": "stdout", "text": "begun\n"}
+    # Python writes the text and the line's end separately, so they may come as two events.
+    written = ""
+    while written != "begun\n":
+        event = next(events)
+        assert event["type"] == "stdout"
+        written += event["text"]
     assert sandbox.metrics()["nanochat_sandbox_running"] == 1
     events.close()
     until_running(sandbox, 0)
