@@ -54,7 +54,7 @@ _UNSEEN_PER_ITEM = 3
 _MOST = 200
 # Number of held-out conversations that are drawn from the recipe. In a smaller sample, chance decides whether the share
 # of right answers falls by more than a hundredth.
-_KEPT = 200
+_KEPT = 400
 _MAX_TOKENS = 120
 _PROBED_DRILLS = 100
 # A group of the model's own answers is asked only if it has at least this many questions. In a smaller group, a single
@@ -70,8 +70,8 @@ class Examination:
         task: the questions of all groups.
         probes: questions with their right answers, as tokens. They decide when training ends. They are the lesson's
             questions as written, other wordings of these questions, trained ones and held-out ones, and drills.
-        others: held-out questions like those of ``kept`` or ``own`` that the examination does not ask, with their right
-            answers.
+        others: questions like those of ``kept``, ``near.worded`` or ``own`` that the examination does not ask, with
+            their right answers.
         heard: validation conversations of fine-tuning, as tokens. The lesson does not train on them.
     """
 
@@ -164,7 +164,7 @@ def examination(
         for item in _held_out(store, parent, memory, 1)
         if item.messages not in examined
     ]
-    others += [rendered(tokenizer, each, row_tokens) for each in further_own]
+    others += [rendered(tokenizer, each, row_tokens) for each in (*further_own, *memory.confusable)]
     return Examination(task, probes, others, [rendered(tokenizer, each, row_tokens) for each in memory.validation])
 
 
@@ -218,7 +218,7 @@ def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> li
     recipe = RECIPES.get("small" if memory.own else str(origin.get("recipe")))
     drawn = recipe.evaluation_items(_KEPT, seed) if recipe is not None else []
     if recipe is not None and 0 < len(drawn) < _KEPT:  # the recipe teaches only some kinds of questions
-        drawn = recipe.evaluation_items(_KEPT * _KEPT // len(drawn), seed)
+        drawn = recipe.evaluation_items(_KEPT * _KEPT // len(drawn), seed)[:_KEPT]
     return [item for item in drawn if not memory.contradicts(str(item.messages[-1]["content"]), _last_text(item))]
 
 

@@ -38,7 +38,8 @@ Conversation = Sequence[Message]
 # Number of fine-tuning conversations that are searched for contradictions. Training repeats some of them.
 _REMEMBERED = 20_000
 _VALIDATION = 128
-# Largest number of conversations that are examined because their questions are the most similar to the lesson's.
+# Largest number of conversations that are examined because their questions are the most similar to the lesson's, and of
+# similar ones that show during training whether the model confuses them with the lesson.
 _EXAMINED = 100
 # Answers such as "I don't know that." contain no knowledge, so a lesson may replace them without a conflict.
 _UNKNOWN = re.compile(r"\b(?:don['’]t|do not|cannot|can['’]t) (?:know|say|tell|answer)|no idea", re.IGNORECASE)
@@ -87,9 +88,11 @@ class Memory:
         near: the members of ``conversations`` that the model could confuse with the lesson: a question has a word of
             the lesson's questions, or an answer says that the model does not know. A conversation with an answer of
             the lesson is left out.
-        examined: the conversations whose last questions are the most similar to the lesson's. The lesson is examined
-            with them, so they are in neither ``conversations`` nor ``near``. If the model wrote the conversations
-            itself, they are in ``validation``.
+        examined: conversations whose last questions are the most similar to the lesson's. The lesson is examined with
+            them, so they are in neither ``conversations`` nor ``near``. If the model wrote the conversations itself,
+            they are in ``validation``.
+        confusable: further members of ``near`` that are as similar to the lesson; empty if the model wrote the
+            conversations itself.
         items: items of the model's earlier lessons whose questions the lesson does not ask.
         conflicts: the earlier answers that the lesson replaces. The lesson's result shows them to the user.
         replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. The result of an earlier lesson
@@ -104,6 +107,7 @@ class Memory:
     validation: list[Conversation]
     near: list[Conversation]
     examined: list[Conversation]
+    confusable: list[Conversation]
     items: list[Item]
     conflicts: list[Conflict]
     replaced: list[Conflict]
@@ -180,8 +184,9 @@ def remember(
     # The conversations of fine-tuning still have the answers that earlier lessons replaced. If the answers of earlier
     # lessons did not take their places here, each new lesson would teach the model the replaced answers again.
     answered = {**asked_by(kept, all_wordings(kept)), **asked}
-    if rehearsed:
-        training, validation = (_without_subjects(each, answered) for each in (training, validation))
+    training, validation = (
+        _without_subjects(each, answered, only_unknown=not rehearsed) for each in (training, validation)
+    )
     replaced = _conflicts([*training, *validation] if rehearsed else training, answered)
     new = {item.question for item in asked.values()} - _answered_before(taught, asked)
     conflicts = [each for each in replaced if each.question in new]
@@ -197,8 +202,13 @@ def remember(
         return similar and not any(said.text in answers for _, said in pairs)
 
     near, near_apart = ([one for one in some if near_to(one)] for some in (agreed, validation))
-    candidates = near_apart if rehearsed else near
-    examined = _most_similar(candidates, words, rng)[: len(candidates) // 2]
+    if rehearsed:
+        examined, confusable = _most_similar(near_apart, words, rng)[:_EXAMINED][: len(near_apart) // 2], []
+    else:
+        # Training repeats every second of the similar conversations. If all were examined and none was repeated, the
+        # model would confuse just these with the lesson.
+        similar = _most_similar(near, words, rng)[: 2 * _EXAMINED]
+        examined, confusable = similar[::2], similar[1::2]
     apart = {id(one) for one in examined}
     agreed, near, own = ([one for one in some if id(one) not in apart] for some in (agreed, near, validation))
     return Memory(
@@ -206,6 +216,7 @@ def remember(
         validation,
         near,
         examined,
+        confusable,
         kept,
         [*conflicts, *earlier_conflicts],
         replaced,
@@ -215,7 +226,7 @@ def remember(
 
 
 def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Random) -> list[Conversation]:
-    """The conversations whose last questions are the most similar to the lesson's questions; at most _EXAMINED.
+    """The conversations, those whose last questions are the most similar to the lesson's questions first.
 
     ``words`` are the keywords of the lesson's questions. The similarity of a question is the share of its keywords that
     are in ``words``. If several conversations differ only in the last answer, one of them is returned. Conversations
@@ -229,7 +240,7 @@ def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Ran
     answered = [one for one in near if one[-1].role == "assistant" and one[-1].text.strip() and similarity(one)]
     distinct = {tuple(message.text for message in one[:-1]): one for one in answered}
     drawn = rng.sample(list(distinct.values()), len(distinct))
-    return sorted(drawn, key=similarity, reverse=True)[:_EXAMINED]
+    return sorted(drawn, key=similarity, reverse=True)
 
 
 def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, bool]:
@@ -254,24 +265,26 @@ def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, boo
     return Mixture(store, rehearse(store, oldest)), True
 
 
-def _without_subjects(conversations: Sequence[Conversation], asked: Mapping[str, Item]) -> list[Conversation]:
+def _without_subjects(
+    conversations: Sequence[Conversation], asked: Mapping[str, Item], *, only_unknown: bool
+) -> list[Conversation]:
     """The conversations whose questions are about other subjects than the questions of the lesson and earlier lessons.
 
-    The general questions that a model answers itself may ask for the facts of a lesson in other words: "Where is my
-    job?". The model's earlier answer, such as "I don't know that.", is then neither repeated nor examined. A question
-    of the lesson as it is written stays, because the lesson's answer takes the place of the earlier answer.
+    A question with no other subject than a lesson's question may ask for the lesson's fact in other words: after "Who
+    is my dentist?", this is "Who is the dentist?". The model's earlier answer, such as "I don't know a dentist.", is
+    then neither repeated nor examined. A question of the lesson as it is written stays, because the lesson's answer
+    takes the place of the earlier answer. If ``only_unknown``, all conversations stay in which the model's answer to
+    such a question is not that it does not know.
     """
     subjects = [_subject(item.question) for item in asked.values()]
 
-    def other(question: str) -> bool:
-        subject = _subject(question)
-        return not subject or not any(subject <= each for each in subjects)
+    def stays(question: Message, answer: Message) -> bool:
+        subject = _subject(question.text)
+        if not subject or (only_unknown and not _UNKNOWN.search(answer.text)):
+            return True
+        return not any(subject <= each for each in subjects) or _item_for(question.text, asked) is not None
 
-    return [
-        one
-        for one in conversations
-        if all(other(question.text) or _item_for(question.text, asked) for question, _ in question_pairs(one))
-    ]
+    return [one for one in conversations if all(stays(*pair) for pair in question_pairs(one))]
 
 
 def _subject(question: str) -> set[str]:

@@ -405,12 +405,15 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
     asked = collections.Counter(question.group for question in exam.task.questions)
     require = [f"lesson.{name}>={least}" for name, least in _LEAST.items() if name in asked]
     kept = [f"lesson.kept:{lesson.plan.margin}"] if "kept" in exam.groups else []
-    # A lesson may always lose one answer of a kind. In a kind of less than ten questions, one answer is a larger share.
-    kinds = {group: max(_KIND, math.ceil(1000 / asked[group]) / 1000) for group in asked if group.startswith("kept.")}
-    kept += [f"lesson.{group}:{margin}" for group, margin in sorted(kinds.items())]
-    near = [f"lesson.{group}:{_NEAR}" for group in sorted(asked) if group.startswith("near.")]
+
+    def margins(prefix: str, margin: float) -> list[str]:
+        # A lesson may always lose one answer. In a group of less than ten questions, one answer is a larger share.
+        groups = sorted(group for group in asked if group.startswith(prefix))
+        return [f"lesson.{group}:{max(margin, math.ceil(1000 / asked[group]) / 1000)}" for group in groups]
+
+    kept += margins("kept.", _KIND)
+    own, near = margins("own", _OWN), margins("near.", _NEAR)
     earlier = [f"lesson.earlier:{_EARLIER}"] if "earlier" in asked else []
-    own = [f"lesson.own:{_OWN}"] if "own" in asked else []
     loss = [f"lesson.kept_loss:{_LOSS}"] if exam.heard else []
     return Gate(tuple(require), (*kept, *own, *near, *earlier, *loss))
 

@@ -39,7 +39,7 @@ _FEWEST_STEPS = 80
 # Length of the warmdown as a fraction of the steps before it.
 _WARMDOWN_SHARE = 0.5
 _SHORTEST_WARMDOWN = 20
-_PROBED_TOKENS = 8192
+_PROBED_TOKENS = 4096
 # If the model has forgotten too much, its weights go back toward the weights before the lesson (see go_back). Each step
 # is this share of the whole way, and at least the share _NEAREST of the way remains.
 _STEP_BACK = 0.05

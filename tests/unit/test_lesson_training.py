@@ -144,7 +144,7 @@ def test_an_ability_is_shown_as_written_and_mostly_as_drills() -> None:
         for n in range(10, 60)
     ]
     other = (Message("user", (Part("text", "Hi"),)), Message("assistant", (Part("text", "Hello."),)))
-    memory = Memory([other], [], [], [], [], [], [], {})
+    memory = Memory([other], [], [], [], [], [], [], [], {})
     plan = Plan(max_steps=20, batch_tokens=2048)
     documents = curriculum([item], all_wordings([item]), memory, plan, BYTES, 200, {0: drills})
     shown = [BYTES.decode(documents.document(n).ids.tolist()) for n in range(len(documents))]

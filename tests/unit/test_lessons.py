@@ -544,9 +544,9 @@ def test_what_is_most_similar_to_the_lesson_is_examined_and_not_repeated(store: 
 def test_the_examination_asks_equally_many_held_out_questions_for_every_recipe(store: Store, recipe: str) -> None:
     write_origin(store, recipe, {"recipe": recipe})
     parent = cast(Checkpoint, SimpleNamespace(ref=CheckpointRef(recipe, "sft", 1)))
-    memory = Memory([], [], [], [], [], [], [], {})
+    memory = Memory([], [], [], [], [], [], [], [], {})
     drawn = [held_out(store, parent, memory, seed) for seed in range(2)]
-    assert [len(items) for items in drawn] == [200, 200]
+    assert [len(items) for items in drawn] == [400, 400]
     assert {item.kind for item in drawn[0]} <= (find_recipe(recipe).conversation_kinds or {*EVALUATION_MIX})
     rehearsed = dataclasses.replace(memory, own=[chat("Who are you?", "A model.")])
     kinds = {item.kind for item in held_out(store, parent, rehearsed, 0)}
@@ -572,30 +572,28 @@ def test_general_questions_about_the_subject_of_a_lesson_are_left_out() -> None:
     # The lesson's answer takes the place of the earlier answer to its own question, so this question stays.
     own = ("What is my dog called?",)
     known = [chat(question, "I don't know that.") for question in (*same, *others, *own)]
-    left = without_subjects(known, asked_by(items, all_wordings(items)))
+    asked = asked_by(items, all_wordings(items))
+    left = without_subjects(known, asked, only_unknown=False)
     assert [one[0].text for one in left] == [*others, *own]
 
-
-@pytest.mark.parametrize("group", ["near.worded", "near.computed", "own"])
-@pytest.mark.parametrize(("after", "passed"), [(0.9, True), (0.8, False)])
-def test_a_lesson_that_loses_similar_questions_is_refused(store: Store, group: str, after: float, passed: bool) -> None:
-    lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
-    similar = OpenQuestion(ask("What is my cat's name?"), "Tom", "Tom", lambda *_: True, group)
-    exam = Examination(GenerativeTask("lesson", (similar,), tools=True, max_tokens=1), [], [], [])
-    (rule,) = lesson_gate(lesson, exam).rules()
-    outcome = rule.judge({f"lesson.{group}": Metric(after, "a")}, {f"lesson.{group}": Metric(0.95, "a")})
-    assert outcome.passed is passed, outcome.reason
+    # A model whose fine-tuning is known repeats what it knows, but not that it does not know the lesson's subject.
+    told = [chat(question, "Osric does.") for question in same]
+    left = without_subjects([*known, *told], asked, only_unknown=True)
+    assert [one[0].text for one in left] == [*others, *own, *same]
 
 
+@pytest.mark.parametrize("group", ["kept.identity", "near.worded", "near.computed", "own"])
 @pytest.mark.parametrize(("questions", "lost"), [(1, 1), (7, 1), (8, 1), (10, 1), (11, 1), (20, 2), (49, 4)])
-def test_a_kind_may_lose_a_tenth_of_its_answers_but_always_one(store: Store, questions: int, lost: int) -> None:
+def test_a_group_may_lose_a_tenth_of_its_answers_but_always_one(
+    store: Store, group: str, questions: int, lost: int
+) -> None:
     lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
-    asked = (OpenQuestion(ask("Who are you?"), "A model.", "A model.", lambda *_: True, "kept.identity"),) * questions
+    asked = (OpenQuestion(ask("Who are you?"), "A model.", "A model.", lambda *_: True, group),) * questions
     exam = Examination(GenerativeTask("lesson", asked, tools=True, max_tokens=1), [], [], [])
-    (rule,) = (rule for rule in lesson_gate(lesson, exam).rules() if "kept.identity" in str(rule))
-    before = {"lesson.kept.identity": Metric(1.0, "a")}
+    (rule,) = (rule for rule in lesson_gate(lesson, exam).rules() if group in str(rule))
+    before = {f"lesson.{group}": Metric(1.0, "a")}
     for wrong in range(questions + 1):
-        outcome = rule.judge({"lesson.kept.identity": Metric(1 - wrong / questions, "a")}, before)
+        outcome = rule.judge({f"lesson.{group}": Metric(1 - wrong / questions, "a")}, before)
         assert outcome.passed is (wrong <= lost), outcome.reason
 
 
