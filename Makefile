@@ -46,6 +46,7 @@ test-cluster-full: setup ## The slow tests on a cluster: install, upgrade, canar
 	@NANOCHAT_TEST_FULL=1 $(NANOCHAT_CLUSTER_EXEC) $(PYTHON) -m pytest -m cluster tests/cluster/test_bootstrap.py tests/cluster/test_stages.py tests/cluster/test_kubernetes.py \
 	  tests/cluster/test_monitoring.py tests/cluster/test_redis.py tests/cluster/test_gpu_pool.py tests/cluster/test_kueue.py \
 	  tests/cluster/test_lessons_in_cluster.py
+	@NANOCHAT_TEST_FULL=1 $(PYTHON) -m pytest -m cluster tests/cluster/test_compose_training.py
 
 test-numerics: setup $(STATIC)/index.html ## Run the tests that train, with other seeds and the rounding of other CPUs
 	@$(PYTHON) -m tests.support.numerics

@@ -14,6 +14,7 @@ import pytest
 from test_kubernetes import CHART, RESTRICTED, get, new_namespace
 
 from tests.support.commands import ANSWER, QUESTION, ROOT, assert_answer_came_through_the_tool, run
+from tests.support.watched_run import WatchedRun
 
 pytestmark = [
     pytest.mark.cluster,
@@ -22,8 +23,17 @@ pytestmark = [
 ]
 
 INSTALL_TO_CHAT_SECONDS = 720
-# Prints what the page says while there is no model.
-WAITS_FOR = "import json, urllib.request as u; print(json.load(u.urlopen('http://127.0.0.1:8000/readyz'))['waits_for'])"
+# Prints what the page gets while the model is trained: what it waits for, and the progress, which may not exist yet.
+WATCH = """
+import json, urllib.error, urllib.request
+def get(path):
+    try:
+        return json.load(urllib.request.urlopen("http://127.0.0.1:8000" + path, timeout=30))
+    except urllib.error.HTTPError as error:
+        return json.load(error)
+progress = get("/progress")
+print(json.dumps({"waits_for": get("/readyz")["waits_for"], "progress": progress if "stages" in progress else None}))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +57,29 @@ def test_install_on_an_empty_cluster_ends_in_a_chat(namespace: str) -> None:
     started = time.monotonic()
     done = run("helm", "-n", namespace, "install", "nanochat", CHART, "--set=image.tag=dev")
     assert "component=bootstrap" in done.stdout, "the notes tell how to watch the training"
-    told = ""
+    told, watched = "", WatchedRun()
+
+    def watch() -> None:
+        nonlocal told
+        gateway = ("kubectl", "-n", namespace, "exec", "deployment/nanochat-gateway", "--")
+        seen = json.loads(run(*gateway, "python", "-c", WATCH).stdout)
+        told += f"{seen['waits_for']}\n"
+        if seen["progress"]:
+            watched.see(seen["progress"])
+
     # An engine is ready when it serves the first snapshot, but only the finished model calculates well.
     while not (ready(namespace, "engine") and [succeeded for _, succeeded in bootstrap(namespace)] == [1]):
         assert time.monotonic() < started + INSTALL_TO_CHAT_SECONDS, run(
             "kubectl", "-n", namespace, "logs", "--selector=app.kubernetes.io/component=bootstrap", "--tail=50"
         ).stdout
         if ready(namespace, "gateway"):
-            gateway = ("kubectl", "-n", namespace, "exec", "deployment/nanochat-gateway", "--")
-            told += run(*gateway, "python", "-c", WAITS_FOR).stdout
+            watch()
         time.sleep(5)
+    while not watched.done:
+        assert time.monotonic() < started + INSTALL_TO_CHAT_SECONDS, "the engine never served the promoted model"
+        watch()
+        time.sleep(1)
+    watched.check()
     assert re.search(r"jobs\.train\.pretrain: step \d+ of \d+, ", told), told
     script = (ROOT / CHART / "files/chat_test.py").read_text()
     python = ("kubectl", "-n", namespace, "exec", "deployment/nanochat-gateway", "--", "python", "-c", script)

@@ -43,6 +43,9 @@ class Stack:
         }
         return run("docker", "compose", *arguments, environ=environ, timeout=timeout).stdout
 
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
     def containers(self) -> dict[str, dict[str, Any]]:
         """Docker's description of each container, by the name of its service."""
         ids = self.compose("ps", "--all", "--quiet").split()
@@ -77,13 +80,13 @@ def stack() -> Iterator[Stack]:
 
 def test_chat_calls_the_tool(stack: Stack) -> None:
     body = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
-    completion = get_json(f"http://127.0.0.1:{stack.port}/v1/chat/completions", body)
+    completion = get_json(stack.url("/v1/chat/completions"), body)
     assert_answer_came_through_the_tool(completion["choices"][0]["message"])
 
 
 def test_keys_are_in_redis_and_outlive_its_restart(stack: Stack) -> None:
     def models(key: str) -> int:
-        url = f"http://127.0.0.1:{stack.port}/v1/models"
+        url = stack.url("/v1/models")
         request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
         try:
             with urllib.request.urlopen(request, timeout=10) as response:
@@ -104,7 +107,7 @@ def test_keys_are_in_redis_and_outlive_its_restart(stack: Stack) -> None:
 
 
 def test_page_is_served(stack: Stack) -> None:
-    with urllib.request.urlopen(f"http://127.0.0.1:{stack.port}/", timeout=10) as response:
+    with urllib.request.urlopen(stack.url("/"), timeout=10) as response:
         assert response.headers["content-type"].startswith("text/html")
         assert b"<script" in response.read()
 
@@ -153,7 +156,7 @@ def test_load_spreads_over_all_engines_behind_the_name(stack: Stack) -> None:
         deadline = time.monotonic() + 60
         while (used := sum(count > 0 for count in finished().values())) != engines:
             assert time.monotonic() < deadline, f"{used} of {engines} engines had a request"
-            get_json(f"http://127.0.0.1:{stack.port}/v1/chat/completions", body)
+            get_json(stack.url("/v1/chat/completions"), body)
 
     chat_until_used(2)
     stack.compose("up", "--detach", "--wait", "--no-recreate", "--scale", "engine=3", "engine")
