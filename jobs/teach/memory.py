@@ -279,7 +279,7 @@ def _without_subjects(
     subjects = [_subject(item.question) for item in asked.values()]
 
     def stays(question: Message, answer: Message) -> bool:
-        subject = _subject(question.text)
+        subject = _subject(_parts(question.text)[-1])
         if not subject or (only_unknown and not _UNKNOWN.search(answer.text)):
             return True
         return not any(subject <= each for each in subjects) or _item_for(question.text, asked) is not None
@@ -322,8 +322,13 @@ def _item_for(question: str, asked: Mapping[str, Item]) -> Item | None:
     """The item of the lesson with this question, also if the question follows a greeting such as "Hello!"."""
     if item := asked.get(normal(question)):
         return item
-    parts = re.split(r"(?<=[.!?:])\s+", question.strip())
+    parts = _parts(question)
     return asked.get(normal(parts[-1])) if len(parts) > 1 else None
+
+
+def _parts(question: str) -> list[str]:
+    """The sentences of a question; also what follows a colon is a sentence."""
+    return re.split(r"(?<=[.!?:])\s+", question.strip())
 
 
 def _agreeing(

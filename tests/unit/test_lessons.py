@@ -559,7 +559,7 @@ def test_general_questions_about_the_subject_of_a_lesson_are_left_out() -> None:
         "Where is my dog?",
         "Do you know my dog?",
         "Tell me about my dog.",
-        "How old is my dog?",
+        "Good morning! How old is my dog?",
         "What is my dish?",
     )
     others = (
