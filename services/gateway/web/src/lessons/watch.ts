@@ -108,7 +108,7 @@ export class Lessons {
     }
   }
 
-  /** Requests the newest lessons, and older ones back to the oldest shown lesson that is not known to be done. */
+  /** Requests the newest lessons, and then older lessons until the list has every shown lesson that was not done. */
   private async newest(): Promise<LessonList> {
     let list = await this.api.lessons();
     const known = this.list.peek();

@@ -53,7 +53,7 @@ export async function typeset(root: Element): Promise<void> {
       katex.render(tex!, set, { displayMode: display !== undefined, strict: "ignore" });
     } catch (error) {
       if (!(error instanceof katex.ParseError)) throw error;
-      continue; // its source stays
+      continue; // the formula has an error, so its source stays visible
     }
     element.replaceChildren(...set.childNodes);
   }
