@@ -217,7 +217,8 @@ def resource_limits(config: SandboxConfig) -> bytes:
         resource.RLIMIT_FSIZE: config.scratch_bytes,
     }
     if not config.threads:
-        limits[resource.RLIMIT_NPROC] = 0  # the kernel counts all threads of the user, so only 0 limits a call
+        # The kernel counts all threads of the user, so a limit above 0 would not limit the threads of a call.
+        limits[resource.RLIMIT_NPROC] = 0
     return b"".join(struct.pack("=IQ", number, value) for number, value in limits.items())
 
 

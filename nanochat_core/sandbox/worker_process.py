@@ -72,7 +72,7 @@ class ProcessUsage:
         try:
             with open(f"/proc/{self._pid}/status", "rb") as status:
                 for line in status:
-                    if line.startswith((b"VmHWM:", b"VmRSS:")):  # gVisor has only the second line
+                    if line.startswith((b"VmHWM:", b"VmRSS:")):  # gVisor reports only VmRSS
                         self.peak_memory_bytes = max(self.peak_memory_bytes, int(line.split()[1]) * 1024)
                         return
         except OSError:

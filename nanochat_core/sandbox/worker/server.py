@@ -16,7 +16,7 @@ import runner
 from isolation import Isolation
 
 _SETUP_BYTES, _REQUEST_BYTES = 1 << 20, 1 << 13
-_MOST_WORKER_FDS = 8  # most descriptors that a worker gets
+_MOST_WORKER_FDS = 8  # maximum number of descriptors that a worker gets
 
 
 def serve(control_fd: int) -> None:

@@ -25,7 +25,7 @@ class Call:
     arguments: str = ""  # JSON, once all parts are joined
 
     def append(self, later: Call) -> None:
-        """Adds the part that follows this one."""
+        """Appends the next part of the call to this part."""
         self.id, self.name = self.id or later.id, self.name or later.name
         self.arguments += later.arguments
 
@@ -65,7 +65,7 @@ class Delta:
         yield text
 
     def append(self, later: Delta) -> None:
-        """Adds the delta that follows this one."""
+        """Appends the next delta of the choice to this delta."""
         self.text += later.text
         self.prompt_tokens += later.prompt_tokens
         self.tokens += later.tokens

@@ -61,7 +61,7 @@ from dataclasses import dataclass
 from services.gateway.routing.prefix_index import CacheClock, Mark, PrefixIndex, Prompt, held_tokens
 from services.gateway.routing.settings import RoutingSettings
 
-# Most replicas that are compared for a prompt. This many comparisons take about as long as hashing the prompt.
+# Maximum number of replicas that are compared for a prompt. These comparisons take about as long as hashing the prompt.
 _MOST_COMPARED = 8
 # With more than twice this number of replicas, the number of sequences is estimated from a sample of the replicas. The
 # sample has between one and two times this size.
@@ -204,7 +204,7 @@ class Router:
     def _candidates(
         self, prompt: Prompt, names: Sequence[str], loads: Mapping[str, ReplicaLoad], now: float
     ) -> dict[str, int]:
-        """Returns the names of the replicas to compare, with the number of the prompt's tokens in each one's cache."""
+        """Returns the names of the replicas to compare, each with the number of the prompt's tokens in its cache."""
         marks, others = self._marks(prompt), names
         candidates: dict[str, int] = {}
         if len(names) > _MOST_COMPARED:
