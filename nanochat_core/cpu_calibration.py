@@ -47,7 +47,7 @@ def fastest(
     """The name of the fastest candidate, from the kept answers. A new question is answered by measuring the candidates.
 
     Args:
-        question: says what is computed, including the shape and the number of threads. Equal questions have equal
+        question: describes the computation, including the shape and the number of threads. Equal questions have equal
             candidates.
         candidates: the ways to compute it. The first candidate is the default. Another candidate is chosen only if it
             saves at least the share :data:`LEAST_GAIN` of the default's time.

@@ -173,7 +173,8 @@ class GvisorProfile(BwrapProfile):
     # On gVisor, bubblewrap cannot forbid namespaces, because this needs a setting in /proc. The system-call filter
     # forbids namespaces anyway.
     forbids_namespaces = False
-    # On gVisor, bubblewrap cannot set up the loopback interface of a new network namespace.
+    # On gVisor, bubblewrap cannot set up the loopback interface of a new network namespace, so the fork server itself
+    # moves to one.
     leaves_network = True
 
     def __init__(self, interpreter: Interpreter, config: SandboxConfig) -> None:

@@ -112,7 +112,7 @@ class Lease:
             self._thread.join()
         # If the removal fails, other programs wait until the lease has expired.
         with contextlib.suppress(StoreError, LeaseLost):
-            self.renew()  # no program takes the lease over between its renewal and its removal
+            self.renew()  # so that no other program takes the lease over before the removal
             assert self._version is not None
             self._store.remove_version(self._key, self._version)
 
@@ -152,7 +152,9 @@ class Lease:
         while True:
             content, version = self._read()
             holder = _parsed(content)
-            if holder.get("token") == self._holder["token"]:  # the write below succeeded, but its answer was lost
+            if (
+                holder.get("token") == self._holder["token"]
+            ):  # an earlier write of this loop succeeded, but its answer was lost
                 self._version = version
                 return
             alive = _is_alive(holder)

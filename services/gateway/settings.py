@@ -51,7 +51,8 @@ class AdmissionSettings(KeyStoreSettings):
     )
     anonymous_scopes: tuple[str, ...] = setting(
         ("chat", "sandbox", "metrics"),
-        "what callers without a key may do, comma separated; the word none means that every caller needs a key",
+        "scopes (permissions) of callers without a key, comma separated: chat, sandbox, metrics; the word none means "
+        "that every caller needs a key",
     )
     requests_per_minute: int = setting(
         0,

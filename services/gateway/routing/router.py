@@ -14,15 +14,16 @@ number of tokens that it computes until the new prompt is done, with other delay
          + sequence_tokens * sequences
          + full_cache_tokens * max(0, used share of the KV cache - 0.8) / 0.2
 
-*Uncached tokens* come from an index of what each replica was sent (:mod:`services.gateway.routing.prefix_index`), so
-the engines need not report their caches' contents. Uncached tokens weigh more than waiting tokens, because work that is
-done twice also delays the requests that come later. *Waiting tokens* come from the replica's last report. The report
-may be a second old. The router therefore also counts the tokens that it sent lately, and uses the larger of the two
-numbers. This count decays exponentially, with the time between two reports as the time constant. *Sequences* slow each
-other down while they decode. A *full cache* means that a new sequence waits until another sequence ends, or preempts
-another sequence. The idea to add the work of prefill and of decode is from NVIDIA Dynamo's KV router, whose cost is
-``overlap_weight * prefill blocks + decode blocks``. Dynamo's engines publish an event for each cached block. Dynamo
-also has an approximate mode, in which the router remembers what it sent, as this router does.
+*Uncached tokens* come from an index of the prompts that each replica got
+(:mod:`services.gateway.routing.prefix_index`), so the engines need not report their caches' contents. Uncached tokens
+weigh more than waiting tokens, because work that is done twice also delays the requests that come later. *Waiting
+tokens* come from the replica's last report. The report may be a second old. The router therefore also counts the tokens
+that it sent lately, and uses the larger of the two numbers. This count decays exponentially, with the time between two
+reports as the time constant. *Sequences* slow each other down while they decode. A *full cache* means that a new
+sequence waits until another sequence ends, or preempts another sequence. The idea to add the work of prefill and of
+decode is from NVIDIA Dynamo's KV router, whose cost is ``overlap_weight * prefill blocks + decode blocks``. Dynamo's
+engines publish an event for each cached block. Dynamo also has an approximate mode, in which the router remembers the
+prompts that it sent, as this router does.
 
 **The candidates.** With many replicas, only some are compared: at most 6 replicas whose caches have the longest
 beginnings of the prompt, and two random replicas. If no cache has a beginning, the choice is the less loaded of two

@@ -181,7 +181,7 @@ export class ChatApp {
     if (conversation.running.peek()?.answer === finished.id) conversation.running.value = null;
     save(finished);
     if (finished.problem) void this.health.check();
-    // Another model may have been promoted since the page was loaded.
+    // Another model may have been promoted since the page was loaded, so the list of models is requested again.
     if (finished.problem?.kind === "rejected") void this.loadModels().catch(unlessExpected);
     if (this.active.peek() === conversation) this.announcement.value = spoken(finished);
   }

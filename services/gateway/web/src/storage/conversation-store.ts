@@ -165,7 +165,7 @@ export class ConversationStore {
         this.damaged.value = [...new Set([...this.damaged.value, key])];
       }
     });
-    // A page that the browser had frozen has missed events.
+    // A page that the browser had frozen has missed events, so the keys must be read again.
     target.addEventListener("pageshow", () => (this.headerKeys = null));
   }
 
