@@ -215,9 +215,9 @@ class LeaseWatch:
     def program(self) -> str:
         """The program that holds the lease, such as ``jobs.train.pretrain``; empty if no holder is alive.
 
-        If a program in another container or on another machine died without removing its lease, it counts as alive
-        until this object has seen no change of the lease for the duration that the lease states. Raises StoreError if
-        the store does not answer.
+        A program in another container or on another machine may have died without removing its lease. Such a program
+        counts as alive until this object has seen no change of the lease for the duration that the lease states. Raises
+        StoreError if the store does not answer.
         """
         try:
             content, version = self._store.read_version(self._key)

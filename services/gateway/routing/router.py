@@ -44,7 +44,7 @@ the bound. If there are more than 256 replicas, the mean is estimated from a sam
 
 **New replicas** have an empty cache and no load, so all requests without a known prefix would go to new replicas.
 Therefore the router adds ``1 - t / warm_up_seconds`` times the mean number of sequences to the sequences of a replica
-that joined t seconds ago, so the replica's load rises along a straight line (Envoy calls this *slow start*).
+that joined t seconds ago. The replica's load then rises along a straight line (Envoy calls this *slow start*).
 
 **Corrections.** How long a replica keeps a prefix depends on the size of its cache and on requests that this gateway
 doesn't see. The router starts with an estimate, and each answer says how many tokens were in the cache. If an expected

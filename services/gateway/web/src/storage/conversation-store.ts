@@ -85,7 +85,7 @@ export class ConversationStore {
   /** Merges a header with its stored entries, stores the result and returns it. */
   saveHeader(header: Header): Header {
     const stored = this.headersOf(header.id);
-    // An entry of the first format contains the messages too. They get their own entries before it is removed.
+    // An entry of the first format contains the messages too. They get their own entries before this entry is removed.
     if (!stored.every((entry) => this.saveMessages(header.id, entry.messages))) return header;
     const merged = stored.reduce((sum, entry) => mergeHeaders(sum, entry.header), header);
     // If several entries are equal, all tabs keep the entry with the first key, so that no two tabs remove each other's
