@@ -152,9 +152,8 @@ class Lease:
         while True:
             content, version = self._read()
             holder = _parsed(content)
-            if (
-                holder.get("token") == self._holder["token"]
-            ):  # an earlier write of this loop succeeded, but its answer was lost
+            # If the token is this program's own, an earlier write of this loop succeeded, but its answer was lost.
+            if holder.get("token") == self._holder["token"]:
                 self._version = version
                 return
             alive = _is_alive(holder)

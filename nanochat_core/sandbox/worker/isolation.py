@@ -120,7 +120,7 @@ class Isolation:
                 try:
                     kernel.unmount(folder)
                 except OSError:
-                    pass  # removed already with another mount, or the kernel refuses to uncover the folder
+                    pass  # the mount was removed with another one, or the kernel refuses to uncover the folder
 
     def prepare(self, scratch: bytes) -> None:
         """Build the Landlock rules, once for all workers that use the executor's folder ``scratch``.

@@ -137,7 +137,7 @@ class PrefixIndex:
         ]
 
     def holders(self, marks: Sequence[Mark], names: Container[str], limit: int, now: float) -> dict[CacheClock, int]:
-        """Returns up to ``limit`` replicas whose caches have a prefix in ``marks``, and the number of its tokens.
+        """Returns up to ``limit`` replicas whose caches have a prefix in ``marks``, each with the prefix's token count.
 
         If a cache has several of these prefixes, the longest one counts. Only replicas whose names are in ``names`` are
         returned. The replicas with the longest prefix come first. Among replicas with the same prefix, the replica that

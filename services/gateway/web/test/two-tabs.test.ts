@@ -197,8 +197,8 @@ test("in two tabs, nothing that was shown complete is ever lost, and both agree 
         vi.clearAllTimers(); // otherwise each run would be slower than the one before it
       }
     }),
-    // This limit is below the test's time limit, so that a failure is reported with its script, although perhaps not with
-    // the smallest script.
+    // This limit is below the test's time limit, so that a failure is reported with its script, although perhaps not
+    // with the smallest script.
     { numRuns: 200, examples: EXAMPLES, interruptAfterTimeLimit: 45_000, markInterruptAsFailure: true },
   );
 }, 60_000);

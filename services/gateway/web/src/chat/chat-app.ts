@@ -215,7 +215,7 @@ export class ChatApp {
 
 function spoken(answer: AssistantMessage): string {
   if (answer.state === "complete") return `Answer: ${answer.content}`;
-  return answer.state === "stopped" ? "The answer was stopped." : ""; // a problem has its own alert
+  return answer.state === "stopped" ? "The answer was stopped." : ""; // a problem is announced by its own alert
 }
 
 /** Ignores a failed request, because the first question will show the problem. Throws all other errors. */

@@ -36,7 +36,8 @@ export class ConversationStore {
   readonly damaged = signal<readonly string[]>([]);
   /**
    * The keys of each header's entries; null until they are needed. A scan of all keys at each change would be slow. The
-   * key of an entry that another tab has just stored may be missing in this map. A later change or `load` merges that entry.
+   * key of an entry that another tab has just stored may be missing in this map. A later change or `load` merges that
+   * entry.
    */
   private headerKeys: Map<string, Set<string>> | null = null;
   /** The deleted conversations that may still have stored messages; null if they are not known. */
@@ -93,8 +94,8 @@ export class ConversationStore {
     const same = stored.filter((entry) => sameHeader(entry.header, merged)).map((entry) => entry.key);
     let kept = same.sort()[0] ?? `${HEADER}${header.id}.${newId()}`;
     if (same.length === 0 && !this.put(kept, merged)) {
-      // Without room for a further entry, the change replaces a stored entry. This is the only case in which two tabs can
-      // lose a change.
+      // Without room for a further entry, the change replaces a stored entry. This is the only case in which two tabs
+      // can lose a change.
       kept = stored[0]?.key ?? kept;
       if (!this.put(kept, merged)) return merged;
     }
@@ -252,7 +253,7 @@ function parseEntry(text: string): StoredConversation {
   return parseConversationV1(text) ?? { header: parseHeader(text), messages: [] };
 }
 
-/** Whether the conversation was deleted this long ago. */
+/** Whether the conversation was deleted at least this many milliseconds ago. */
 function isDeleted(header: Header | undefined, milliseconds: number): boolean {
   return header !== undefined && header.deleted.value && header.deleted.at < Date.now() - milliseconds;
 }
