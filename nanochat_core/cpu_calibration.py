@@ -66,7 +66,7 @@ def fastest(
                 log.info("calibrated", extra={"question": question, **dataclasses.asdict(kept[question])})
             return kept[question].choice
     except OSError as error:  # the folder may be read-only
-        log.warning("answers cannot be kept, so every process measures again", extra={"error": str(error)})
+        log.warning("measured times cannot be stored, so every process measures again", extra={"error": str(error)})
         return answer().choice
 
 

@@ -109,7 +109,7 @@ class Matcher:
             self.stuck = True
             mask.fill(-1)
             if self._matcher.is_error():
-                log.warning("constraint gave up", extra={"reason": short_reason(self._matcher.get_error())})
+                log.warning("constraint failed", extra={"reason": short_reason(self._matcher.get_error())})
 
 
 class Grammars:
