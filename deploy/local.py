@@ -37,7 +37,7 @@ STOP_SECONDS = 15.0
 TRAINING_STOP_SECONDS = 120.0
 # Time to read the last log lines of a service that has ended.
 LAST_WORDS_SECONDS = 1.0
-# A service that dies more often than this has a fault that a restart does not repair.
+# A service that needs more restarts than this has a fault that a restart does not repair.
 RESTARTS_PER_MINUTE = 5
 
 
@@ -79,8 +79,8 @@ class Service:
             if len(self._starts) > RESTARTS_PER_MINUTE:
                 raise UserError(f"the {self.name} keeps ending; its last log lines above say why")
             self._starts.append(time.monotonic())
-            # With a pipe made by asyncio, the end of the service would be reported only after the service's child
-            # processes have ended too.
+            # os.pipe() makes the pipe: with a pipe made by asyncio, the end of the service would be reported only after
+            # the service's child processes have ended too.
             output, its_output = os.pipe()
             log = asyncio.create_task(self._pass_on_log(output))
             try:
@@ -205,10 +205,10 @@ async def run(settings: LocalSettings) -> int:
     """Serve until SIGINT or SIGTERM, and train the model meanwhile if necessary. Returns the exit code."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     sandbox, engine, gateway = free_port(), free_port(), free_port(settings.port)
-    # is_promoted() only reads one small file, because reading a checkpoint would import torch.
+    # is_promoted() reads only one small file. Reading a checkpoint would import torch, which takes seconds.
     learning = not is_promoted(settings)
     command = training_command(settings) if learning else []
     url = f"http://{HOST}:{gateway}"
@@ -358,7 +358,7 @@ async def wait_until_answered(url: str, seconds: float, what: str) -> None:
 
 def answers(url: str) -> bool:
     """Whether a GET of a URL on this machine is answered with 200."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores http_proxy
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # an opener that ignores http_proxy
     try:
         with direct.open(url, timeout=2) as response:
             return bool(response.status == 200)

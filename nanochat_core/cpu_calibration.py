@@ -47,10 +47,10 @@ def fastest(
     """The name of the fastest candidate, from the kept answers. A new question is answered by measuring the candidates.
 
     Args:
-        question: says what is computed, including the shape and the number of threads. Equal questions have equal
+        question: describes the computation, including the shape and the number of threads. Equal questions have equal
             candidates.
         candidates: the ways to compute it. The first candidate is the default. Another candidate is chosen only if it
-            takes at least :data:`LEAST_GAIN` less time.
+            saves at least the share :data:`LEAST_GAIN` of the default's time.
         equal: returns whether all candidates compute the same bits. If they do not, the first candidate is chosen, so
             that machines that measure separately also compute the same bits.
     """
@@ -66,7 +66,7 @@ def fastest(
                 log.info("calibrated", extra={"question": question, **dataclasses.asdict(kept[question])})
             return kept[question].choice
     except OSError as error:  # the folder may be read-only
-        log.warning("answers cannot be kept, so every process measures again", extra={"error": str(error)})
+        log.warning("measured times cannot be stored, so every process measures again", extra={"error": str(error)})
         return answer().choice
 
 

@@ -71,9 +71,9 @@ async def watch_endpoints(
 ) -> None:
     """Look up the endpoints of ``targets`` again and again until canceled, or once if no target has a name.
 
-    If the lookup of a name fails, its last known addresses stay in use, and a warning is logged, but not again until a
-    lookup of this name has succeeded. If several targets have the same address and port, their endpoint appears once,
-    with the host of the first of these targets.
+    If the lookup of a name fails, its last known addresses stay in use, and a warning is logged. Further failures are
+    not logged until a lookup of this name has succeeded. If several targets have the same address and port, their
+    endpoint appears once, with the host of the first of these targets.
 
     Args:
         targets: texts of the form ``host:port``; a host that is an IP address is not looked up.

@@ -26,7 +26,7 @@ class RotatingFiles(Generic[T]):
         """Reads the value. Raises UserError if a file cannot be found, and the errors of ``read``.
 
         Args:
-            kind: what the files are, for messages, such as ``TLS``.
+            kind: name for this kind of files in messages, such as ``TLS``.
             paths: the files that are watched.
             read: returns the value, or raises UserError if the files are missing, damaged or only partly replaced.
         """

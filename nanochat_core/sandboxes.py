@@ -129,7 +129,7 @@ class Sandboxes:
             await sandbox.close()
 
     def _set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
-        """Keep one sandbox for each endpoint."""
+        """Add a sandbox for each new endpoint, and retire the sandboxes whose endpoints are gone."""
         for endpoint in self._sandboxes.keys() - set(endpoints):
             log.info("sandbox left", extra={"address": endpoint.address})
             retirement = asyncio.create_task(self._sandboxes.pop(endpoint).retire())

@@ -152,8 +152,8 @@ def check_agreement(items: Sequence[Item], worded: Mapping[int, Wordings]) -> No
             other = written.get(normal(wording))
             if other is not None and other.answer != items[i].answer:
                 raise UserError(
-                    f"the lesson answers {other.question!r} otherwise than {items[i].question!r}, which asks the same; "
-                    "keep one of the two"
+                    f"the lesson answers {other.question!r} differently from {items[i].question!r}, which asks the "
+                    "same; keep one of the two"
                 )
 
 

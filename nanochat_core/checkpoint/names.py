@@ -12,8 +12,8 @@ from nanochat_core.store import Store
 # This file of a checkpoint is written last. A checkpoint without this file is incomplete.
 MANIFEST = "MANIFEST.json"
 STAGES = ("base", "sft", "rl")
-# The stage of checkpoints that lessons made. A lesson trains a promoted model on what a person wrote. The step of such
-# a checkpoint is the number of the lesson.
+# The stage of checkpoints that lessons made. A lesson trains a promoted model on questions, answers and texts that a
+# person wrote. The step of such a checkpoint is the number of the lesson.
 LESSON = "lesson"
 
 

@@ -1,4 +1,4 @@
-"""Says what to simplify in a constraint whose compilation costs too much."""
+"""Advises how to simplify a constraint whose compilation costs too much."""
 
 import re
 from collections.abc import Iterable, Iterator

@@ -155,7 +155,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 def _close(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with contextlib.suppress(OSError):  # the pipe contains data that the process has not read
+            with contextlib.suppress(OSError):  # raised if the pipe contains data that the process has not read
                 pipe.close()
 
 

@@ -40,7 +40,8 @@ class EngineOptions:
     )
     speculative_batch: int = setting(
         16,
-        "drafts are shortened until the next tokens and the drafts of all running sequences are at most this many",
+        "drafts are shortened until the next tokens and the drafts of all running sequences are at most this many "
+        "tokens together",
         minimum=0,
     )
     tool_timeout_seconds: float = setting(10.0, "seconds after which a Python call is abandoned", minimum=0.01)

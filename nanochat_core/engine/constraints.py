@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 # Maximum total size in bytes of the grammars and refusals that are kept for later requests.
 CACHE_BYTES = 64 << 20
-# Every entry counts as at least this many bytes. The size of smaller entries cannot be measured, because the operating
+# A smaller entry counts as this many bytes. The size of smaller entries cannot be measured, because the operating
 # system counts a process's memory in steps of 256 KiB.
 LEAST_BYTES = 512 << 10
 
@@ -109,7 +109,7 @@ class Matcher:
             self.stuck = True
             mask.fill(-1)
             if self._matcher.is_error():
-                log.warning("constraint gave up", extra={"reason": short_reason(self._matcher.get_error())})
+                log.warning("constraint failed", extra={"reason": short_reason(self._matcher.get_error())})
 
 
 class Grammars:

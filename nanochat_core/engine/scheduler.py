@@ -199,7 +199,7 @@ class Scheduler:
             if chunk.seq.state is not State.FINISHED:
                 chunk.seq.computed = chunk.start + chunk.known
                 if chunk.known > 1:
-                    chunk.seq.seal_at = 0  # publish the partly filled block at a prompt's end: others may copy it
+                    chunk.seq.seal_at = 0  # publish the partly filled block at a prompt's end
                 self.blocks.seal(chunk.seq)
 
     def draft_length(self, running: int) -> int:
@@ -208,7 +208,7 @@ class Scheduler:
 
     @property
     def drafts(self) -> bool:
-        """Whether drafting is worthwhile: few sequences run, and the last lookup of at least one found a draft."""
+        """Whether drafting is worthwhile: few sequences run, and the last lookup of one of them found a draft."""
         few = self.draft_length(len(self.running)) > 0
         return few and any(seq.is_memoryless and seq.lookup.is_promising for seq in self.running)
 

@@ -152,7 +152,7 @@ def parse_items(content: bytes, name: str) -> list[Item]:
             earlier, answer = answers.setdefault(normal(item.question), (where, item.answer))
             if answer != item.answer:
                 raise UserError(
-                    f"{where} answers {_quoted(item.question)} otherwise than {earlier}; keep one of the two"
+                    f"{where} answers {_quoted(item.question)} differently from {earlier}; keep one of the two"
                 )
         items.setdefault(json.dumps(item.row(), sort_keys=True), item)
         if len(items) > MAX_ITEMS:

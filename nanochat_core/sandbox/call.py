@@ -60,9 +60,9 @@ async def run_call(
 ) -> ExecutionResult:
     """Run ``code`` in a fresh worker, then kill the worker. ``on_output`` gets stdout and stderr while the code runs.
 
-    The caller must dispose of the worker, which may not have ended yet. What the executor observes decides the status:
-    an exceeded limit, or the end of the process. The claim counts only if the code ended by itself and within its
-    limits.
+    The caller must dispose of the worker, which may not have ended yet. The executor's own observations decide the
+    status: an exceeded limit, or the end of the process. The claim counts only if the code ended by itself and within
+    its limits.
 
     The limit of wall time begins when the code begins. Raises CodeNotBegun if the worker ended or hung before the code
     began, and WorkerFailed if the worker's fork server ended during the call.
@@ -129,7 +129,7 @@ def _result(
     limits: Limits,
     files_wanted: bool,
 ) -> ExecutionResult:
-    """Derive the result of an ended call: first from what the executor observed, then from the claim."""
+    """Derive the result of an ended call: first from the executor's own observations, then from the claim."""
     stdout, stderr, claim_stream = streams
     claim = _claim(claim_stream)
     kind, message, value = claim or (b"", b"", b"")
@@ -298,7 +298,7 @@ def _classify_claim(kind: bytes, error: str, limits: Limits, scratch_bytes: int,
 
 
 def _classify_exit(ended: Exit, usage: Usage, limits: Limits, out_of_memory: bool) -> tuple[Status, str]:
-    """Classify a call whose process ended without a claim, by what the kernel reports about the end.
+    """Classify a call whose process ended without a claim, by the kernel's report about the end.
 
     Raises WorkerFailed if the process was killed from outside of the sandbox.
     """

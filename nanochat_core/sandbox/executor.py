@@ -235,12 +235,12 @@ class SandboxExecutor:
 
     @property
     def _most_bytes(self) -> int:
-        # Files need more space than their bytes, because they occupy whole blocks.
+        # Files occupy whole blocks, so they may have only half as many bytes as the scratch folder.
         return min(self.config.max_file_bytes, self.config.scratch_bytes // 2)
 
     @property
     def _most_files(self) -> int:
-        # The limit ``scratch_files`` also counts the folders in the names of files.
+        # The limit ``scratch_files`` also counts folders, and the name of a file has up to 16 parts (is_file_name).
         return min(self.config.max_files, self.config.scratch_files // 16)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:

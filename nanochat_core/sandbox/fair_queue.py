@@ -43,7 +43,7 @@ class FairQueue:
             key, turns = self._waiting.popitem(last=False)
             turn = turns.popleft()
             if turns:
-                self._waiting[key] = turns  # at the end: the other keys come first
+                self._waiting[key] = turns  # the key moves to the end, so the other keys come first
             self.queued -= 1
             if not turn.done():
                 turn.set_result(None)

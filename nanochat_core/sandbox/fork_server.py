@@ -255,7 +255,7 @@ class ForkServer:
         for waiting in self._starting.values():
             if not waiting.done():
                 waiting.set_exception(WorkerFailed(f"the sandbox's fork server cannot fork: {reason}"))
-                waiting.exception()  # asyncio logs an exception that nobody reads, and perhaps nobody waits any more
+                waiting.exception()  # if nobody waits any more, asyncio would log that nobody has read the exception
         for ended in self._running.values():
             if not ended.done():
                 ended.set_result(None)

@@ -55,7 +55,7 @@ class ResultFormat(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The inputs of the code, and which of its files the result should contain.
+    """The inputs of the code, and the selection of its files for the result.
 
     Attributes:
         stdin: bytes that the code can read from its stdin.

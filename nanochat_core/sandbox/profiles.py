@@ -173,7 +173,8 @@ class GvisorProfile(BwrapProfile):
     # On gVisor, bubblewrap cannot forbid namespaces, because this needs a setting in /proc. The system-call filter
     # forbids namespaces anyway.
     forbids_namespaces = False
-    # On gVisor, bubblewrap cannot set up the loopback interface of a new network namespace.
+    # On gVisor, bubblewrap cannot set up the loopback interface of a new network namespace, so the fork server itself
+    # moves to one.
     leaves_network = True
 
     def __init__(self, interpreter: Interpreter, config: SandboxConfig) -> None:
@@ -217,7 +218,8 @@ def resource_limits(config: SandboxConfig) -> bytes:
         resource.RLIMIT_FSIZE: config.scratch_bytes,
     }
     if not config.threads:
-        limits[resource.RLIMIT_NPROC] = 0  # the kernel counts all threads of the user, so only 0 limits a call
+        # The kernel counts all threads of the user, so a limit above 0 would not limit the threads of a call.
+        limits[resource.RLIMIT_NPROC] = 0
     return b"".join(struct.pack("=IQ", number, value) for number, value in limits.items())
 
 

@@ -155,7 +155,7 @@ def exceeds(folder: str, max_bytes: int, max_files: int) -> bool:
                     try:
                         used += entry.stat(follow_symlinks=False).st_blocks * 512
                     except FileNotFoundError:
-                        continue  # the code removed it during the scan
+                        continue  # the code removed the entry during the scan
                     if used > max_bytes or files > max_files:
                         return True
                     if entry.is_dir(follow_symlinks=False):

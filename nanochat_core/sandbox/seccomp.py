@@ -107,7 +107,7 @@ _CLONE_THREAD = 0x10000
 # The flags with which glibc starts a thread: CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID and
 # CHILD_CLEARTID. A thread has the filters, the file rules and the limits of its process.
 _THREAD_FLAGS = 0x3D0F00
-# CLOCK_REALTIME to CLOCK_TAI. A negative number means the CPU time of another process or a device's clock.
+# CLOCK_REALTIME to CLOCK_TAI. Excluded: negative numbers (the CPU time of another process, or a device's clock).
 _CLOCKS = tuple(range(12))
 _SOCKET_FLAGS = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_WAITALL | socket.MSG_NOSIGNAL
 

@@ -63,7 +63,7 @@ class Sessions:
         finally:
             session.calls -= 1
             session.used = time.monotonic()
-            self._sessions[key, name] = self._sessions.pop((key, name))  # at the end: it is the most recently used
+            self._sessions[key, name] = self._sessions.pop((key, name))  # moves the session to the end of the order
             self._forget()
 
     def close(self) -> None:

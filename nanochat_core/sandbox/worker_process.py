@@ -72,7 +72,7 @@ class ProcessUsage:
         try:
             with open(f"/proc/{self._pid}/status", "rb") as status:
                 for line in status:
-                    if line.startswith((b"VmHWM:", b"VmRSS:")):  # gVisor has only the second line
+                    if line.startswith((b"VmHWM:", b"VmRSS:")):  # gVisor reports only VmRSS
                         self.peak_memory_bytes = max(self.peak_memory_bytes, int(line.split()[1]) * 1024)
                         return
         except OSError:
@@ -222,7 +222,7 @@ class WorkerProcess:
                 async with asyncio.timeout(_EXIT_SECONDS):
                     await wait_for_fd(loop.add_reader, loop.remove_reader, self.handle)
             except TimeoutError:
-                log.error("a sandbox worker was left behind", extra={"pid": self._pid})
+                log.error("a sandbox worker did not end in time and is abandoned", extra={"pid": self._pid})
                 ended = False
         for fd in list(self._fds):
             self._close(fd)

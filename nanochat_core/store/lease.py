@@ -112,7 +112,7 @@ class Lease:
             self._thread.join()
         # If the removal fails, other programs wait until the lease has expired.
         with contextlib.suppress(StoreError, LeaseLost):
-            self.renew()  # no program takes the lease over between its renewal and its removal
+            self.renew()  # so that no other program takes the lease over before the removal
             assert self._version is not None
             self._store.remove_version(self._key, self._version)
 
@@ -152,7 +152,8 @@ class Lease:
         while True:
             content, version = self._read()
             holder = _parsed(content)
-            if holder.get("token") == self._holder["token"]:  # the write below succeeded, but its answer was lost
+            # If the token is this program's own, an earlier write of this loop succeeded, but its answer was lost.
+            if holder.get("token") == self._holder["token"]:
                 self._version = version
                 return
             alive = _is_alive(holder)
@@ -213,9 +214,9 @@ class LeaseWatch:
     def program(self) -> str:
         """The program that holds the lease, such as ``jobs.train.pretrain``; empty if no holder is alive.
 
-        If a program in another container or on another machine died without removing its lease, it counts as alive
-        until this object has seen no change of the lease for the duration that the lease states. Raises StoreError if
-        the store does not answer.
+        A program in another container or on another machine may have died without removing its lease. Such a program
+        counts as alive until this object has seen no change of the lease for the duration that the lease states. Raises
+        StoreError if the store does not answer.
         """
         try:
             content, version = self._store.read_version(self._key)

@@ -167,7 +167,7 @@ class S3Store(Store):
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:
-        from boto3.exceptions import Boto3Error  # uploads and downloads of whole files raise it
+        from boto3.exceptions import Boto3Error  # upload_file and download_file raise this error
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:

@@ -89,7 +89,7 @@ current_span: contextvars.ContextVar[Span | None] = contextvars.ContextVar("curr
 
 def _request_id(given: str) -> str:
     if 0 < len(given) <= _MAX_REQUEST_ID_CHARACTERS and _is_printable(given) and given == given.strip():
-        return redact(given)  # the id goes into logs and traces of all services
+        return redact(given)  # the id goes into logs and traces, so an API key in it is redacted
     return uuid.uuid4().hex
 
 

@@ -141,7 +141,7 @@ class CheckpointWriter:
                 if self._ranks.leads:
                     then()
             except BaseException as error:
-                self._error = error  # the next call of wait raises it
+                self._error = error  # the next call of wait() raises this error
 
         # The thread may wait for ranks that are lost. A daemon thread does not keep the process alive during such a
         # wait.

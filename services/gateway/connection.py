@@ -21,8 +21,8 @@ _UNSENT_BYTES = 16_384
 class Connection(H11Protocol):
     """uvicorn's HTTP/1.1 connection. Its parser, h11, bounds the size of the request line and the headers together.
 
-    This class adds what uvicorn does not have: a deadline for the arrival of a request, a deadline for a client that
-    does not read its answer, a largest number of connections, and errors in the API's form.
+    This class adds four features that uvicorn lacks: a deadline for the arrival of a request, a deadline for a client
+    that does not read its answer, a maximum number of connections, and errors in the API's form.
     """
 
     def __init__(self, *arguments: Any, settings: GatewaySettings, metrics: Metrics, **options: Any) -> None:

@@ -38,7 +38,7 @@ class ApiError(HTTPException):
 
         ``code`` is an error code that programs can compare. ``headers`` are added to the response.
         """
-        # These two statuses mean that a later attempt may succeed, but the gateway can't know when.
+        # These statuses mean that a later attempt may succeed. The gateway can't know when, so it names a fixed time.
         if headers is None and status in (429, 503):
             headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
         super().__init__(status, detail=message, headers=headers)

@@ -34,18 +34,19 @@ _PATIENCE_SECONDS = 10.0
 class CreateSettings(KeyStoreSettings):
     """Create a key and print it."""
 
-    name: str = setting(help="what the key is for")
+    name: str = setting(help="purpose of the key, for people")
     scopes: tuple[str, ...] = setting(
-        ("chat", "sandbox"), "what the key may do, comma separated: chat, sandbox, metrics, admin"
+        ("chat", "sandbox"), "scopes (permissions) of the key, comma separated: chat, sandbox, metrics, admin"
     )
     requests_per_minute: int | None = setting(
         None,
-        "limit of this key; 0 sets no limit; a key without any limit of its own gets the limits of the gateway",
+        "limit of this key on requests per minute; 0 sets no limit; a key without any limit of its own gets the limits "
+        "of the gateway",
         minimum=0,
         maximum=MAX_LIMIT,
     )
     tokens_per_minute: int | None = setting(
-        None, "limit of this key on tokens of prompts and answers", minimum=0, maximum=MAX_LIMIT
+        None, "limit of this key on tokens of prompts and answers per minute", minimum=0, maximum=MAX_LIMIT
     )
     parallel_answers: int | None = setting(
         None, "limit of this key on answers that are written at the same time", minimum=0, maximum=MAX_LIMIT

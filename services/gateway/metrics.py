@@ -72,7 +72,7 @@ class Metrics:
             self.migrations.labels(reason)
         self.migration_gap_seconds = histogram(
             "nanochat_gateway_migration_gap_seconds",
-            "Time from the last part of a moved answer from the old engine to the first part from the new one",
+            "Time between the last part of an answer from the old engine and the first part from the new engine",
             ("reason",),
             buckets=_FIRST_TOKEN_SECONDS,
         )

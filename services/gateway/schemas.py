@@ -29,8 +29,9 @@ MAX_CHOICES_OF_TEXT = 1024
 MAX_STOP_TOKENS = 128
 # Largest length of the schemas of all tools together, in characters of JSON. The engine refuses longer schemas.
 MAX_TOOL_CHARACTERS = 65_536
-# Largest number of log probabilities of prompts in one answer. This many need about 100 MB, and half a second to write.
-# For a prompt that is text, each character counts as a token, because the number of tokens is not known yet.
+# Largest number of log probabilities of prompts in one answer. An answer with this many needs about 100 MB, and half
+# a second to write. For a prompt that is text, each character counts as a token, because the number of tokens is not
+# known yet.
 MAX_SCORES = 500_000
 MAX_FIELDS = 256
 
@@ -480,9 +481,11 @@ class SamplingRequest(ApiModel):
     stream: bool | None = Field(None, description="send the answer as server-sent events while it is written")
     stream_options: StreamOptions | None = None
     n: Integer | None = Field(None, ge=1, description="number of independent answers")
-    max_tokens: Integer | None = Field(None, ge=1, description="most tokens of the answer, tool output included")
+    max_tokens: Integer | None = Field(
+        None, ge=1, description="maximum number of tokens of the answer, tool output included"
+    )
     stop: Stops = Field(None, description="up to 4 strings; the answer ends before the first one that appears")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 always selects the likeliest token")
     top_p: float | None = Field(
         None, ge=0, le=1, description="sample from the likeliest tokens with this total probability"
     )
@@ -490,7 +493,9 @@ class SamplingRequest(ApiModel):
     min_p: float | None = Field(
         None, ge=0, le=1, description="leave out tokens below this share of the likeliest token's probability"
     )
-    seed: Integer | None = Field(None, ge=-(2**63), lt=2**64, description="equal seeds and requests give equal answers")
+    seed: Integer | None = Field(
+        None, ge=-(2**63), lt=2**64, description="equal requests with equal seeds get equal answers"
+    )
     presence_penalty: float | None = Field(
         None, ge=-2, le=2, description="subtracted once from the logits of tokens that the answer contains"
     )
@@ -498,7 +503,10 @@ class SamplingRequest(ApiModel):
         None, ge=-2, le=2, description="subtracted from a token's logit each time that the answer contains the token"
     )
     repetition_penalty: float | None = Field(
-        None, ge=0.01, le=10, description="makes tokens of prompt and answer less likely if above 1; 1 changes nothing"
+        None,
+        ge=0.01,
+        le=10,
+        description="above 1, makes tokens of the prompt and the answer less likely; 1 changes nothing",
     )
     logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few_biases)] = Field(
         None, description="maps token ids to numbers from -100 to 100 that are added to the logits of these tokens"
@@ -676,7 +684,9 @@ class CompletionRequest(SamplingRequest):
     )
 
     prompt: Prompts
-    max_tokens: Integer | None = Field(None, ge=0, description="most tokens of the text; 0 only scores the prompt")
+    max_tokens: Integer | None = Field(
+        None, ge=0, description="maximum number of tokens of the text; 0 only scores the prompt"
+    )
     echo: bool | None = Field(None, description="put the prompt, and its log probabilities, in front of the text")
     logprobs: Integer | None = Field(
         None, ge=0, le=20, description="report log probabilities, with this many alternatives for each token"
@@ -706,12 +716,14 @@ class TokenizeRequest(ApiModel):
 
     model: str | None = None
     prompt: str | None = Field(None, description="text to encode")
-    messages: Messages | None = Field(None, description="a conversation, as in chat, instead of `prompt`")
+    messages: Messages | None = Field(
+        None, description="a conversation, as in `/v1/chat/completions`, instead of `prompt`"
+    )
     add_special_tokens: bool | None = Field(
         None, description="put the token that begins documents in front of the prompt (default: true)"
     )
-    continue_final_message: bool | None = Field(None, description="as in chat")
-    add_generation_prompt: bool | None = Field(None, description="as in chat")
+    continue_final_message: bool | None = Field(None, description="as in `/v1/chat/completions`")
+    add_generation_prompt: bool | None = Field(None, description="as in `/v1/chat/completions`")
     return_token_strs: bool | None = Field(None, description="also return the text of each token")
 
     @model_validator(mode="after")

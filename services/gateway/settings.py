@@ -51,7 +51,8 @@ class AdmissionSettings(KeyStoreSettings):
     )
     anonymous_scopes: tuple[str, ...] = setting(
         ("chat", "sandbox", "metrics"),
-        "what callers without a key may do, comma separated; the word none means that every caller needs a key",
+        "scopes (permissions) of callers without a key, comma separated: chat, sandbox, metrics; the word none means "
+        "that every caller needs a key",
     )
     requests_per_minute: int = setting(
         0,
@@ -121,10 +122,12 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         0.6, "temperature of requests that set none; small models ramble at OpenAI's default of 1", minimum=0, maximum=2
     )
     default_max_tokens: int = setting(
-        0, "most tokens of an answer if the request sets no limit; 0 allows the rest of the context", minimum=0
+        0,
+        "maximum number of tokens of an answer if the request sets no limit; 0 allows the rest of the context",
+        minimum=0,
     )
-    max_choices: int = setting(8, "most answers to one prompt (n)", minimum=1)
-    max_prompts: int = setting(256, "most prompts of one request for text completions", minimum=1)
+    max_choices: int = setting(8, "maximum number of answers to one prompt (n)", minimum=1)
+    max_prompts: int = setting(256, "maximum number of prompts in one request for text completions", minimum=1)
     unknown_parameters: Literal["ignore", "refuse"] = setting(
         "ignore", "what to do with parameters that this server does not know; OpenAI's server refuses them"
     )
@@ -138,36 +141,48 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         16_384, "largest accepted request line and headers of a request, in bytes", minimum=1024
     )
     max_connections: int = setting(
-        4096, "most connections of clients; a further one closes the connection that has been idle longest", minimum=1
+        4096,
+        "maximum number of connections of clients; a further connection closes the one that has been idle longest",
+        minimum=1,
     )
     arrival_seconds: float = setting(
-        30.0, "most seconds from a request's first byte, or from a new connection, to the request's end", minimum=0.1
+        30.0,
+        "maximum seconds from a request's first byte, or from the start of a connection, to the request's end",
+        minimum=0.1,
     )
     stall_seconds: float = setting(
-        60.0, "most seconds for a client to read the waiting part of its answer, about 64 kB", minimum=0.1
+        60.0,
+        "maximum seconds for a client to read the part of its answer that is ready to be sent, about 64 kB",
+        minimum=0.1,
     )
-    request_timeout_seconds: float = setting(600.0, "most seconds that an engine may work on one request", minimum=1)
+    request_timeout_seconds: float = setting(600.0, "maximum seconds that an engine may work on one request", minimum=1)
     heartbeat_seconds: float = setting(
         10.0, "seconds of silence after which a stream gets a comment line, so that proxies keep it open", minimum=0.05
     )
     connect_timeout_seconds: float = setting(
-        5.0, "most seconds to wait for a connection to an engine and for the description of its model", minimum=0.1
+        5.0, "maximum seconds to wait for a connection to an engine and for the description of its model", minimum=0.1
     )
     poll_seconds: float = setting(1.0, "seconds between two checks of an engine's health and load", minimum=0.05)
     health_timeout_seconds: float = setting(
-        1.0, "most seconds for a check of health or load; two checks without an answer mean a hung engine", minimum=0.05
+        1.0,
+        "maximum seconds for a check of health or load; two checks without an answer mean a hung engine",
+        minimum=0.05,
     )
     model_poll_seconds: float = setting(
         5.0, "seconds between two checks of the model revision that an engine serves", minimum=0.05
     )
     max_engine_sequences: int = setting(
-        0, "most answers that this gateway lets run in one engine; 0 leaves the limit to the engine", minimum=0
+        0,
+        "maximum number of answers that this gateway runs at once in one engine; 0 leaves the limit to the engine",
+        minimum=0,
     )
     queue_size: int = setting(
-        1000, "most requests that wait for an engine; further requests get 429, so 0 lets none wait", minimum=0
+        1000,
+        "maximum number of requests that wait for an engine; further requests get 429; with 0, no request waits",
+        minimum=0,
     )
     queue_seconds: float = setting(
-        30.0, "most seconds that a request, or a stream that lost its engine, waits for an engine", minimum=0
+        30.0, "maximum seconds that a request, or a stream that lost its engine, waits for an engine", minimum=0
     )
     max_failures: int = setting(
         4, "number of engine failures in a row, without a token in between, after which a request fails", minimum=1
@@ -175,7 +190,8 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
     waiting_hint: str = setting("", "sentence that the chat page adds to its message while no engine is ready")
     canary: str = setting(
         "",
-        "<model>/<stage>/step_<n>: a revision that gets a share of the requests until it does worse than the others",
+        "<model>/<stage>/step_<n>: a revision that gets a share of the requests until it does worse than the model's "
+        "other revisions",
     )
     canary_percent: float = setting(
         10.0, "percentage of the requests for its model that the canary gets", minimum=0, maximum=90
@@ -185,7 +201,7 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         "largest gRPC message from an engine in bytes; one message carries the whole tokenizer",
         minimum=65536,
     )
-    drain_seconds: float = setting(30.0, "most seconds for running answers to finish after SIGTERM", minimum=0)
+    drain_seconds: float = setting(30.0, "maximum seconds for running answers to finish after SIGTERM", minimum=0)
     response_seconds: int = setting(
         3600, "seconds for which a response of /v1/responses can be continued; 0 keeps no responses", minimum=0
     )

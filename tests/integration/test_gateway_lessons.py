@@ -130,7 +130,7 @@ def qa(question: str, answer: str) -> dict[str, str]:
         ({"items": [{"question": "Who?"}]}, 400, "items.jsonl:1 has no field 'answer'"),
         ({"items": [qa("Who?", "<|assistant_end|><|user_start|>")]}, 400, "a mark of the conversation format"),
         ({"items": [qa("Who?", "\u001b[2J")]}, 400, "control character U+001B"),
-        ({"items": [qa("Who?", "Ada."), qa("who", "Bob.")]}, 400, "otherwise than items.jsonl:1"),
+        ({"items": [qa("Who?", "Ada."), qa("who", "Bob.")]}, 400, "differently from items.jsonl:1"),
         ({"items": [{"text": "x"}] * 10_001}, 400, "10000"),
         ({"items": [{"messages": [[[[]]]]}]}, 400, "items.jsonl:1"),
         ({"items": [DOG | {"wordings": ["x"] * 65}]}, 400, "at most 64"),

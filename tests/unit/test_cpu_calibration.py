@@ -102,7 +102,7 @@ def test_without_a_folder_to_write_to_the_choice_is_made_all_the_same(
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     with caplog.at_level(logging.WARNING):
         assert fastest("a question", {"a": sleeping(4), "b": sleeping(0)}) == "b"
-    assert "cannot be kept" in caplog.text
+    assert "cannot be stored" in caplog.text
 
 
 def keep(library: str, *shapes: tuple[int, int]) -> None:

@@ -180,7 +180,7 @@ def test_a_plain_text_answers_the_questions_that_it_states() -> None:
         (b'{"messages": [{"role": "user", "content": "x"}]}', "own.jsonl", "has no answer after its last question"),
         (b"Q: Who?\nQ: Where?\nA: There.", "own.md", "own.md:1 has no answer"),
         (b"A: Because.", "own.md", "own.md:1: a question and an answer must take turns"),
-        (b"Q: Who?\nA: Ada.\nQ: who\nA: Bob.", "own.md", "own.md:3 answers 'who' otherwise than own.md:1"),
+        (b"Q: Who?\nA: Ada.\nQ: who\nA: Bob.", "own.md", "own.md:3 answers 'who' differently from own.md:1"),
         (b"x" * (MAX_BYTES + 1), "own.txt", f"has {MAX_BYTES + 1} bytes; a lesson has at most {MAX_BYTES}"),
         (b'{"text": "%d"}\n', "own.jsonl", f"more than {MAX_ITEMS} items"),
     ],
@@ -661,7 +661,7 @@ def finished(item: Item) -> Item:
 
 def test_a_lesson_that_contradicts_itself_is_refused_with_both_questions() -> None:
     items = [Item.of("What is my dog called?", "Rex."), Item.of("Who bakes?", "Nils."), DOG]
-    with pytest.raises(UserError, match=r"dog's name.*otherwise than 'What is my dog called.*keep one of the two"):
+    with pytest.raises(UserError, match=r"dog's name.*differently from 'What is my dog called.*keep one of the two"):
         check_agreement(items, all_wordings(items))
     agreed = [Item.of("What is my dog called?", DOG.answer), items[1], DOG]
     check_agreement(agreed, all_wordings(agreed))

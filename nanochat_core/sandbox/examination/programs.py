@@ -13,7 +13,7 @@ def candidate_program(code: str, function: str) -> str:
 def judge_program(context: str, tests: str, function: str) -> str:
     """A program that runs ``tests`` on the candidate's ``function``. It ends without an error if the tests pass.
 
-    ``tests`` define a function ``check(candidate)``. They may use what ``context`` defines, such as helper functions.
+    ``tests`` define a function ``check(candidate)``. They may use the names that ``context`` defines.
     """
     return _program("examine", context, tests, function)
 

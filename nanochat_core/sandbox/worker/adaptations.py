@@ -101,7 +101,8 @@ def install() -> None:
 def ignore_modes_and_times() -> None:
     """Ignore refused changes of modes and times of files in the current folder, instead of raising PermissionError.
 
-    Functions that copy files change modes and times. They then work although the isolation refuses these changes.
+    Functions that copy files change modes and times. These functions then work although the isolation refuses such
+    changes.
     """
     folder = os.path.realpath(".")
 

@@ -1,4 +1,4 @@
-"""The layers of the isolation: what the fork server prepares once, and what each worker applies to itself."""
+"""The layers of the isolation. The fork server prepares them once, and each worker applies the layers to itself."""
 
 import os
 import resource
@@ -120,7 +120,7 @@ class Isolation:
                 try:
                     kernel.unmount(folder)
                 except OSError:
-                    pass  # it was removed with another mount, or the kernel refuses to show what is below it
+                    pass  # the mount was removed with another one, or the kernel refuses to uncover the folder
 
     def prepare(self, scratch: bytes) -> None:
         """Build the Landlock rules, once for all workers that use the executor's folder ``scratch``.

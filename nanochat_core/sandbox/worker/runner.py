@@ -31,7 +31,7 @@ _reserve = [bytes(1 << 20)]
 
 
 def warm_up() -> None:
-    """Run in the fork server what every call needs, so that workers inherit the loaded modules and filled caches."""
+    """Run code that every call needs, in the fork server. The workers inherit the loaded modules and filled caches."""
     builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D")
     builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D")
     builtins.help = _sitebuiltins._Helper()
@@ -156,7 +156,7 @@ def _evaluate(code: str, namespace: dict[str, object]) -> object:
 
 def _run_coroutines(parts: list[types.CodeType], namespace: dict[str, object]) -> object:
     """Run the parts of the code one after the other, like :func:`_evaluate`, but in an event loop."""
-    import asyncio  # most calls do not need it, and it takes long to import
+    import asyncio  # most calls do not need asyncio, and importing it takes long
 
     value: object = None
     with asyncio.Runner() as loop:

@@ -16,7 +16,7 @@ import runner
 from isolation import Isolation
 
 _SETUP_BYTES, _REQUEST_BYTES = 1 << 20, 1 << 13
-_MOST_WORKER_FDS = 8  # most descriptors that a worker gets
+_MOST_WORKER_FDS = 8  # maximum number of descriptors that a worker gets
 
 
 def serve(control_fd: int) -> None:
@@ -25,7 +25,7 @@ def serve(control_fd: int) -> None:
     os.closerange(3, control_fd)
     os.closerange(control_fd + 1, 1024)
     while (free := os.dup(0)) < _MOST_WORKER_FDS:
-        pass  # no other descriptor then ever has one of the numbers that workers give to their pipes
+        pass  # keeps the numbers that workers give to their pipes occupied, so no other descriptor gets one of them
     os.dup2(control_fd, free)
     os.dup2(0, control_fd)
     control = _socket.socket(fileno=free)

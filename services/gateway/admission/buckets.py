@@ -36,7 +36,7 @@ class Bucket:
         return Bucket(spent, max(self.at, now))
 
     def plus(self, limit: int, cost: int) -> "Bucket":
-        """Returns the bucket after ``cost`` further requests or tokens. A negative ``cost`` gives unused ones back."""
+        """Returns the bucket after ``cost`` further requests or tokens. A negative ``cost`` gives unused units back."""
         return Bucket(max(0, self.spent + cost * UNITS), self.at) if limit else self
 
     def has_room(self, limit: int, cost: int) -> bool:

@@ -24,8 +24,8 @@ class Caller:
         id: identifies the caller in the limits and in the queue: ``key:`` and the key's id, or ``address:`` and the IP
             address of a caller without a key. For IPv6, this is the address of the caller's network.
         key: the key's id, or ``anonymous``, for logs, metrics and usage.
-        scopes: what the caller may do.
-        limits: how much the caller may do.
+        scopes: permissions of the caller.
+        limits: limits on the caller's requests, tokens and answers.
     """
 
     id: str
@@ -40,7 +40,7 @@ class Callers:
     def __init__(self, keyring: Keyring, anonymous_scopes: frozenset[Scope], limits: Limits) -> None:
         """
         Args:
-            anonymous_scopes: what callers without a key may do; empty if every caller needs a key.
+            anonymous_scopes: permissions of callers without a key; empty if every caller needs a key.
             limits: limits of callers that have no limits of their own.
         """
         self._keyring = keyring
@@ -66,7 +66,7 @@ class Callers:
             raise unauthorized("This API key is wrong." if secret else _MISSING)
         key = await self._keyring.find(key_id)
         if not self._keyring.fresh and (key is None or need_fresh):
-            # The store may answer although the keys are old, because this process was stopped or busy for a while.
+            # The keys may be old only because this process was stopped or busy, so the store is asked again.
             await self._keyring.refresh()
             key = self._keyring.known(key_id)
             if not self._keyring.fresh:

@@ -48,7 +48,7 @@ class Keyring:
         return sorted(self._keys.values(), key=lambda key: (key.created, key.id))
 
     async def refresh(self) -> None:
-        """Checks the store for changes. If the store is away or damaged, the keys stay unchanged.
+        """Checks the store for changes. If the store does not answer or is damaged, the keys stay unchanged.
 
         Requests that call this method at the same time share at most two checks.
         """

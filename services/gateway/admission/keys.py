@@ -61,9 +61,9 @@ class ApiKey:
 
     Attributes:
         id: 12 hexadecimal digits: the public part of the key, used in logs, metrics and usage.
-        name: what the key is for, in the words of its owner.
+        name: purpose of the key, in the words of its owner.
         digest: SHA-256 of the whole key, as hexadecimal digits.
-        scopes: what the key may do.
+        scopes: permissions of the key.
         limits: limits of this key; None means the gateway's limits.
         created: time of the key's creation, in seconds since 1970, as for all times of this class.
         expires: time when the key expires; None if it never expires.

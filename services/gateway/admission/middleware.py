@@ -67,7 +67,8 @@ class AdmissionMiddleware:
             await self._app(scope, receive, send_observed)
         finally:
             await finish()
-            if record.error in ("rate_limit_exceeded", "admission_unavailable"):  # Grant.charge() refused
+            # These errors mean that Grant.charge() has refused the request.
+            if record.error in ("rate_limit_exceeded", "admission_unavailable"):
                 self._count(record)
 
     def _count(self, record: RequestRecord) -> None:

@@ -14,7 +14,7 @@ class RedisLimiter(Limiter):
     """Keeps the counts in Redis. Gateways that use the same Redis share the counts."""
 
     def __init__(self, link: RedisLink, clock: Callable[[], int] = lambda: -1) -> None:
-        """``clock`` returns microseconds; -1 means Redis's own clock, so that all gateways use the same time."""
+        """``clock`` returns microseconds, or -1 for Redis's own clock, which gives all gateways the same time."""
         self._link = link
         self._clock = clock
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 ANONYMOUS = "anonymous"
-"""Stands for all callers without a key wherever the usage has the id of a key."""
+"""The key id under which the usage of all callers without a key is counted."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,15 +12,16 @@ logger = logging.getLogger(__name__)
 
 
 class UsageBook:
-    """The usage that is not in the store yet. It stays here while the store does not answer."""
+    """The usage that is not in the store yet. This object keeps the usage until the store has accepted it."""
 
     def __init__(self, store: KeyStore) -> None:
         self._store = store
         self._open: dict[tuple[str, str], Usage] = {}
-        self._sent: UsageTable = {}  # the batch that the store may or may not have
+        # The batch that was sent to the store. If the call failed, nobody knows whether the store has added the batch.
+        self._sent: UsageTable = {}
         self._batch = 0
         self._last_problem = ""
-        self._lock = asyncio.Lock()  # a read during the write of a batch could count the batch twice
+        self._lock = asyncio.Lock()  # :meth:`read` must not run during a write, because it could count the batch twice
 
     def add(self, day: str, key: str, usage: Usage) -> None:
         """Counts the usage of a key on a day."""

@@ -34,7 +34,7 @@ class ChoiceAnswer(Answer):
         options = self.body.stream_options
         with_usage = options is not None and options.include_usage
         continuous = with_usage and options is not None and options.continuous_usage_stats
-        opening = self.opening()  # an iterator, which the first delta consumes
+        opening = self.opening()  # an iterator: the first delta consumes it, so the opening is sent once
         async with self.deltas() as deltas:
             async for index, delta in deltas:
                 # OpenAI's API sends ``"usage": null`` in every chunk except the last, if the request asks for counts.

@@ -25,7 +25,7 @@ class Call:
     arguments: str = ""  # JSON, once all parts are joined
 
     def append(self, later: Call) -> None:
-        """Adds the part that follows this one."""
+        """Appends the next part of the call to this part."""
         self.id, self.name = self.id or later.id, self.name or later.name
         self.arguments += later.arguments
 
@@ -65,7 +65,7 @@ class Delta:
         yield text
 
     def append(self, later: Delta) -> None:
-        """Adds the delta that follows this one."""
+        """Appends the next delta of the choice to this delta."""
         self.text += later.text
         self.prompt_tokens += later.prompt_tokens
         self.tokens += later.tokens
@@ -156,7 +156,7 @@ class ChoiceDecoder:
         kind = event.WhichOneof("event")
         call_index = (event.call if kind == "call" else event.result).call_index
         offset = self._call_offsets[call_index] if call_index < len(self._call_offsets) else self._written
-        # OpenAI's client libraries join the entries of streamed lists by the field "index".
+        # OpenAI's client libraries join the entries of streamed lists by the field "index", so each event has its own.
         shown: dict[str, Any] = {"index": self._event_count, "type": kind, "call_index": call_index}
         self._event_count += 1
         if kind == "call":
@@ -180,7 +180,8 @@ class ChoiceDecoder:
     def _release(self, delta: Delta) -> None:
         """Moves the tokens and events that belong to the text shown so far into ``delta``."""
         # A token waits until text after its offset is shown. After a special token at the end of the choice, there is
-        # no text. Therefore the end releases all waiting tokens, unless a stop string has cut off their text.
+        # no text. At the end of the choice, all waiting tokens are therefore released, unless a stop string has cut off
+        # their text.
         to_end = self.finish_reason is not None and not self._filter.stopped
         while self._waiting_tokens and (to_end or self._waiting_tokens[0][0] < self._shown):
             offset, token = self._waiting_tokens.popleft()

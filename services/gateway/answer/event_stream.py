@@ -54,7 +54,7 @@ class EventStream(Response):
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
-        del self.headers["content-length"]  # a stream does not know its length
+        del self.headers["content-length"]  # the length of a stream is not known
         self._events = events
         self._drain = drain
         self._record = record

@@ -42,8 +42,8 @@ def completion_logprobs(
 def _top(tokenizer: Tokenizer, token: engine_pb2.Token) -> dict[str, float]:
     """Maps the text of each alternative token to its log probability.
 
-    Of alternatives with equal text, only the likeliest is kept. Tokens that are parts of characters may have the same
-    text.
+    If several alternatives have the same text, only the likeliest one is kept. Tokens that are parts of
+    characters may have the same text.
     """
     top: dict[str, float] = {}
     for each in token.top_logprobs:

@@ -41,7 +41,7 @@ class NewKey(_Body):
         json_schema_extra={"example": {"name": "Ada's notebook", "scopes": ["chat"], "limits": {"requests": 60}}}
     )
 
-    name: str = Field(min_length=1, max_length=MAX_NAME_CHARACTERS, description="what the key is for")
+    name: str = Field(min_length=1, max_length=MAX_NAME_CHARACTERS, description="purpose of the key")
     scopes: list[Annotated[Scope, Field(strict=False)]] = Field(
         [Scope.CHAT, Scope.SANDBOX], min_length=1, max_length=10
     )

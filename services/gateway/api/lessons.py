@@ -145,7 +145,9 @@ async def list_lessons(
     store: StoreDep,
     lists: ListsDep,
     model: _Model = None,
-    limit: Annotated[int, Query(ge=1, le=_MOST_LISTED, description="most lessons in the answer")] = _LISTED,
+    limit: Annotated[
+        int, Query(ge=1, le=_MOST_LISTED, description="maximum number of lessons in the answer")
+    ] = _LISTED,
     after: Annotated[
         int | None, Query(ge=0, le=1_000_000, description="number of the last lesson of the previous page")
     ] = None,

@@ -39,9 +39,11 @@ class ExecutionLimits(ApiModel):
     reduced to this maximum."""
 
     wall_seconds: float = Field(0, ge=0, description="seconds from the beginning of the code to its end")
-    cpu_seconds: float = Field(0, ge=0)
-    memory_bytes: int = Field(0, ge=0, le=_MAX_BYTES)
-    output_bytes: int = Field(0, ge=0, le=_MAX_BYTES, description="for each of stdout, stderr and the result")
+    cpu_seconds: float = Field(0, ge=0, description="seconds of CPU time")
+    memory_bytes: int = Field(0, ge=0, le=_MAX_BYTES, description="bytes of memory that the code may use")
+    output_bytes: int = Field(
+        0, ge=0, le=_MAX_BYTES, description="largest size of each of stdout, stderr and the result, in bytes"
+    )
 
 
 class InputFile(ApiModel):

@@ -35,7 +35,8 @@ async def page(pool: PoolDep) -> Response:
 async def status(request: Request, pool: PoolDep, drain: DrainDep) -> dict[str, Any]:
     """The engines as of their last check, and the counters of this gateway since its start.
 
-    `limits` are the limits of the gateway; a key may have others. `kv_use` is the used share of the KV cache, 0 to 1.
+    `limits` are the limits of the gateway; a key may have limits of its own. `kv_use` is the used share of the KV
+    cache, 0 to 1.
     """
     settings = pool.settings
     limits = Limits(settings.requests_per_minute, settings.tokens_per_minute, settings.parallel_answers)

@@ -168,7 +168,7 @@ class EnginePool:
     def model(self, name: str | None) -> ServedModel | None:
         """Returns a model that answers requests with this name, or None while no known engine serves such a model.
 
-        Of several revisions, the one that :meth:`models` describes is returned.
+        If engines serve several revisions of the model, the result is the revision that :meth:`models` describes.
 
         Raises:
             ApiError: 404 if the models of all engines are known and no engine has the model, 400 if the request must

@@ -88,8 +88,9 @@ class Replica:
         self._miss_began: float | None = None  # start of the last check without an answer in time
         self._next_model_check = 0.0
         self._refreshing: asyncio.Task[None] | None = None
-        self._own = 0  # sequences of this gateway that run or wait here
-        self._limit = settings.max_engine_sequences or None  # most sequences of this gateway here; None: no limit
+        self._own = 0  # sequences of this gateway that run or wait at the engine
+        # Maximum number of sequences that this gateway may have at the engine; None: no limit.
+        self._limit = settings.max_engine_sequences or None
         self._full = False  # whether the engine has refused a call; each check and each end of a call resets it
         self._load = engine_pb2.Load()
         self._others = 0  # sequences of other gateways, as of the last check
@@ -106,7 +107,7 @@ class Replica:
 
     @property
     def idle(self) -> bool:
-        """Whether this gateway has no sequences here."""
+        """Whether this gateway has no sequences at the engine."""
         return self._own == 0
 
     def has_room(self, sequences: int) -> bool:
@@ -127,7 +128,7 @@ class Replica:
         return self._load
 
     def reserve(self, sequences: int) -> Place:
-        """Counts ``sequences`` as running here until they are released. The engine must be up."""
+        """Counts ``sequences`` as running at the engine until they are released. The engine must be up."""
         assert self.model is not None
         self._own += sequences
         place = Place(self, self.model, sequences)
@@ -135,7 +136,7 @@ class Replica:
         return place
 
     def release(self, sequences: int, *, refused: bool) -> None:
-        """Stops counting ``sequences`` as running here.
+        """Stops counting ``sequences`` as running at the engine.
 
         ``refused`` says that the engine was too full for these sequences. If so, the number of this gateway's remaining
         sequences becomes the engine's limit. The engine then gets no call until a sequence ends or the next check

@@ -36,7 +36,7 @@ _LARGEST_TOP_K = 2**31 - 1
 # "off".
 _SMALLEST_TOP_P = 1e-6
 _BIAS_LIMIT = 100
-_SEPARATOR = "\n\n"  # between messages of one turn
+_SEPARATOR = "\n\n"  # separates the messages of one turn
 
 # Encodes a prompt with the tokenizer of a model, and returns the token ids.
 PromptEncoder = Callable[[ServedModel], Awaitable[list[int]]]
@@ -81,7 +81,7 @@ class Turns:
         self._instructions = list(instructions)
         self._tools = tools
         self._turns: list[Message] = []
-        self._asked: list[str] = []  # texts since the last answer
+        self._asked: list[str] = []  # the client's texts since the last answer, which become one turn
         self._names: dict[str, str] = {}  # names of the called functions, by the ids of the calls
 
     def ask(self, role: str, text: str) -> None:

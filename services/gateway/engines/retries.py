@@ -1,7 +1,7 @@
 """A budget for retries, so that retries do not overload engines that fail."""
 
 _SHARE = 0.2  # retries that each request earns
-_BURST = 10.0  # most retries that the budget can hold; also its content at the start
+_BURST = 10.0  # maximum number of retries in the budget, which is full at the start
 
 
 class RetryBudget:

@@ -23,15 +23,15 @@ class RequestRecord:
     """Facts about one request, which its handler fills in. The facts never contain text of a conversation."""
 
     request_id: str
-    started: float = dataclasses.field(default_factory=time.perf_counter)  # in seconds
+    started: float = dataclasses.field(default_factory=time.perf_counter)  # seconds, on the clock of time.perf_counter
     status: int = 0  # 499 if the client left before the end, 0 until there is a status
     key: str | None = None  # id of the API key, or "anonymous"; None if the path needs no key
     model: str | None = None
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
-    first_token_seconds: float | None = None  # from the request's arrival
-    sent_bytes: int = 0  # of the answer's body
+    first_token_seconds: float | None = None  # time from the request's arrival to the first token
+    sent_bytes: int = 0  # bytes of the answer's body that were sent
     error: str | None = None  # code of the error that the client got, in the response or at the end of a stream
 
 

@@ -73,8 +73,8 @@ class Canary:
             return None
         self.percent, self.returned = 0.0, True
         return (
-            f"{own} of {len(self._own)} requests failed or took more than {limit:.3g} s to the first token; "
-            f"of the other revisions' {len(self._others)} requests, {others} did"
+            f"{own} of {len(self._own)} requests failed or took more than {limit:.3g} s to the first token, "
+            f"but only {others} of {len(self._others)} requests of the other revisions"
         )
 
 

@@ -29,8 +29,8 @@ from typing import Self
 # capacity. Without this margin, the router would never look for a prefix older than the estimate, so a low estimate
 # could never rise.
 _MARGIN = 1.25
-# A missing prefix lowers the estimate to no less than this share of its old value, because a canceled call may also be
-# the reason why the prefix is missing.
+# If a prefix is missing, the new estimate is at least this share of the old estimate, because a canceled call may also
+# be the reason why the prefix is missing.
 _DECREASE = 0.9
 
 
@@ -137,7 +137,7 @@ class PrefixIndex:
         ]
 
     def holders(self, marks: Sequence[Mark], names: Container[str], limit: int, now: float) -> dict[CacheClock, int]:
-        """Returns up to ``limit`` replicas whose caches have a prefix in ``marks``, and the number of its tokens.
+        """Returns up to ``limit`` replicas whose caches have a prefix in ``marks``, each with the prefix's token count.
 
         If a cache has several of these prefixes, the longest one counts. Only replicas whose names are in ``names`` are
         returned. The replicas with the longest prefix come first. Among replicas with the same prefix, the replica that

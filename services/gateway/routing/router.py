@@ -14,15 +14,16 @@ number of tokens that it computes until the new prompt is done, with other delay
          + sequence_tokens * sequences
          + full_cache_tokens * max(0, used share of the KV cache - 0.8) / 0.2
 
-*Uncached tokens* come from an index of what each replica was sent (:mod:`services.gateway.routing.prefix_index`), so
-the engines need not report their caches' contents. Uncached tokens weigh more than waiting tokens, because work that is
-done twice also delays the requests that come later. *Waiting tokens* come from the replica's last report. The report
-may be a second old. The router therefore also counts the tokens that it sent lately, and uses the larger of the two
-numbers. This count decays exponentially, with the time between two reports as the time constant. *Sequences* slow each
-other down while they decode. A *full cache* means that a new sequence waits until another sequence ends, or preempts
-another sequence. The idea to add the work of prefill and of decode is from NVIDIA Dynamo's KV router, whose cost is
-``overlap_weight * prefill blocks + decode blocks``. Dynamo's engines publish an event for each cached block. Dynamo
-also has an approximate mode, in which the router remembers what it sent, as this router does.
+*Uncached tokens* come from an index of the prompts that each replica got
+(:mod:`services.gateway.routing.prefix_index`), so the engines need not report their caches' contents. Uncached tokens
+weigh more than waiting tokens, because work that is done twice also delays the requests that come later. *Waiting
+tokens* come from the replica's last report. The report may be a second old. The router therefore also counts the tokens
+that it sent lately, and uses the larger of the two numbers. This count decays exponentially, with the time between two
+reports as the time constant. *Sequences* slow each other down while they decode. A *full cache* means that a new
+sequence waits until another sequence ends, or preempts another sequence. The idea to add the work of prefill and of
+decode is from NVIDIA Dynamo's KV router, whose cost is ``overlap_weight * prefill blocks + decode blocks``. Dynamo's
+engines publish an event for each cached block. Dynamo also has an approximate mode, in which the router remembers the
+prompts that it sent, as this router does.
 
 **The candidates.** With many replicas, only some are compared: at most 6 replicas whose caches have the longest
 beginnings of the prompt, and two random replicas. If no cache has a beginning, the choice is the less loaded of two
@@ -43,7 +44,7 @@ the bound. If there are more than 256 replicas, the mean is estimated from a sam
 
 **New replicas** have an empty cache and no load, so all requests without a known prefix would go to new replicas.
 Therefore the router adds ``1 - t / warm_up_seconds`` times the mean number of sequences to the sequences of a replica
-that joined t seconds ago, so the replica's load rises along a straight line (Envoy calls this *slow start*).
+that joined t seconds ago. The replica's load then rises along a straight line (Envoy calls this *slow start*).
 
 **Corrections.** How long a replica keeps a prefix depends on the size of its cache and on requests that this gateway
 doesn't see. The router starts with an estimate, and each answer says how many tokens were in the cache. If an expected
@@ -61,7 +62,7 @@ from dataclasses import dataclass
 from services.gateway.routing.prefix_index import CacheClock, Mark, PrefixIndex, Prompt, held_tokens
 from services.gateway.routing.settings import RoutingSettings
 
-# Most replicas that are compared for a prompt. This many comparisons take about as long as hashing the prompt.
+# Maximum number of replicas that are compared for a prompt. These comparisons take about as long as hashing the prompt.
 _MOST_COMPARED = 8
 # With more than twice this number of replicas, the number of sequences is estimated from a sample of the replicas. The
 # sample has between one and two times this size.
@@ -204,7 +205,7 @@ class Router:
     def _candidates(
         self, prompt: Prompt, names: Sequence[str], loads: Mapping[str, ReplicaLoad], now: float
     ) -> dict[str, int]:
-        """Returns the names of the replicas to compare, with the number of the prompt's tokens in each one's cache."""
+        """Returns the names of the replicas to compare, each with the number of the prompt's tokens in its cache."""
         marks, others = self._marks(prompt), names
         candidates: dict[str, int] = {}
         if len(names) > _MOST_COMPARED:

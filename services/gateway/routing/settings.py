@@ -12,13 +12,14 @@ class RoutingSettings:
         uncached_weight: cost of a token of the prompt that the replica has to compute; a waiting token costs 1.
         sequence_tokens: cost of a running or waiting sequence, in tokens of prefill.
         full_cache_tokens: cost of a KV cache that running sequences fill completely, in tokens of prefill.
-        load_bound: most sequences of a replica, as a multiple of the mean of all replicas (c in arXiv 1608.01350).
+        load_bound: maximum number of sequences of a replica, as a multiple of the mean of all replicas (c in arXiv
+            1608.01350).
         free_sequences: number of sequences that a replica may always have, even if the mean is low.
         warm_up_seconds: time in which a new replica rises to its full share of the load.
         report_seconds: time between two reports of a replica's load.
         cache_tokens: first estimate of the tokens that a replica's cache keeps. Answers correct it.
         max_age_seconds: time after which a cache counts as overwritten, even if this gateway sent the replica nothing.
-        max_entries: most pairs of a marked prefix and a replica that the router remembers.
+        max_entries: maximum number of pairs of a marked prefix and a replica that the router remembers.
     """
 
     block_tokens: int = 16

@@ -51,7 +51,7 @@ export default defineConfig({
     outDir: "../static",
     emptyOutDir: true,
     target: "es2022",
-    // The page's Content-Security-Policy allows no data: fonts and no inline scripts.
+    // Nothing is inlined: the page's Content-Security-Policy allows no data: fonts and no inline scripts.
     assetsInlineLimit: 0,
     modulePreload: { polyfill: false },
     rolldownOptions: { input: ["index.html", "report.html", "status.html"] },

@@ -389,8 +389,8 @@ spec:
 {{- end -}}
 
 {{/*
-Container and volumes of the pods that run programs on lessons. Takes a dictionary with the root, the container's name, its args,
-its resources, and further volumes and their places, which may be empty.
+Container and volumes of the pods that process lessons. Takes a dictionary with the root, the container's name, args and
+resources, and further volumes and their mounts, which may be empty.
 */}}
 {{- define "nanochat.teacherPod" -}}
 {{- $root := .root -}}
@@ -437,7 +437,7 @@ volumes:
   {{- end }}
 {{- end -}}
 
-{{/* Environment variables of a gateway that takes lessons. It does not get the S3 keys of the store. */}}
+{{/* Environment variables of a gateway that accepts lessons. The gateway does not get the S3 keys of the store. */}}
 {{- define "nanochat.lessonsEnv" -}}
 {{- if .Values.teacher.enabled -}}
 - name: NANOCHAT_GATEWAY_LESSONS_HOME
@@ -520,8 +520,9 @@ spec:
 {{- end -}}
 
 {{/*
-Sets .Values.engines to one context for each served model, in which the templates of an engine are rendered. A context is
-like the chart's own, with the model's values in place of the values model and engine, and with the name of its resources.
+Sets .Values.engines to a list of contexts: one for each served model, and one for the canary if there is one. The templates of
+an engine are rendered once for each context. A context has the fields of the chart's root context, the model's own .Values.model
+and .Values.engine, the name of the engine's resources (.Name), and .Track (stable or canary).
 */}}
 {{- define "nanochat.setEngines" -}}
 {{- $engines := list -}}
@@ -545,7 +546,7 @@ like the chart's own, with the model's values in place of the values model and e
 {{- end -}}
 {{- $name := printf "%s-engine-canary" (include "nanochat.fullname" $) -}}
 {{- if has $name $names -}}
-{{- fail "canary.revision needs engines of the name canary, which an entry of models has" -}}
+{{- fail "models has an entry with the name canary, but canary.revision needs this name for its engines; rename the entry" -}}
 {{- end -}}
 {{- $off := dict "enabled" false -}}
 {{- $own := dict "engine" (dict "revision" . "replicas" $.Values.canary.replicas "autoscaling" $off "keda" $off) -}}
@@ -617,8 +618,8 @@ spec:
 {{- end -}}
 
 {{/*
-PromQL expression: the number of sequences in the engines of one model, plus the number of requests that wait in the gateways. A
-metric that no pod has counts as 0. Takes the context of an engine.
+PromQL expression: the number of sequences in the engines of one model, plus the number of requests that wait in the gateways. If
+no pod reports a metric, its value is 0. Takes the context of an engine.
 */}}
 {{- define "nanochat.engineLoad" -}}
 {{- $engines := printf "namespace=%q,pod=~%q" .Release.Namespace (printf "%s-[a-z0-9]+-[a-z0-9]+" .Name) -}}

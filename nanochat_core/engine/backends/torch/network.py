@@ -79,8 +79,8 @@ class TorchNetwork(ServingWeights):
         v = (v * scale).to(self.dtype).view(tokens, layer.n_kv_head, layer.head_dim)
         if value_embedding is not None:
             v = v + self._value_share(gate[0][:, : layer.n_kv_head], scale) * value_embedding.view(v.shape)
-        # Queries and keys become unit vectors here, so the scale of x does not matter. They can be rotated before that,
-        # because a rotation does not change the norm.
+        # Queries and keys become unit vectors here, so the scale of x does not matter. They can be rotated before
+        # the normalization, because a rotation does not change the norm.
         pairs = torch.view_as_complex(qk.float().view(tokens, -1, layer.head_dim // 2, 2))
         qk = torch.view_as_real(pairs * turns).flatten(-2)
         qk = (qk * _square_sum(qk).rsqrt_()).to(self.dtype)

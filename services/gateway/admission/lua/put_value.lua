@@ -3,7 +3,7 @@
 -- ARGV: name, value, seconds to keep the value, largest number of bytes of all values.
 local function bytes(name)
   local length = redis.call('HSTRLEN', KEYS[1], name)
-  return length == 0 and 0 or length + #name + 256 -- about what Redis needs for an entry
+  return length == 0 and 0 or length + #name + 256 -- Redis needs about 256 bytes for an entry
 end
 
 local now, most = clock(-1), tonumber(ARGV[4])

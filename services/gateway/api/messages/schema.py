@@ -125,10 +125,10 @@ class MessagesRequest(ApiModel):
     model: str | None = Field(None, description="a name from `/v1/models`; optional while one model is served")
     messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Blocks | None = Field(None, description="instructions before the conversation")
-    max_tokens: Integer = Field(ge=1, description="most tokens of the answer")
-    stop_sequences: Stops = Field(None, description="up to 4 texts; the answer ends before the first that appears")
+    max_tokens: Integer = Field(ge=1, description="maximum number of tokens of the answer")
+    stop_sequences: Stops = Field(None, description="up to 4 texts; the answer ends before the first one that appears")
     stream: bool | None = Field(None, description="send the answer as server-sent events while it is written")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 always selects the likeliest token")
     top_p: float | None = Field(
         None, ge=0, le=1, description="sample from the likeliest tokens with this total probability"
     )

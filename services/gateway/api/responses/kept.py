@@ -11,7 +11,7 @@ from services.gateway.errors import ApiError, bad_request, shown
 logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 64 * 1024 * 1024
-"""Most bytes of kept responses, in a gateway's memory or in Redis."""
+"""Maximum size in bytes of all kept responses together, in a gateway's memory or in Redis."""
 
 
 class Values(Protocol):

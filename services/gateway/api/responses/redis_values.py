@@ -4,7 +4,7 @@ from services.gateway.admission.away import Away
 from services.gateway.admission.redis_link import RedisLink
 from services.gateway.api.responses.kept import KEPT_BYTES
 
-# The braces keep all three keys on one node of a Redis cluster.
+# The braces keep all three keys on one node of a Redis cluster, because a script can use the keys of one node only.
 _KEYS = [f"{{nanochat:responses}}:{part}" for part in ("values", "ends", "bytes")]
 
 

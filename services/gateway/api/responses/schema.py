@@ -165,8 +165,8 @@ class ResponsesRequest(ApiModel):
     )
     stream: bool | None = Field(None, description="send the answer as server-sent events while it is written")
     stream_options: StreamOptions | None = None
-    max_output_tokens: Integer | None = Field(None, ge=1, description="most tokens of the answer")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token")
+    max_output_tokens: Integer | None = Field(None, ge=1, description="maximum number of tokens of the answer")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 always selects the likeliest token")
     top_p: float | None = Field(
         None, ge=0, le=1, description="sample from the likeliest tokens with this total probability"
     )
@@ -180,11 +180,17 @@ class ResponsesRequest(ApiModel):
     )
     text: TextConfig | None = None
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
-    tool_choice: Annotated[ToolChoice, BeforeValidator(_nested_choice)] = Field(None, description="as in chat")
-    truncation: Literal["auto", "disabled"] | None = Field(None, description="`auto` leaves out the oldest messages")
+    tool_choice: Annotated[ToolChoice, BeforeValidator(_nested_choice)] = Field(
+        None, description="as in `/v1/chat/completions`, but without an inner object for the function"
+    )
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None, description="`auto` leaves out the oldest messages if the conversation is longer than the context"
+    )
     store: bool | None = Field(None, description="keep the response for later requests, if this server keeps responses")
     metadata: dict[str, str] | None = Field(None, description="returned unchanged")
-    seed: Integer | None = Field(None, ge=-(2**63), lt=2**64, description="equal seeds give equal answers")
+    seed: Integer | None = Field(
+        None, ge=-(2**63), lt=2**64, description="equal requests with equal seeds get equal answers"
+    )
     user: str | None = Field(None, description="accepted and not used")
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ const REQUEST = { model: "m", messages: [] };
 const never = new AbortController().signal;
 let server: Server | undefined;
 
-/** A real server with this behaviour, and a client of it. */
+/** A real server that answers by `handle`, and a client of this server. */
 async function serve(handle: (request: IncomingMessage, response: ServerResponse) => void, key = ""): Promise<Api> {
   server = createServer(handle);
   await new Promise<void>((resolve) => server!.listen(0, "127.0.0.1", resolve));

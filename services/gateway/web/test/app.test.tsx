@@ -18,7 +18,7 @@ let app: ChatApp;
 let answers: ChatPart[][];
 
 beforeEach(() => {
-  // What jsdom does not have.
+  // Parts of a browser that jsdom lacks.
   vi.stubGlobal("matchMedia", () => ({ matches: false, addEventListener: () => undefined }));
   vi.stubGlobal(
     "ResizeObserver",

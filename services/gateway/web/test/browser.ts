@@ -1,6 +1,6 @@
 import type { Channel } from "../src/storage/tabs";
 
-/** The storage as one tab sees it: its own changes at once, those of other tabs when they are delivered. */
+/** The storage as one tab sees it: its own changes at once, and other tabs' changes when they are delivered. */
 export class TabStorage implements Storage {
   [key: string]: unknown;
 
@@ -84,8 +84,8 @@ export class BrowserTab {
 }
 
 /**
- * Several tabs with one storage. As in a browser with a process for each tab, a tab learns of the others' changes late,
- * and of two changes of one entry the later one stays.
+ * Several tabs with one storage. As in a browser with a process for each tab, a tab learns of other tabs' changes late,
+ * and a later change of an entry replaces an earlier change.
  */
 export class TestBrowser {
   readonly log: Write[] = [];
@@ -110,7 +110,7 @@ export class TestBrowser {
     return entries;
   }
 
-  /** Delivers everything, also what the tabs answer to it. Throws if they do not stop answering each other. */
+  /** Delivers all changes, and the changes that tabs make in reply. Throws if the tabs do not stop replying. */
   deliverAll(): void {
     for (let rounds = 0; rounds < 100; rounds += 1) {
       const before = this.log.length;

@@ -14,7 +14,7 @@ const READY = () => Promise.resolve({ status: 200, waitsFor: null });
 
 type Reply = (request: ChatRequest, signal: AbortSignal) => AsyncGenerator<ChatPart>;
 
-/** Stands in for the server: answers each request with the next reply, the last one for ever. */
+/** Stands in for the server: answers each request with the next reply. The last reply answers all further requests. */
 class FakeApi {
   requests: ChatRequest[] = [];
   ready: () => Promise<Readiness> = READY;

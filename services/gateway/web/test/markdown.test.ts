@@ -52,7 +52,7 @@ test("links open apart from the conversation", () => {
   expect(link.querySelector("em")!.textContent).toBe("page");
 });
 
-test("code is coloured where its language is known, and is the same text in any case", () => {
+test("code is colored where its language is known, and is the same text in any case", () => {
   const code = "def f(a):\n    return a < 1 and '&amp;'";
   for (const language of ["python", "klingon", ""]) {
     const root = render(`\`\`\`${language}\n${code}\n\`\`\``);

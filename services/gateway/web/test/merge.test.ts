@@ -40,7 +40,7 @@ test("headers agree in whatever order and however often the tabs hear of each ot
       expect(sameHeader(mergeHeaders(a, b), mergeHeaders(b, a))).toBe(true);
       expect(sameHeader(mergeHeaders(mergeHeaders(a, b), c), mergeHeaders(a, mergeHeaders(b, c)))).toBe(true);
       const merged = mergeHeaders(a, b);
-      expect(mergeHeaders(merged, a)).toBe(merged); // nothing of what a tab knew is left to add
+      expect(mergeHeaders(merged, a)).toBe(merged); // `a` adds nothing to a merge that contains it
     }),
   );
 });

@@ -19,10 +19,10 @@ test("the page holds nothing that its Content-Security-Policy would block", () =
 
 const tokens = read("src/styles/tokens.css");
 
-/** The light and the dark value of a colour. */
-function colours(name: string): [string, string] {
+/** The light and the dark value of a color. */
+function colors(name: string): [string, string] {
   const match = new RegExp(`--${name}: light-dark\\((#\\w{6}), (#\\w{6})\\)`).exec(tokens);
-  if (!match) throw new Error(`no colour ${name}`);
+  if (!match) throw new Error(`no color ${name}`);
   return [match[1]!, match[2]!];
 }
 
@@ -55,8 +55,8 @@ const PAIRS = [
 ] as [string, string][];
 
 test.each(PAIRS)("%s on %s is readable in both themes (WCAG AA)", (text, ground) => {
-  const [lightText, darkText] = colours(text);
-  const [lightGround, darkGround] = colours(ground);
+  const [lightText, darkText] = colors(text);
+  const [lightGround, darkGround] = colors(ground);
   expect(contrast(lightText, lightGround)).toBeGreaterThanOrEqual(4.5);
   expect(contrast(darkText, darkGround)).toBeGreaterThanOrEqual(4.5);
 });

@@ -105,7 +105,7 @@ test("the page reads again by itself, also after the server was away", async () 
   reply = () => Promise.reject(new ConnectionError("gone"));
   await vi.advanceTimersByTimeAsync(2_000);
   expect(app.problem.value).toBe("unreachable");
-  expect(app.status.value).not.toBeNull(); // what was known stays
+  expect(app.status.value).not.toBeNull(); // the last status stays
   reply = () => Promise.resolve(STATUS);
   await vi.advanceTimersByTimeAsync(2_000);
   expect(app.problem.value).toBeNull();

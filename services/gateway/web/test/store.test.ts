@@ -98,7 +98,7 @@ test("a deleted conversation loses its messages, and its name after a month", ()
   const deleted = conversation();
   const header: Header = { ...deleted.header, deleted: { value: true, at: Date.now() } };
   store.save({ ...deleted, header });
-  expect(store.load()).toEqual([{ header, messages: deleted.messages }]); // the deletion may be undone
+  expect(store.load()).toEqual([{ header, messages: deleted.messages }]); // kept, because the deletion may be undone
   vi.useFakeTimers({ now: Date.now() + 2 * 3_600_000 });
   expect(store.load()).toEqual([{ header, messages: [] }]);
   expect(Object.keys(localStorage)).toEqual([expect.stringMatching(/^nanochat\.conversation\.c1\.[0-9a-f]{16}$/)]);
@@ -139,7 +139,7 @@ test("a full storage still stores that a conversation was deleted, and keeps no 
     try {
       localStorage.setItem(`other${size}`, "x".repeat(size));
     } catch {
-      // The next one is smaller, until there is no room for any.
+      // The next entry is smaller. In the end, no entry has room.
     }
   }
   localStorage.removeItem("spare");

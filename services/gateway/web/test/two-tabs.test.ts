@@ -90,7 +90,7 @@ class Tab {
     });
   }
 
-  /** Loads the page again; a crash gives it no chance to store anything. */
+  /** Loads the page again. If it crashes, it stores nothing before. */
   reload(crash: boolean): void {
     const active = this.app.activeId.peek();
     if (!crash) this.app.library.close();
@@ -102,7 +102,7 @@ class Tab {
   close(): void {
     this.app.health.stop();
     this.browser.close(this.inner);
-    // The connections of a closed page break; whatever its code would do now never happens.
+    // The connections of a closed page break, and its code no longer runs.
     for (const stream of this.streams.splice(0)) if (stream.owner !== this) this.streams.push(stream);
   }
 
@@ -197,7 +197,8 @@ test("in two tabs, nothing that was shown complete is ever lost, and both agree 
         vi.clearAllTimers(); // otherwise each run would be slower than the one before it
       }
     }),
-    // The time limit is below the test's, so that a failure is reported with its script, even if not with the smallest.
+    // This limit is below the test's time limit, so that a failure is reported with its script, although perhaps not
+    // with the smallest script.
     { numRuns: 200, examples: EXAMPLES, interruptAfterTimeLimit: 45_000, markInterruptAsFailure: true },
   );
 }, 60_000);
@@ -234,7 +235,7 @@ async function play(script: readonly Step[], browser: TestBrowser, streams: Stre
       undo.push(app.toast.peek()!.undo!);
     } else if (step === "undo") undo.pop()?.();
     else if (step === "reload" || step === "crash") {
-      undo.splice(0).forEach((takeBack) => takeBack()); // else the person wanted the deletion
+      undo.splice(0).forEach((takeBack) => takeBack()); // otherwise, the deletion would be final after the reload
       tab.reload(step === "crash");
     } else if (step === "kill the server") live.forEach((each) => each.finish(new ConnectionError("gone")));
     else if (step === "deliver") tab.deliver(1 + (pick % 4));
@@ -248,7 +249,7 @@ async function play(script: readonly Step[], browser: TestBrowser, streams: Stre
     browser.deliverAll();
     await vi.advanceTimersByTimeAsync(5_000); // unfinished answers without a writer become interrupted
   }
-  tabs.push(new Tab(browser, streams)); // and a tab that is opened now sees the same
+  tabs.push(new Tab(browser, streams)); // a tab that is opened now must see the same, too
   await settle();
   for (const tab of tabs) {
     const kept = tab.kept();
@@ -288,7 +289,7 @@ test("another tab sees an answer grow, calls it running, and can stop it", async
   b.app.activeId.value = b.app.conversations.peek()[0]!.id;
   expect(lastAnswer(b)).toMatchObject({ content: "One two", state: "streaming" });
   expect(b.app.active.peek()!.writing.peek()).toBe(true);
-  await vi.advanceTimersByTimeAsync(10_000); // it asks the other tab meanwhile
+  await vi.advanceTimersByTimeAsync(10_000); // meanwhile, this tab asks the other tab
   expect(lastAnswer(b).state).toBe("streaming");
   b.app.stop(b.app.active.peek()!);
   await settle();

@@ -1,6 +1,6 @@
 import { ApiError, ConnectionError } from "./errors";
 
-/** What an engine does, as of the gateway's last check. */
+/** The state of an engine at the gateway's last check. */
 export interface EngineStatus {
   address: string;
   up: boolean;
@@ -21,7 +21,7 @@ export interface LimitSet {
   answers: number;
 }
 
-/** What the gateway does now, and its counters since its start. */
+/** The current state of the gateway, and its counters since its start. */
 export interface GatewayStatus {
   requests_in_flight: number;
   queue_length: number;
@@ -40,7 +40,7 @@ export interface KeyInfo {
   state: string;
 }
 
-/** What a key used on one day. */
+/** The usage of a key on one day. */
 export interface KeyUsage {
   day: string;
   key: string;

@@ -181,7 +181,7 @@ export class ChatApp {
     if (conversation.running.peek()?.answer === finished.id) conversation.running.value = null;
     save(finished);
     if (finished.problem) void this.health.check();
-    // Another model may have been promoted since the page was loaded.
+    // Another model may have been promoted since the page was loaded, so the list of models is requested again.
     if (finished.problem?.kind === "rejected") void this.loadModels().catch(unlessExpected);
     if (this.active.peek() === conversation) this.announcement.value = spoken(finished);
   }
@@ -215,7 +215,7 @@ export class ChatApp {
 
 function spoken(answer: AssistantMessage): string {
   if (answer.state === "complete") return `Answer: ${answer.content}`;
-  return answer.state === "stopped" ? "The answer was stopped." : ""; // a problem has its own alert
+  return answer.state === "stopped" ? "The answer was stopped." : ""; // a problem is announced by its own alert
 }
 
 /** Ignores a failed request, because the first question will show the problem. Throws all other errors. */

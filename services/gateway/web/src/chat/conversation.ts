@@ -76,7 +76,7 @@ export class Conversation {
     return kept.length === all.length ? all : kept;
   }
 
-  /** Adds messages and returns their signals. Of two copies of a message, the one that has progressed further stays. */
+  /** Adds messages and returns their signals. A copy of a known message is merged into it. */
   add(messages: readonly Message[]): Signal<Message>[] {
     const added = new Set<string>();
     const result = messages.map((message) => {

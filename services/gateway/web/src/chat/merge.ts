@@ -46,7 +46,7 @@ export function newHeader(id: string, title: string, now: number): Header {
   };
 }
 
-/** A change that is later than the one before it, even if the clock went back. */
+/** The new value. Its time is later than the time of `before`, even if the clock went back. */
 export function changed<T>(before: Register<T> | undefined, value: T): Register<T> {
   return { value, at: Math.max(Date.now(), (before?.at ?? 0) + 1) };
 }

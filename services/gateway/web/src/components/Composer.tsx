@@ -25,7 +25,7 @@ export function Composer() {
   }, [id]);
   useLayoutEffect(() => grow(area.current!), [draft.value]);
   useLayoutEffect(() => {
-    // A button such as Retry disappears when pressed and takes the focus with it.
+    // A button such as Retry disappears when it is pressed. Nothing then has the focus, so the text field gets it.
     if (running && document.activeElement === document.body) focus();
   }, [running]);
 

@@ -15,7 +15,7 @@ interface Props {
 export function Dialog({ open, title, testId, children }: Props) {
   const dialog = useRef<HTMLDialogElement>(null);
   const id = useId();
-  // Not after the paint: a key pressed on what one sees must already reach the open window.
+  // A layout effect opens the window before it is painted, so a key pressed after the paint reaches the open window.
   useLayoutEffect(() => {
     if (open.value) dialog.current!.showModal();
     else dialog.current!.close();

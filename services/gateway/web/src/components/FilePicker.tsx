@@ -3,7 +3,7 @@ import { useRef } from "preact/hooks";
 interface FilePickerProps {
   /** The text of the button. */
   text: string;
-  /** What the file is for, for people who do not see the page. */
+  /** The purpose of the file, for people who do not see the page. */
   label: string;
   testId: string;
   accept: string;

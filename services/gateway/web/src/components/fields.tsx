@@ -48,7 +48,7 @@ export function NumberField({ label, hint, value, onChange, range, placeholder }
   const { min, max } = range;
   const parsed = text.value === "" ? null : Number(text.value);
   const valid = parsed === null || (Number.isInteger(parsed) && parsed >= min && parsed <= max);
-  // A reset of the settings changes the value from outside.
+  // A reset of the settings changes the value without this field, so the field must show the new value.
   useEffect(() => {
     if (valid && parsed !== value) text.value = asText(value);
   }, [value]);

@@ -32,7 +32,7 @@ export function useFollow(): Following {
       lastTop = view.scrollTop;
     };
     const observer = new ResizeObserver(() => {
-      // The person may have scrolled since the last event.
+      // The person may have scrolled since the last scroll event.
       onScroll();
       if (!atEnd.peek()) return;
       view.scrollTop = view.scrollHeight;

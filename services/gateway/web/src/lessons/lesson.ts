@@ -73,7 +73,7 @@ export function figuresOf({ before, after }: Lesson): { words: string; before: s
   }));
 }
 
-/** Appends to `list` the lessons of `known` that are older than all in `list`. They are done, so they do not change. */
+/** Appends to `list` the lessons of `known` that are older than all in `list`. These are done and do not change. */
 export function withOlder(list: LessonList, known: LessonList | null): LessonList {
   const oldest = list.data.at(-1)?.number;
   if (!known || known.model !== list.model || oldest === undefined || !list.has_more) return list;

@@ -90,7 +90,7 @@ export class Lessons {
     try {
       const { data, has_more } = await this.api.lessons(last.number);
       const list = this.list.peek();
-      // A check may have replaced the list meanwhile.
+      // A check may have replaced the list meanwhile. The older lessons then do not follow its last lesson.
       if (list?.data.at(-1)?.number === last.number)
         this.list.value = { ...list, data: [...list.data, ...data], has_more };
     } catch (error) {
@@ -108,7 +108,7 @@ export class Lessons {
     }
   }
 
-  /** Requests the newest lessons, and older ones back to the oldest shown lesson that is not known to be done. */
+  /** Requests the newest lessons, and then older lessons until the list has every shown lesson that was not done. */
   private async newest(): Promise<LessonList> {
     let list = await this.api.lessons();
     const known = this.list.peek();

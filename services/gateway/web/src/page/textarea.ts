@@ -21,8 +21,9 @@ export function isSendKey(event: KeyboardEvent): boolean {
 }
 
 /**
- * Whether the key is an ordinary Enter, and not an Enter that ends a word of an input method. For the latter, browsers
- * set `isComposing`. Only Safari does not, because it ends the composition first; it sets the key code 229 (UI Events).
+ * Whether the key is an ordinary Enter, and not an Enter that ends a word of an input method. For an Enter that
+ * ends a word, browsers set `isComposing`. Safari ends the composition first, so it sets the key code 229 instead (UI
+ * Events).
  */
 export function isEnter(event: KeyboardEvent): boolean {
   return event.key === "Enter" && !event.isComposing && event.keyCode !== 229;

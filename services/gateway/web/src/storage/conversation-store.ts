@@ -36,10 +36,11 @@ export class ConversationStore {
   readonly damaged = signal<readonly string[]>([]);
   /**
    * The keys of each header's entries; null until they are needed. A scan of all keys at each change would be slow. The
-   * key of an entry that another tab has just stored may be missing here. A later change or `load` merges that entry.
+   * key of an entry that another tab has just stored may be missing in this map. A later change or `load` merges that
+   * entry.
    */
   private headerKeys: Map<string, Set<string>> | null = null;
-  /** The deleted conversations that may still have stored messages; null if any conversation may be one of them. */
+  /** The deleted conversations that may still have stored messages; null if they are not known. */
   private removable: Set<string> | null = null;
 
   /** `storage` is null if the browser blocks it. */
@@ -85,14 +86,16 @@ export class ConversationStore {
   /** Merges a header with its stored entries, stores the result and returns it. */
   saveHeader(header: Header): Header {
     const stored = this.headersOf(header.id);
-    // An entry of the first format contains the messages too. They get their own entries before it is removed.
+    // An entry of the first format contains the messages too. They get their own entries before this entry is removed.
     if (!stored.every((entry) => this.saveMessages(header.id, entry.messages))) return header;
     const merged = stored.reduce((sum, entry) => mergeHeaders(sum, entry.header), header);
-    // Of equal entries, all tabs keep the one with the first key. Otherwise, two tabs could remove each other's entry.
+    // If several entries are equal, all tabs keep the entry with the first key, so that no two tabs remove each other's
+    // entry.
     const same = stored.filter((entry) => sameHeader(entry.header, merged)).map((entry) => entry.key);
     let kept = same.sort()[0] ?? `${HEADER}${header.id}.${newId()}`;
     if (same.length === 0 && !this.put(kept, merged)) {
-      // Without room for a further entry, the change replaces a stored entry. Only here can two tabs lose a change.
+      // Without room for a further entry, the change replaces a stored entry. This is the only case in which two tabs
+      // can lose a change.
       kept = stored[0]?.key ?? kept;
       if (!this.put(kept, merged)) return merged;
     }
@@ -163,7 +166,7 @@ export class ConversationStore {
         this.damaged.value = [...new Set([...this.damaged.value, key])];
       }
     });
-    // A page that the browser had frozen has missed events.
+    // A page that the browser had frozen has missed events, so the keys must be read again.
     target.addEventListener("pageshow", () => (this.headerKeys = null));
   }
 
@@ -250,7 +253,7 @@ function parseEntry(text: string): StoredConversation {
   return parseConversationV1(text) ?? { header: parseHeader(text), messages: [] };
 }
 
-/** Whether the conversation was deleted this long ago. */
+/** Whether the conversation was deleted at least this many milliseconds ago. */
 function isDeleted(header: Header | undefined, milliseconds: number): boolean {
   return header !== undefined && header.deleted.value && header.deleted.at < Date.now() - milliseconds;
 }

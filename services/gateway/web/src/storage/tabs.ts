@@ -64,7 +64,7 @@ export class Tabs {
   }
 }
 
-/** The channel between the tabs of this page. Browsers that block the storage may block it too. */
+/** The channel between the tabs of this page. A browser that blocks the storage may block the channel too. */
 export function browserChannel(): Channel | null {
   try {
     return new BroadcastChannel("nanochat");

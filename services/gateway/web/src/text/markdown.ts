@@ -69,7 +69,7 @@ const ALLOWED = {
 };
 
 export interface Block {
-  /** Blocks that look the same have the same key. */
+  /** Blocks with equal keys are rendered to equal content. */
   key: string;
   token: Token;
 }

@@ -1,7 +1,7 @@
 import type { TokenizerAndRendererExtension, Tokens } from "marked";
 import { escapeHtml } from "./highlight";
 
-const LONGEST_FORMULA = 10_000; // characters; a longer one is shown as its source
+const LONGEST_FORMULA = 10_000; // characters; a longer formula is shown as its source
 
 // A blank line ends a formula, so that a bracket without its partner does not swallow the rest of a text.
 const CONTENT = String.raw`((?:(?!\n[ \t]*\n)[\s\S])+?)`;
@@ -53,7 +53,7 @@ export async function typeset(root: Element): Promise<void> {
       katex.render(tex!, set, { displayMode: display !== undefined, strict: "ignore" });
     } catch (error) {
       if (!(error instanceof katex.ParseError)) throw error;
-      continue; // its source stays
+      continue; // the formula has an error, so its source stays visible
     }
     element.replaceChildren(...set.childNodes);
   }

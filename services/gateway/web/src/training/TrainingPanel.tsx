@@ -136,7 +136,7 @@ function Fact({ name, value }: { name: string; value: string }) {
 
 /** The model's answers to the same questions at several steps. A slider shows earlier answers. */
 function Questions({ generations }: { generations: Generation[] }) {
-  const chosen = useSignal<number | null>(null); // null follows the newest answers
+  const chosen = useSignal<number | null>(null); // null: always the newest answers
   const newest = generations.length - 1;
   if (newest < 0) return null;
   const shown = Math.min(chosen.value ?? newest, newest);
