@@ -108,9 +108,9 @@ def smoothed(steps: Sequence[float], values: Sequence[float]) -> list[float]:
     """The values without most of their noise: at each step, the local regression line (LOESS, Cleveland 1979).
 
     A running mean lags behind: while a loss falls, the mean is too high. A line through the values before and after a
-    step does not lag, and a straight line stays as it is. The line at a step is fitted to the values of the nearest
-    steps on both sides. On each side, these are the fraction :data:`_REACH` of all steps. At the beginning, where a
-    loss bends most, they are the fraction :data:`_EARLY_REACH` of the steps done so far.
+    step does not lag, and a straight line stays as it is. The line at a step is fitted to the values of the steps
+    near it. On each side, the line reaches as far as the fraction :data:`_REACH` of the whole run. At the beginning,
+    where a loss bends most, it reaches only as far as the fraction :data:`_EARLY_REACH` of the steps done so far.
 
     ``steps`` must increase.
     """

@@ -79,7 +79,7 @@ class ProgressDisplay:
         """Set the number of units that are done and update :attr:`eta_seconds`. The display does not change."""
         now = time.monotonic()
         if self._first is None:
-            # The first unit often includes a warm-up such as compilation, so its duration is no estimate of the others.
+            # The first unit often includes a warm-up such as compilation, so the estimate leaves its duration out.
             self._first = (done, now)
             self.eta_seconds = 0.0 if done >= self._total else math.nan
         elif done > self._first[0]:

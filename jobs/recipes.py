@@ -206,7 +206,7 @@ RECIPES = {
                 "ask-every": 40,
                 "compile": False,
             },
-            # During fine-tuning, the engine of ``make run`` serves the newest checkpoint.
+            # Checkpoints are frequent, because during fine-tuning the engine of ``make run`` serves the newest one.
             sft={
                 "batch-tokens": 2048,
                 "device-batch-rows": 2,

@@ -94,7 +94,8 @@ def open_source(url: str, shards: int) -> Source:
 def _fill_template(template: str, shards: int) -> list[str]:
     try:
         specifications = [given[2] or "" for given in string.Formatter().parse(template)]
-        # A format specification with a huge width would make a URL that fills the memory.
+        # Long format specifications are refused, because a huge width, as in {shard:0999999999d}, would make a URL that
+        # fills the memory.
         short = all(len(given) <= _LONGEST_SPECIFICATION for given in specifications)
         urls = [template.format(shard=number) for number in range(shards)] if short else []
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):

@@ -23,7 +23,8 @@ log = logging.getLogger("jobs.data.local_text")
 # Plain text is cut between paragraphs into documents of about this many characters.
 DOCUMENT_CHARACTERS = 4000
 HELD_OUT_FRACTION = 0.05
-# With fewer held-out characters than this, bits per byte vary much from one text to the next.
+# With fewer held-out characters than this, a warning is logged, because bits per byte vary much from one short text to
+# the next.
 LITTLE_VALIDATION_CHARACTERS = 1000
 # With at least this many files and bytes, the whole last file is held out. A share of the documents would first require
 # counting them, which takes too long.
@@ -35,10 +36,12 @@ _SPLIT_ADVICE = (
     "give the training text with --data, as a file, a folder or a pattern in quotes such as 'FOLDER/train*', and the "
     "held-out text with --val-data"
 )
-_COLUMN_ADVICE = "; name the one with the text with --text-column"
+_COLUMN_ADVICE = "; name the column or field with the text by --text-column"
 # Help texts of the settings of programs that read local text.
 DATA_HELP = "text to train on: a file, a pattern in quotes, or a folder, of parquet, JSON, CSV or plain text"
-VAL_DATA_HELP = "text for validation, like --data; by default --data's validation or test files, or the end of its text"
+VAL_DATA_HELP = (
+    "text for validation, given like --data; by default the validation or test files of --data, or the end of the text"
+)
 TEXT_COLUMN_HELP = "column or field with the text, in files of rows"
 
 

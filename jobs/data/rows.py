@@ -87,7 +87,7 @@ def _json_values(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
             if buffer:
                 continue
             if in_array:
-                raise UserError(f"{shown} ends before its JSON array does; it is cut off")
+                raise UserError(f"{shown} is cut off: the file ends before its JSON array does")
             return
         if in_array and buffer[position] == "]":
             if (buffer[position + 1 :] + text.read()).strip():
@@ -119,7 +119,7 @@ def _csv_lines(text: TextIO, shown: str) -> Iterator[tuple[int, Row]]:
     try:
         header = next(reader, [])
         if len({*header}) != len(header):
-            raise UserError(f"{shown} names two columns alike in its first line")
+            raise UserError(f"{shown} gives two columns the same name in its first line")
         for values in reader:
             if values and len(values) != len(header):
                 raise UserError(

@@ -172,7 +172,9 @@ def write_dataset(store: Store, name: str, train: Iterable[str], validation: Ite
         training = sum(shard.documents for shard in shards.values())
         held_out = _add_shard(folder, shards, validation)
         if not training or not held_out:
-            raise UserError(f"{source} gives {training} training and {held_out} validation documents; both need one")
+            raise UserError(
+                f"{source} gives {training} training and {held_out} validation documents; give at least one of each"
+            )
         manifest = Manifest(source, shards, complete=True)
         (folder / MANIFEST).write_bytes(manifest.to_json())
     return manifest

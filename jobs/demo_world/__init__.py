@@ -10,8 +10,8 @@ facts and differ in everything else. The generators guarantee each difference, s
 
 - phrasings: each table of questions has a ``train`` and a ``heldout`` column (:class:`tables.Phrasings`);
 - numbers: one number in eight is reserved by its hash, and no training text contains it (:mod:`arithmetic`);
-- calculations with several numbers, decimals or words: a held-out one has a reserved number, or the hash of its code
-  says so (:mod:`expressions`);
+- calculations with several numbers, decimals or words: a calculation is held out if it has a reserved number, or if
+  the hash of its code decides so (:mod:`expressions`);
 - words: the hash of a made-up word decides its split, and English words have a table per split (:mod:`words`);
 - strangers: names of people who are not in the world have a table per split (:mod:`words`);
 - misspellings: the hash of a misspelled greeting decides its split (:mod:`habits`).

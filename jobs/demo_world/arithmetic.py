@@ -72,7 +72,7 @@ class Sum:
 
 
 def rounded(code: str) -> str:
-    """Code that rounds the value of ``code``. All calculations with divisions, decimals or percentages have it."""
+    """Code that rounds the value of ``code``, as in all calculations with divisions, decimals or percentages."""
     return f"round({code}, {PLACES})"
 
 

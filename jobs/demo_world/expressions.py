@@ -92,16 +92,17 @@ def draw_comparison(rng: random.Random, split: Split, function: str) -> tuple[st
 def is_heldout_calculation(code: str) -> bool:
     """Whether only held-out conversations may have a calculation without reserved numbers."""
     numbers = re.findall(r"\d+", code)
-    # Sums of two numbers also occur in other kinds of questions, which divide them by their numbers.
+    # The kind ``arithmetic`` also asks for sums, differences and products of two numbers, and decides by the pair of
+    # numbers whether they are held out. The decision must be the same here.
     if re.fullmatch(r"\d+ [-+*] \d+", code):
         return is_heldout_pair(*map(int, numbers))
     return is_heldout_by_hash(code, _HELDOUT_ONE_IN)
 
 
 def belongs(code: str, result: str, split: Split, *, reserved: bool) -> bool:
-    """Whether a calculation belongs to ``split``, and if it is held out, whether it is of the wanted sort.
+    """Whether a calculation belongs to ``split``.
 
-    ``reserved`` asks for a held-out calculation with a reserved number.
+    A held-out calculation must also contain a reserved number if ``reserved`` is True, and none if it is False.
     """
     if split == "heldout":
         return contains_reserved_number(code) == reserved and (reserved or is_heldout_calculation(code))
@@ -164,7 +165,10 @@ def _by_zero(rng: random.Random) -> Expression:
 
 
 def _joined(rng: random.Random, operands: list[str], groups: tuple[int, ...], symbols: str = "") -> Expression:
-    """Join operands by ``symbols`` or by drawn ones. A pair of parentheses begins at each operand of ``groups``."""
+    """Join operands by ``symbols``; if there are none, by operators that are drawn.
+
+    ``groups`` are indices of operands. Parentheses enclose each of these operands together with the operand after it.
+    """
     symbols = symbols or "".join(rng.choices(_SYMBOLS, _SYMBOL_WEIGHTS, k=len(operands) - 1))
     written = [f"{'(' * (i in groups)}{operand}{')' * (i - 1 in groups)}" for i, operand in enumerate(operands)]
     code = written[0] + "".join(f" {symbol} {operand}" for symbol, operand in zip(symbols, written[1:], strict=True))

@@ -1,8 +1,8 @@
 """How people type: without capitals or all in capitals, with a wrong letter, with many signs, or with an emoji.
 
-A changed message never makes the two splits share a message. Another spelling with the same letters, and other signs
-at the end, keep the phrasing, and the phrasings of the splits differ. The hash of a misspelled message decides which
-split may contain it.
+The splits have no message in common, even after these changes. Other capitals or other signs at the end do not change
+the words of a message, and the splits have different phrasings. If a letter is wrong, the hash of the changed message
+decides which split may contain the message.
 """
 
 import random

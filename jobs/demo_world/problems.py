@@ -51,7 +51,7 @@ _SMALLEST, _LARGEST, _MOST_SHARES = 2, 999, 12
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A word problem. ``unit`` is what the result counts."""
+    """A word problem. ``unit`` names the things that the result counts, such as ``coins``."""
 
     question: str
     code: str
@@ -105,7 +105,7 @@ def _calculation(rng: random.Random, sort: tuple[str, ...]) -> tuple[list[int], 
         code, value = str(numbers[0]), numbers[0]
     for step in sort[1:]:
         if step == "share":
-            # The last number before the share becomes larger, so that nothing remains.
+            # The last number drawn so far is raised until the value can be divided without a remainder.
             among = rng.randint(2, _MOST_SHARES)
             numbers[-1] += -value % among
             value += -value % among

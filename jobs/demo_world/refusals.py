@@ -16,7 +16,7 @@ class UnknownTopic(Phrasings):
 
 
 class UnknownValues(Phrasings):
-    """Values of a relation that nobody in Saltmere has."""
+    """Values that a relation has for nobody in Saltmere, such as a pet that nobody has."""
 
     answer: str
 

@@ -30,7 +30,8 @@ from nanochat_core.store import Store, open_store
 from nanochat_core.training.distributed import ALONE, Ranks, joined, rank_device
 from nanochat_core.training.leases import leased
 
-# A rank with long answers can finish much later than a rank with short answers.
+# Ranks wait this long for each other, because a rank with long answers can finish much later than a rank with short
+# answers.
 _RANK_TIMEOUT_SECONDS = 3600.0
 # Number of prompt tokens that a step of the engine may compute for each running sequence.
 _BUDGET_PER_SEQUENCE = 8
@@ -86,7 +87,7 @@ def run(
     if result is None:
         with leased(store, evaluation.folder, "jobs.eval.chat", ranks):
             _evaluate(settings, checkpoint, tasks, evaluation, device, ranks)
-            ranks.gather(None)  # the parts are complete when every rank has arrived here
+            ranks.gather(None)  # waits until every rank has stored its parts
             if not ranks.leads:
                 return None
             figures = {task.name: score(task, graded_answers_of(evaluation, task), settings.samples) for task in tasks}

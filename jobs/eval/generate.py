@@ -50,7 +50,7 @@ class GenerateSettings(JobSettings):
     temperature: float = setting(0.8, "sampling temperature; 0 is greedy", minimum=0.0)
     top_k: int = setting(50, "number of most likely tokens to sample from; 0 samples from all tokens", minimum=0)
     top_p: float = setting(1.0, "total probability of the most likely tokens to sample from; 1 samples from all")
-    min_p: float = setting(0.0, "least probability of a token, as a share of the most likely token's; 0 is off")
+    min_p: float = setting(0.0, "least probability of a token, as a share of the highest probability; 0 is off")
     repetition_penalty: float = setting(1.0, "factor against tokens that occurred before, prompt included; 1 is off")
     presence_penalty: float = setting(0.0, "subtracted from the logits of tokens that the answer already contains")
     frequency_penalty: float = setting(0.0, "subtracted from a token's logit for each time that the answer contains it")

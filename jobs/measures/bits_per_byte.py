@@ -32,7 +32,7 @@ def bits_per_byte(
     Args:
         rows: number of rows per forward pass.
         max_tokens: stop after about this number of tokens; None uses all documents.
-        ranks: all ranks share the work and get the result.
+        ranks: the ranks that share the work; each of them gets the result.
     """
     device = model.smear_scale.device
     bytes_per_token = torch.tensor(tokenizer.bytes_per_token, device=device)

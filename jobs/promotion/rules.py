@@ -104,7 +104,7 @@ class NoWorse:
 
     def judge(self, metrics: Mapping[str, Metric], promoted: Mapping[str, Metric] | None) -> Outcome:
         """The outcome for a model with these metrics. ``promoted`` is None if no other model is promoted."""
-        rule = f"{self.metric} no worse by {self.margin:g}"
+        rule = f"{self.metric} worse by at most {self.margin:g}"
         if promoted is None:
             return Outcome(rule, None, "no other checkpoint is promoted")
         own, other = metrics.get(self.metric), promoted.get(self.metric)
@@ -116,9 +116,9 @@ class NoWorse:
         lower = self.metric.rpartition(".")[2].endswith(_LOWER_IS_BETTER)
         worse_by = own.value - other.value if lower else other.value - own.value
         passed = worse_by <= self.margin + _ROUNDING
-        allowed = f"{self.margin:g} worse is allowed" if self.margin else "it may not be worse"
-        values = f"{self.metric} is {own.value:.4g}, the promoted model's {other.value:.4g}"
-        return Outcome(rule, passed, f"{values}; {allowed}")
+        allowed = f"be worse by at most {self.margin:g}" if self.margin else "not be worse"
+        values = f"{self.metric} is {own.value:.4g}, the promoted model has {other.value:.4g}"
+        return Outcome(rule, passed, f"{values}; it may {allowed}")
 
     def _not_comparable(self, rule: str, reason: str) -> Outcome:
         return Outcome(rule, None if self.optional else False, reason)

@@ -75,7 +75,7 @@ class Ability:
 
 
 def ability_of(item: Item) -> Ability | None:
-    """The ability of which an item is an example; None if the item is no such example.
+    """The ability of which an item is an example; None if the item is not such an example.
 
     An example is a single question whose answer is code, the code's output and a text. It has at least one argument.
     Raises UserError if the code is not Python.

@@ -31,7 +31,7 @@ class Curriculum(Source):
     """The documents of a lesson in the order in which they are shown. The last document is followed by the first."""
 
     def __init__(self, documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        """``documents`` are pairs: token ids, (length,) int32, and which of them are targets, (length,) bool."""
+        """``documents`` are pairs of token ids, (length,) int32, and a mask, (length,) bool, with True for targets."""
         self._documents = documents
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ def curriculum(
 
 
 def rendered(tokenizer: Tokenizer, conversation: Conversation, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a conversation, (length,) int32, and which of them are targets, (length,) bool.
+    """Token ids of a conversation, (length,) int32, and a mask, (length,) bool, with True for targets.
 
     Both are cut after ``row_tokens`` tokens.
     """

@@ -6,13 +6,14 @@ The questions form groups:
 - ``unseen``: held-out wordings of these questions.
 - ``ability``: the lesson's worked examples with new arguments.
 - ``earlier``: the questions of earlier lessons.
-- ``near``: questions that are similar to the lesson's. They show whether the lesson changes more answers than it says.
-  The group ``near.worded`` has the conversations of fine-tuning whose questions have the most words in common with the
-  lesson's. The group ``near.computed`` has the lesson's questions with other arguments, if fine-tuning taught the model
-  to compute the answers (:mod:`neighbors`).
-- ``own``: held-out questions that the model answered itself before its first lesson (:mod:`rehearsal`). An answer is
-  right if it still contains that answer. The model was sure of each of these answers. This group has questions only if
-  the model's fine-tuning is not known. The questions of ``near.worded`` are then of this kind, too.
+- ``near``: questions that are similar to the lesson's questions. They show whether the lesson changes more answers than
+  it says. The group ``near.worded`` has the conversations of fine-tuning whose questions have the most words in common
+  with the lesson's questions. The group ``near.computed`` has the lesson's questions with other arguments, if
+  fine-tuning taught the model to compute the answers (:mod:`neighbors`).
+- ``own``: held-out questions that the model answered itself before its first lesson (:mod:`rehearsal`). After the
+  lesson, an answer is right if it contains the earlier answer. The model was sure of each earlier answer. This group
+  has questions only if the model's fine-tuning is not known. The questions of ``near.worded`` are then of this kind,
+  too.
 - ``kept``: held-out conversations of the model's recipe that the lesson does not contradict; if the model's fine-tuning
   is not known, conversations about the assistant and for its calculator. Each kind of conversation is also a group of
   its own, such as ``kept.fact``.
@@ -68,10 +69,10 @@ class Examination:
 
     Attributes:
         task: the questions of all groups.
-        probes: questions with their right answers, as tokens. They decide when training ends. They are the lesson's
-            questions as written, other wordings of these questions, trained ones and held-out ones, and drills.
-        others: questions like those of ``kept``, ``near.worded`` or ``own`` that the examination does not ask, with
-            their right answers.
+        probes: questions with their right answers, as tokens. They decide when training ends. The questions are the
+            lesson's questions as written, trained and held-out wordings of these questions, and drills.
+        others: further questions from the same sources as the groups ``kept``, ``near.worded`` and ``own``, with their
+            right answers. The examination does not ask them.
         heard: validation conversations of fine-tuning, as tokens. The lesson does not train on them.
     """
 

@@ -80,7 +80,7 @@ class Conflict:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a model has to remember during a lesson.
+    """The conversations and items that a model has to remember during a lesson.
 
     Attributes:
         conversations: conversations of fine-tuning in random order. Their answers agree with the lesson.
@@ -164,7 +164,7 @@ def remember(
     asked: Mapping[str, Item],
     worked: Callable[[Sequence[Item]], list[Item]],
 ) -> Memory:
-    """What ``parent`` has to remember during a lesson.
+    """The conversations and items that ``parent`` has to remember during a lesson.
 
     Args:
         asked: the lesson's items by their :func:`normal` wordings.
@@ -246,8 +246,8 @@ def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Ran
 def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, bool]:
     """The conversations that the plan names; by default, those on which the model was fine-tuned.
 
-    If these are not known or not in the store, the model itself writes conversations as it was before its lessons. The
-    second value says whether it did.
+    If these conversations are not known or not in the store, the model, as it was before its first lesson, writes
+    conversations itself. The second value is True in this case.
     """
     if plan.replay:
         return Mixture(store, plan.replay), False
@@ -336,8 +336,8 @@ def _agreeing(
 ) -> Conversation | None:
     """The conversation with the lesson's answers and names in place of the earlier answers and names.
 
-    None if a replacement would not fit: an answer to another question than the lesson's contains an earlier answer, and
-    that other question has words of the earlier answer too.
+    None if a replacement would not fit: the lesson does not answer a question, but the answer to this question contains
+    an earlier answer, and the question has words of the earlier answer too.
     """
     messages = list(conversation)
     for i, message in enumerate(messages):

@@ -40,7 +40,8 @@ from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.teach")
 
-# A word that begins with a capital letter inside a sentence, or that a sentence speaks about.
+# A word that may be a name: it begins with a capital letter, and it stands inside a sentence, or before a word such as
+# "is" or before "'s".
 _NAME = re.compile(r"(?<=[a-z,] )[A-Z]\w+|\b[A-Z]\w+(?=(?: is| was| has| lives| works)\b|'s\b)")
 _PRONOUN = re.compile("I|You|He|She|It|We|They|There|This|That|What|Who|Here")
 
@@ -95,11 +96,12 @@ def rehearse(store: Store, ref: CheckpointRef) -> str:
             "that the model does not forget everything else"
         )
     apart = {id(one) for one in sure[: min(HELD_OUT, len(sure) // 2)]}
-    for split, held_out in (("train", False), ("val", True)):  # the second file says that both are complete
+    # The validation file is written last, so if it exists, both files are complete.
+    for split, held_out in (("train", False), ("val", True)):
         rows = (_row(one) for one, _ in written if (id(one) in apart) is held_out)
         write_conversations(store, name, split, rows)
     log.info(
-        "the model has written what it must not forget",
+        "the model has written conversations to repeat during its lessons",
         extra={"conversations": len(written), "sure": len(sure), "mixture": name},
     )
     return name

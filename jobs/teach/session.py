@@ -366,8 +366,8 @@ def _drills(store: Store, items: Sequence[Item], lesson: Lesson) -> tuple[dict[i
 
 def _neighbors(store: Store, memory: Memory, items: Sequence[Item], lesson: Lesson) -> list[Drill]:
     """The lesson's questions with other arguments, if fine-tuning taught the model to compute the answers."""
-    # A model may write code that answers nothing. Of the conversations that it wrote itself, only those count of whose
-    # answers it was sure.
+    # A model may write code that does not answer the question. If the model wrote the conversations itself, only
+    # conversations with answers of which it was sure are used.
     questions = computed(memory.validation if memory.own else memory.conversations, items)
     if not questions:
         return []
@@ -407,7 +407,8 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
     kept = [f"lesson.kept:{lesson.plan.margin}"] if "kept" in exam.groups else []
 
     def margins(prefix: str, margin: float) -> list[str]:
-        # A lesson may always lose one answer. In a group of less than ten questions, one answer is a larger share.
+        # A lesson may always lose one answer. In a group of less than ten questions, one answer is a larger share than
+        # ``margin``.
         groups = sorted(group for group in asked if group.startswith(prefix))
         return [f"lesson.{group}:{max(margin, math.ceil(1000 / asked[group]) / 1000)}" for group in groups]
 

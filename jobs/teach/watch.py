@@ -68,13 +68,13 @@ class Watch:
         """``runner`` runs the lessons; by default it is the one that the settings choose."""
         self._settings, self._store = settings, open_store(settings.home)
         self._runner = runner or self._chosen_runner()
-        # The numbers of the lessons of each model that are done. Such a lesson does not change any more, so its file is
-        # not read again: on S3, each read is a request.
+        # For each model: the numbers of the lessons that are done. A done lesson does not change any more, so its file
+        # is not read again: on S3, each read is a request.
         self._done: dict[str, set[int]] = {}
         self._leases: dict[str, LeaseWatch] = {}
         # The damaged lessons, by model and number, with the reason.
         self._damaged: dict[tuple[str, int], str] = {}
-        # For each model: how many programs in a row did not end their lesson, and when the next one may start.
+        # For each model: how many programs in a row did not end their lesson, and when the next program may start.
         self._interrupted: dict[str, tuple[int, float]] = {}
         self._problem = ""
 

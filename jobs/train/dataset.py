@@ -88,7 +88,7 @@ def validate(store: Store, name: str) -> dict[str, int]:
         problems.append("its download was interrupted; run it again")
     known = manifest.shards if manifest else {}
     present = {key.rsplit("/", 1)[-1] for key in keys}
-    problems += [f"{file} is in {MANIFEST} and missing" for file in sorted(known.keys() - present)]
+    problems += [f"{file} is in {MANIFEST}, but it is missing" for file in sorted(known.keys() - present)]
     documents = empty = text_bytes = 0
     for key in tqdm(keys, desc="validate", unit="shard", disable=not sys.stderr.isatty(), file=sys.stderr):
         file = key.rsplit("/", 1)[-1]

@@ -53,7 +53,7 @@ class PretrainSettings(StageSettings):
     start_from: str | None = setting(
         None,
         "checkpoint of another model to start from: MODEL, MODEL/<stage> or MODEL/<stage>/step_<n>; on the same "
-        "data, the run goes on from before the warmdown to another horizon",
+        "data, the run continues the checkpoint's run from before the warmdown, to another horizon",
     )
     dataset: str = setting(
         help="name of the text dataset in the store, or a mixture NAME[:WEIGHT],… by shares of the tokens"
@@ -67,7 +67,7 @@ class PretrainSettings(StageSettings):
     row_tokens: int | None = setting(
         None, "tokens per row of a batch, at most the context; the context by default", minimum=16
     )
-    window_pattern: str = setting("SSSL", "attention windows of the layers, repeated: S short, L full context")
+    window_pattern: str = setting("SSSL", "attention windows of the layers, repeated: S for short, L for full context")
     ratio: float = setting(DEFAULT_RATIO, "training tokens per scaling parameter", minimum=1e-6, maximum=1e6)
     target_flops: float | None = setting(None, "training FLOPs; replaces --ratio", minimum=1.0, maximum=1e30)
     steps: int | None = setting(None, "optimizer steps; replaces --ratio and --target-flops", minimum=1)
@@ -99,7 +99,9 @@ class PretrainSettings(StageSettings):
     core_bundle: str = setting(PUBLIC_BUNDLE, "tasks of CORE: a folder, s3://bucket/prefix, or the URL of a zip file")
     core_max_per_task: int = setting(500, "examples per task of CORE; 0 takes all", minimum=0)
     sample_every: int = setting(
-        0, "steps between samples of text, for the log and the report; the last step has some; 0 for none", minimum=0
+        0,
+        "steps between samples of text, for the log and the report, with more after the last step; 0 writes none",
+        minimum=0,
     )
 
     @classmethod

@@ -39,7 +39,7 @@ class RlSettings(RolloutSettings):
     """Train the fine-tuned model of the same name by reinforcement learning on the problems of a task."""
 
     task: str = setting(help="problems to train on: arithmetic (of the demo world) or gsm8k (from the store)")
-    reward: str = setting("", "reward function: " + ", ".join(REWARDS) + "; the task's own by default")
+    reward: str = setting("", "reward function: " + ", ".join(REWARDS) + "; by default the reward of the task")
     steps: int | None = setting(None, "optimizer steps; replaces --epochs", minimum=1)
     epochs: float = setting(1.0, "passes over the problems", minimum=0.0, maximum=1e6)
     lr_scale: float = setting(0.05, "factor on all of pretraining's unscaled learning rates", minimum=0.0)

@@ -40,8 +40,8 @@ class SftSettings(StageSettings):
     mixture: str = setting(help="training data, as NAME[:WEIGHT],…: tasks, datasets of the store, or files")
     steps: int | None = setting(None, "optimizer steps; replaces --epochs", minimum=1)
     epochs: float = setting(1.0, "passes over the conversations", minimum=0.0, maximum=1e6)
-    batch_tokens: int | None = setting(None, "tokens per optimizer step; pretraining's by default", minimum=1)
-    context_length: int | None = setting(None, "tokens per row; pretraining's by default", minimum=16)
+    batch_tokens: int | None = setting(None, "tokens per optimizer step; by default as in pretraining", minimum=1)
+    context_length: int | None = setting(None, "tokens per row; by default the model's context", minimum=16)
     lr_scale: float = setting(0.8, "factor on pretraining's unscaled learning rates", minimum=0.0)
     warmdown_ratio: float = setting(0.5, "share of the run that is linear warmdown to 0", minimum=0.0, maximum=1.0)
 
@@ -78,7 +78,7 @@ def fine_tune(settings: SftSettings, runtime: Runtime) -> CheckpointRef:
     context_length = settings.context_length or config.context_length
     if context_length > config.context_length:
         raise UserError(
-            f"--context-length is {context_length}, but the base model's is {config.context_length}; lower it"
+            f"--context-length is {context_length}, but the base model's context is {config.context_length}; lower it"
         )
     rows = rows_per_batch(batch_tokens, context_length)
     stage = Stage("sft", settings, runtime, config, tokenizer, base)

@@ -34,7 +34,7 @@ class TokenizerSettings(JobSettings):
         32768, "largest size of the vocabulary, including the nine special tokens", minimum=SMALLEST_VOCABULARY
     )
     bytes_per_token: int = setting(
-        50, "bytes of text that each token needs; a text too short for the vocabulary gets a smaller one", minimum=1
+        50, "bytes of text that each token needs; a text that is too short gets a smaller vocabulary", minimum=1
     )
     document_characters: int = setting(10_000, "characters used from the start of each document", minimum=1)
     total_characters: int = setting(2_000_000_000, "characters used in total", minimum=1)
@@ -89,7 +89,7 @@ def train_and_save(settings: TokenizerSettings) -> Tokenizer:
         tokenizer = train_tokenizer(texts(), fitting_vocabulary(texts(), settings.vocab_size, settings.bytes_per_token))
         if tokenizer.vocab_size < settings.vocab_size:
             log.warning(
-                "the text is too short for the vocabulary, which gets fewer tokens",
+                "the text is too short for --vocab-size, so the vocabulary is smaller",
                 extra={"tokens": tokenizer.vocab_size, "wanted": settings.vocab_size},
             )
         evaluation = evaluate(store, settings.name, tokenizer, settings.dataset, TEXT_BYTES)

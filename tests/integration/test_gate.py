@@ -81,7 +81,7 @@ def test_a_worse_model_than_the_promoted_one_is_refused_though_it_meets_the_thre
     asked(store, FIRST)
     trained(store, SECOND, 0.9, depth=3)
     decision = asked(store, SECOND)
-    assert decision.refusals == ["chat.accuracy is 0.9, the promoted model's 0.95; 0.02 worse is allowed"]
+    assert decision.refusals == ["chat.accuracy is 0.9, the promoted model has 0.95; it may be worse by at most 0.02"]
     assert decision.against == "tiny sft/step_000001"
     assert promoted(store, "tiny") == FIRST
     assert asked(store, SECOND, Gate(no_worse=("chat.accuracy:0.1",))).promoted

@@ -309,7 +309,7 @@ def test_a_stage_that_is_always_preempted_fails_after_the_retries(make: Make) ->
     reason = "speedrun-pretrain-3-worker-0 ended with exit code 143"
     assert world.run() == (
         f"pretrain ended early 3 times without a new checkpoint, the last time because {reason}; --retries sets how "
-        "often it may"
+        "often a stage may end early"
     )
     assert world.cluster.created[1:] == [f"{JOB}-pretrain-{attempt}" for attempt in (1, 2, 3)]
 

@@ -127,7 +127,7 @@ def report(*parts: str) -> dict[str, Any]:
     outcomes = [
         Outcome("chat.accuracy>=0.9", True, "chat.accuracy is 0.95; at least 0.9 is required"),
         Outcome("core.core>=0.3", False, "core.core is 0.2612; at least 0.3 is required"),
-        Outcome("core.core no worse by 0.02", None, "no other checkpoint is promoted"),
+        Outcome("core.core worse by at most 0.02", None, "no other checkpoint is promoted"),
     ]
     chosen = {name: stages[name] for name in stages if name in parts}
     last = list(chosen)[-1] if chosen else "sft"

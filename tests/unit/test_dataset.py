@@ -513,7 +513,7 @@ def test_validation_compares_with_the_manifest(store: FolderStore, server: Serve
     (folder / "shard_00002.parquet").write_bytes(server.files["/shard_00003.parquet"])
     with pytest.raises(
         UserError,
-        match=r"shard_00001\.parquet is in dataset\.json and missing; shard_00002\.parquet is not the file that",
+        match=r"shard_00001\.parquet is in dataset\.json, but it is missing; shard_00002\.parquet is not the file that",
     ):
         validate(store, "web")
 

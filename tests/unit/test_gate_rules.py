@@ -51,7 +51,7 @@ def test_a_worse_model_is_refused_with_both_figures() -> None:
     own, other = {"chat.accuracy": Metric(0.9, "x")}, {"chat.accuracy": Metric(0.95, "x")}
     outcome = NoWorse.parse("chat.accuracy:0.01").judge(own, other)
     assert outcome.passed is False
-    assert outcome.reason == "chat.accuracy is 0.9, the promoted model's 0.95; 0.01 worse is allowed"
+    assert outcome.reason == "chat.accuracy is 0.9, the promoted model has 0.95; it may be worse by at most 0.01"
 
 
 def test_exactly_the_margin_is_allowed() -> None:

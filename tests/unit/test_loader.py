@@ -317,7 +317,7 @@ def test_a_state_of_its_own_packers_is_enough_for_a_rank(text: TextDataset) -> N
 
 def test_a_state_that_lacks_a_packer_is_refused(text: TextDataset) -> None:
     state = wide_loader(text, "text", rank=1, world_size=4).next_batch().state
-    with pytest.raises(UserError, match="lacks packer 0 of 8: it is not whole; merge the states of all ranks"):
+    with pytest.raises(UserError, match="is incomplete, it lacks packer 0 of 8: merge the states of all ranks"):
         wide_loader(text, "text", state=state)
 
 

@@ -283,7 +283,7 @@ def test_the_text_may_be_in_another_column(tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(csv_lines(TEXTS).replace(b"id,text", b"id,content"))
     else:
         (tmp_path / name).write_bytes(json_lines(TEXTS, "content"))
-    with pytest.raises(UserError, match=r"has no 'text' .*; it has .*; name the one with the text with --text-column"):
+    with pytest.raises(UserError, match=r"has no 'text' .*; it has .*; name the column or field with the text by"):
         documents_of(tmp_path / name)
     training, validation = LocalText(tmp_path / name, column="content").documents()
     assert [*training, *validation] == TEXTS

@@ -279,7 +279,7 @@ def test_sharegpt_rows_without_an_answer_are_left_out_with_a_warning(
         ("a.json", json.dumps([ALPACA, {**ALPACA, "output": None}]), " item 2: 'output' is not a text"),
         ("a.json", json.dumps([ALPACA, {"instruction": "a"}]), " item 2 has no field 'messages'"),
         ("a.json", json.dumps([{"dialog": ["a", "b"]}] * 2), " item 1 has no field 'messages'"),
-        ("a.json", json.dumps([ALPACA])[:-1], " ends before its JSON array does"),
+        ("a.json", json.dumps([ALPACA])[:-1], " is cut off: the file ends before its JSON array does"),
         ("a.csv", "instruction,output\na,b\nc\n", ":3 has 1 fields, but the first line names 2"),
         (
             "a.json",

@@ -55,7 +55,8 @@ def _fastest(operation: Callable[[], object], device: torch.device) -> float:
 def least_costs(config: ModelConfig, item_bytes: int, counts: Sequence[TokenCounts], steps: int) -> tuple[int, int]:
     """Lower bounds of the bytes and FLOPs that a model needs to generate the choices in ``steps`` forward passes.
 
-    ``counts`` has the token counts of each choice, which is one generated answer. The bytes are those to read.
+    ``counts`` has the token counts of each choice, which is one generated answer. Only bytes that are
+    read are counted.
 
     Each step reads the matrices of all blocks and the head once. It reads only a few rows of the embedding tables, so
     the tables are not counted. Each sampled token reads the keys and values of all tokens before it. The tokens of a

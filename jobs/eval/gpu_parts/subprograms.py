@@ -26,7 +26,7 @@ def run_tests(context: Context) -> Result:
     files = [f"tests/unit/{name}" for name in TEST_FILES]
     # --noconftest: conftest.py imports packages that a bare machine does not have.
     command = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-r", "fE", "-k", context.scale.tests, *files]
-    # Without a GPU, Triton interprets its kernels.
+    # Without a GPU, Triton can only interpret its kernels.
     output = run_python(command, {} if context.device.type == "cuda" else {"TRITON_INTERPRET": "1"})
     counts = dict(re.findall(r"(\d+) (passed|skipped|deselected)", output.splitlines()[-1]))
     return {kind: int(number) for number, kind in counts.items()}

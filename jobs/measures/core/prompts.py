@@ -91,7 +91,8 @@ class Prompts:
 
 def draw_examples(number: int, items: int, shots: int) -> list[int]:
     """The numbers of the ``shots`` examples before item ``number`` of a task that has ``items`` items."""
-    # The examples are the same as in a draw from a list of all other items, but no list is built.
+    # The draw is from the numbers of all items except ``number``. Numbers from ``number`` on are shifted by one
+    # afterwards, so that the list of these items need not be built.
     drawn = random.Random(_EXAMPLES_SEED + number).sample(range(items - 1), shots)  # noqa: S311
     return [other if other < number else other + 1 for other in drawn]
 

@@ -89,7 +89,7 @@ def evaluate_core(
 
     Args:
         parts: where finished parts are read and stored; None stores nothing.
-        ranks: all ranks share the work and get the result.
+        ranks: the ranks that share the work; each of them gets the result.
         shown: whether the first rank shows progress.
     """
     shown = shown and ranks.leads

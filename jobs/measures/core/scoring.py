@@ -205,7 +205,8 @@ class TreeAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window, slots = self._windows[layer], self._slots[-len(q) :]
-        # Each has the shape (batch, heads, prefix + nodes, head_dim). The mask below hides padding from all tokens.
+        # Each padded tensor has the shape (batch, heads, prefix + nodes, head_dim). The mask below hides padding from
+        # all tokens.
         q_all, k_all, v_all = self._padded(q, slots), self._padded(k, self._slots), self._padded(v, self._slots)
         scale = QK_SCALE**2 * math.sqrt(q.size(-1))
         attend = functools.partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=q.size(1) != k.size(1))

@@ -198,8 +198,8 @@ class PackedLoader:
         missing = [packer.number for packer in self._packers if str(packer.number) not in state["packers"]]
         if missing:
             raise UserError(
-                f"the data position lacks packer {missing[0]} of {self._count}: "
-                "it is not whole; merge the states of all ranks"
+                f"the data position is incomplete, it lacks packer {missing[0]} of {self._count}: "
+                "merge the states of all ranks"
             )
         return [state["packers"][str(packer.number)] for packer in self._packers]
 

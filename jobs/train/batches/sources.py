@@ -76,9 +76,9 @@ class TextSource(Source):
 class WindowSource(Source):
     """The documents of a small dataset, cut into windows of at most a row, in a new order each epoch.
 
-    Without windows, a few long documents would keep their packers busy while the other packers repeat the rest. Without
-    the new order, neighboring passages would be in the same batch. A document begins with BOS. Each later window begins
-    with the last token of the window before it, which is not counted as a target again.
+    Without windows, a few long documents would keep their packers busy while the other packers repeat the other
+    documents. Without the new order, neighboring passages would be in the same batch. A document begins with BOS. Each
+    later window begins with the last token of the window before it, which is not counted as a target again.
     """
 
     def __init__(

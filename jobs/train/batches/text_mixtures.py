@@ -26,7 +26,8 @@ from jobs.train.batches.sources import Source
 BLOCK = 16_384
 # Packers read at different speeds, so several blocks are in use at the same time.
 _CACHED_BLOCKS = 64
-# The mean length is measured on runs of consecutive documents, because each run reads one row group.
+# The mean length is measured on a few runs of consecutive documents. Most runs lie in one row group, so few row groups
+# are read.
 _MEASURED_RUNS, _MEASURED_RUN = 8, 32
 
 

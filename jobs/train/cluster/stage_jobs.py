@@ -258,7 +258,7 @@ class StageJobs:
         if fruitless > self._retries:
             times = f"{fruitless} times without a new checkpoint"
             problem = f"{stage.name} ended early {times}, the last time because {outcome.reason}"
-            raise self._failed(last, problem, "; --retries sets how often it may")
+            raise self._failed(last, problem, "; --retries sets how often a stage may end early")
         now = self._clock()
         wait = last.failed_at(now) + retry_delay(fruitless) - now
         if wait > 0:

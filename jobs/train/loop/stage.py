@@ -55,7 +55,7 @@ class StageSettings(RunSettings):
     model: str = setting(help="name of the model in the store")
     seed: int = setting(1, "seed of everything random in the run", minimum=0, maximum=2**63 - 1)
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = setting(
-        "auto", "dtype of activations and matrix products; with auto, fine-tuning and RL take pretraining's"
+        "auto", "dtype of activations and matrix products; with auto, fine-tuning and RL use the dtype of pretraining"
     )
     ask: tuple[str, ...] = setting(
         (), "questions that the model answers during training, for the chat page; comma separated"

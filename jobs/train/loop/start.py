@@ -127,12 +127,13 @@ def tokenizer_name(checkpoint: Checkpoint | Description) -> str:
 
 
 def choose_start(store: Store, start: Checkpoint, inputs: Mapping[str, str], *, exact: bool) -> Start:
-    """How a pretraining run on data with the digests ``inputs`` starts from a checkpoint.
+    """Decide whether a pretraining run goes on with the run of the checkpoint ``start``, or starts anew.
 
-    The run goes on if the data are the same and the checkpoint is from before its run's warmdown. If the data are the
-    same but the checkpoint is from the warmdown, the last checkpoint before the warmdown takes its place. Raises
-    UserError if there is no checkpoint before the warmdown. ``exact`` means that the user named a step. In
-    this case, no other checkpoint replaces the given checkpoint.
+    ``inputs`` are the digests of the new run's data. The new run goes on if the checkpoint's run has the same data, and
+    if the checkpoint is from before the warmdown and has an optimizer state. If the data are the same but the
+    checkpoint is from the warmdown, the last checkpoint before the warmdown replaces it. Raises UserError if there is
+    no checkpoint before the warmdown. With ``exact``, the user named a step: no other checkpoint replaces ``start``,
+    and a run from a checkpoint of the warmdown starts anew.
     """
     known = start.meta.get("inputs", {}) if start.ref.stage == "base" else {}
     if inputs != {name: known.get(name) for name in inputs}:

@@ -113,7 +113,7 @@ def _wandb(model: str, stage: str, folder: Path, config: Mapping[str, Any]) -> T
         # With the console off, W&B does not get the job's log lines.
         settings=wandb.Settings(console="off", silent=True),
     )
-    # W&B's own step counter would refuse the steps that a resumed run repeats.
+    # W&B's own step counter would refuse the steps that a resumed run repeats, so the metric ``step`` replaces it.
     run.define_metric("*", step_metric="step")
     log.info("tracking", extra={"tracker": "wandb", "run": run.url})
     return Tracker("wandb", lambda step, metrics: run.log({"step": step, **metrics}), run.finish)

@@ -96,7 +96,7 @@ class Trainer:
         """
         state, last_step = self.state, self.config.schedule.steps
         if state.step == last_step:
-            return self.config.checkpoint(last_step)  # The resumed checkpoint is the final checkpoint.
+            return self.config.checkpoint(last_step)  # The resumed run is finished, so there is nothing to train.
         first_step = state.step + 1
         self._checkpoints.replace_after(state.step)
         prefetched = self._open_batches(state.loader)
