@@ -259,8 +259,8 @@ RECIPES = {
                 "head-dim": 64,
                 "context-length": 256,
                 "batch-tokens": 8192,
-                # Fine-tuning has the same number of rows, so it finds its compiled code in the cache. With the same
-                # window in all layers, fewer kinds of blocks must be compiled than with the default windows.
+                # Fine-tuning has as many rows as pretraining, so it finds its compiled code in the cache. With one
+                # window for all layers, fewer kinds of blocks must be compiled than with the default windows.
                 "device-batch-rows": 16,
                 "window-pattern": "L",
                 "steps": 260,

@@ -71,7 +71,7 @@ def open_source(url: str, shards: int) -> Source:
         files = {name: str(file) for name, file in find_files(path).items() if file_format(name) == "parquet"}
     if len(files) < 2:
         raise UserError(f"{url} holds {len(files)} parquet file(s); at least two are needed, the last for validation")
-    splits = split_files(files, url, "name a folder whose files are for training, and one of them for validation")
+    splits = split_files(files, url, "name a folder with training files and one validation file")
     if splits.validation:
         used = [*splits.training, splits.validation[0]]
         log.info(

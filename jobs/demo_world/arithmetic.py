@@ -44,7 +44,7 @@ _OPERATIONS: dict[str, Callable[[int, int], int | float]] = {
 OPERATORS = tuple(_OPERATIONS)
 # Products are frequent because they have the longest results.
 _OPERATOR_WEIGHTS = (4, 3, 6, 2)
-# Digits after the decimal point of a quotient. The model would make mistakes in longer ones.
+# Digits after the decimal point of a quotient. The model would make mistakes in longer quotients.
 PLACES = 4
 
 

@@ -1,7 +1,7 @@
 """Word problems of one and two steps, which the model solves with one Python expression.
 
 A problem is put together from sentences: what somebody has, what is added or taken away, and a question. The numbers
-are divided between the splits in the same way as those of other calculations (:mod:`expressions`).
+are divided between the splits in the same way as the numbers of other calculations (:mod:`expressions`).
 """
 
 import dataclasses

@@ -29,7 +29,7 @@ class CompareSettings(JobSettings):
     """Show what differs between models: settings, metrics and, with --out, curves."""
 
     models: tuple[str, ...] = setting(
-        help="two or more models, also without the flag: NAME in this store, or STORE/models/NAME",
+        help="two or more models, with or without --models before them: NAME in this store, or STORE/models/NAME",
         positional=True,
     )
     out: str = setting("", "local folder for compare.md, compare.json and curves.png")

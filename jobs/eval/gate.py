@@ -27,7 +27,7 @@ class GateSettings(JobSettings):
     require: tuple[str, ...] = setting((), "thresholds, comma separated, such as chat.accuracy>=0.9,core.core>=0.2")
     no_worse: tuple[str, ...] = setting(
         (),
-        "metrics that may be worse than the promoted model's by at most a margin, such as chat.accuracy:0.01; "
+        "metrics that may be worse than for the promoted model by at most a margin, such as chat.accuracy:0.01; "
         f"empty applies the rules {', '.join(DEFAULT_NO_WORSE)} to the metrics that were measured",
     )
     against: str = setting("", "model whose promoted checkpoint to compare with; empty for the model itself")

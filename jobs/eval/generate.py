@@ -33,7 +33,9 @@ class GenerateSettings(JobSettings):
 
     model: str = setting(help="name of the model in the store")
     prompt: str | None = setting(
-        None, "text to continue or to answer, also without the flag; standard input by default", positional=True
+        None,
+        "text to continue or to answer, with or without --prompt before it; standard input by default",
+        positional=True,
     )
     stage: Literal["auto", "base", "sft", "rl"] = setting(
         "auto", "stage whose newest checkpoint writes; auto is the last stage that the model has"

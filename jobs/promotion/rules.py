@@ -29,7 +29,7 @@ class Gate:
 
     Attributes:
         require: thresholds such as ``chat.accuracy>=0.9``. The rule fails if the metric was not measured.
-        no_worse: metrics, each with the margin by which it may be worse than the promoted model's, such as
+        no_worse: metrics, each with the margin by which it may be worse than for the promoted model, such as
             ``chat.accuracy:0.01``. The rule fails unless both models were measured in the same way. None means
             :data:`DEFAULT_NO_WORSE`; a default rule is skipped if the models were measured in different ways.
     """
@@ -82,7 +82,7 @@ class Require:
 
 @dataclasses.dataclass(frozen=True)
 class NoWorse:
-    """Requires that a metric is not worse than the promoted model's by more than ``margin``.
+    """Requires that a metric is not worse than for the promoted model by more than ``margin``.
 
     Attributes:
         optional: whether the rule is skipped, instead of failing, if the metric was not measured for both models in

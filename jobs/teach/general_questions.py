@@ -1,4 +1,4 @@
-"""Questions about many subjects, for models of which nobody knows what they were asked in fine-tuning."""
+"""Questions about many subjects, for models whose fine-tuning conversations are not known."""
 
 from __future__ import annotations
 

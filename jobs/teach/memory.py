@@ -38,8 +38,8 @@ Conversation = Sequence[Message]
 # Number of fine-tuning conversations that are searched for contradictions. Training repeats some of them.
 _REMEMBERED = 20_000
 _VALIDATION = 128
-# Largest number of conversations that are examined because their questions are the most similar to the lesson's, and of
-# similar ones that show during training whether the model confuses them with the lesson.
+# Largest number of conversations that are examined because their questions are the most similar to the lesson, and of
+# similar conversations that show during training whether the model confuses them with the lesson.
 _EXAMINED = 100
 # Answers such as "I don't know that." contain no knowledge, so a lesson may replace them without a conflict.
 _UNKNOWN = re.compile(r"\b(?:don['’]t|do not|cannot|can['’]t) (?:know|say|tell|answer)|no idea", re.IGNORECASE)
@@ -88,11 +88,11 @@ class Memory:
         near: the members of ``conversations`` that the model could confuse with the lesson: a question has a word of
             the lesson's questions, or an answer says that the model does not know. A conversation with an answer of
             the lesson is left out.
-        examined: conversations whose last questions are the most similar to the lesson's. The lesson is examined with
+        examined: conversations whose last questions are the most similar to the lesson. The lesson is examined with
             them, so they are in neither ``conversations`` nor ``near``. If the model wrote the conversations itself,
             they are in ``validation``.
-        confusable: further members of ``near`` that are as similar to the lesson; empty if the model wrote the
-            conversations itself.
+        confusable: further members of ``near`` that are as similar to the lesson. They show during training whether the
+            model confuses them with the lesson. Empty if the model wrote the conversations itself.
         items: items of the model's earlier lessons whose questions the lesson does not ask.
         conflicts: the earlier answers that the lesson replaces. The lesson's result shows them to the user.
         replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. The result of an earlier lesson
@@ -226,7 +226,7 @@ def remember(
 
 
 def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Random) -> list[Conversation]:
-    """The conversations, those whose last questions are the most similar to the lesson's questions first.
+    """The conversations, sorted by the similarity of their last questions to the lesson's questions, highest first.
 
     ``words`` are the keywords of the lesson's questions. The similarity of a question is the share of its keywords that
     are in ``words``. If several conversations differ only in the last answer, one of them is returned. Conversations
@@ -391,7 +391,7 @@ def _taught_items(store: Store, model: str, numbers: Sequence[int]) -> dict[int,
         try:
             found[number] = with_statements(read_lesson_items(store, read_lesson(store, model, number)))
         except NoLesson as error:
-            log.warning("what an earlier lesson taught is not repeated", extra={"reason": str(error)})
+            log.warning("the items of an earlier lesson are not repeated", extra={"reason": str(error)})
     return found
 
 

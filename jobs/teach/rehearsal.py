@@ -7,9 +7,9 @@ and these answers are repeated. They contain only what the model knows already, 
 model's behavior as it is. For language models, the method is described by Huang et al. 2024 (arXiv 2403.01244).
 
 The first questions are about many subjects (:mod:`general_questions`), and about the assistant and its calculator, as
-in the recipes for a user's own text. Further questions are about what the answers say: about their names, and questions
-that their sentences answer. A model that was fine-tuned like ours cannot write questions itself, because the tokens of
-users' messages were no targets of its training.
+in the recipes for a user's own text. Further questions are about the content of the answers: about the names in them,
+and questions that their sentences answer. A model that was fine-tuned like ours cannot write questions itself, because
+the tokens of users' messages were no targets of its training.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _questions(rng: random.Random) -> list[str]:
 
 
 def _further_questions(conversations: Sequence[Conversation]) -> list[str]:
-    """Different questions about what the answers say: about their names, and questions that their sentences answer."""
+    """Different questions about the content of the answers: about their names, and questions that sentences answer."""
     texts = list(dict.fromkeys(answer.text for _, answer in conversations))
     names = sorted({name for text in texts for name in _NAME.findall(text) if not _PRONOUN.fullmatch(name)})
     found = [question for name in names for question in questions_about(name)]

@@ -62,7 +62,7 @@ log = logging.getLogger("jobs.teach")
 # Smallest share of right answers in each group of the lesson's own questions.
 _LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
 # The largest decreases that the gate permits in the share of right answers: to the questions of earlier lessons, to the
-# questions that are the most similar to the lesson's, to each kind of other questions, and to the questions that the
+# questions that are the most similar to the lesson, to each kind of other questions, and to the questions that the
 # model answered itself. The last number is the largest increase of the loss in nats per token. A kind has only a few
 # questions, so one wrong answer is a large share. An answer of the model itself may change its words and still be true.
 _EARLIER, _NEAR, _KIND, _OWN, _LOSS = 0.1, 0.1, 0.1, 0.1, 0.1

@@ -14,8 +14,8 @@ class TeachSettings(JobSettings):
     """Teach a promoted model what a file says, and promote the taught model if nothing else has become worse."""
 
     lesson: tuple[str, ...] = setting(
-        help="the model, and the file to learn from (.jsonl, .md or text), also without the flag; without a file, "
-        "the model's queued and interrupted lessons are given",
+        help="the model, and the file to learn from (.jsonl, .md or text), with or without --lesson before them; "
+        "without a file, the model's queued and interrupted lessons are given",
         positional=True,
     )
     list: bool = setting(False, "list the model's lessons instead")
@@ -30,7 +30,7 @@ class TeachSettings(JobSettings):
     )
     until: int = setting(
         0,
-        "give the queued and interrupted lessons of the model up to this one, without a file; 0 gives all of them",
+        "last lesson to give of the queued and interrupted lessons, if there is no file; 0 gives all of them",
         minimum=0,
     )
     replay: str = setting(

@@ -52,7 +52,7 @@ class Prompts:
 
     def __init__(self, task: Task, tokenizer: Tokenizer, longest: int) -> None:
         self._task, self._tokenizer, self._longest = task, tokenizer, longest
-        # With this pattern, a token can span the end of an example only if whitespace follows the example.
+        # With SPLIT_PATTERN, a token can span the end of an example only if whitespace follows the example.
         self._separable = tokenizer.pattern == SPLIT_PATTERN
         self._example = functools.cache(lambda number: tokenizer.encode(task.items[number].shown + BETWEEN))
 

@@ -36,7 +36,7 @@ _BLOCK = 256
 def right(question: Question, losses: Sequence[float]) -> bool:
     """Whether a question is answered correctly.
 
-    The option with the lowest loss must be the right one. In language modeling the model must predict every token.
+    The option with the lowest loss must be the right option. In language modeling the model must predict every token.
 
     An option that is a prefix of all other options has no token of its own, and its mean loss is NaN. Comparisons with
     NaN are false, so an option with the loss NaN counts as the best if and only if it is the first option. This rule is
@@ -67,8 +67,8 @@ class Scorer:
     def score(self, questions: Sequence[Question]) -> list[list[float]]:
         """The mean loss over the scored tokens, for each option of each question of a task.
 
-        The loss is in nats. For questions of the kind ``language_modeling``, it is 0 for a token that is the most
-        likely one, and 1 for any other token.
+        The loss is in nats. For questions of the kind ``language_modeling``, the loss of a token is 0 if the model
+        predicts this token, and 1 otherwise.
         """
         trees = [Tree.of(question.options) for question in questions]
         scores = [[math.nan] * len(question.options) for question in questions]

@@ -85,7 +85,7 @@ class Fitted:
     """The conversations of a mixture that have a target within a row.
 
     ``lengths``, (conversations,) int64, has the number of tokens of each training conversation before any cut. ``lost``
-    tells what is cut off or left out of the training conversations.
+    tells how much of the training conversations is cut off or left out.
     """
 
     training: Selection

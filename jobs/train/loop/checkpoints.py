@@ -79,7 +79,7 @@ class RunCheckpoints:
             if changed:
                 raise UserError(
                     f"{ref.prefix} was trained with other settings ({', '.join(changed)}); "
-                    "use the same ones, another --model name, or --no-resume to start over"
+                    "use the same settings, another --model name, or --no-resume to start over"
                 )
             self._model.load_state_dict(checkpoint.weights)
             log.info("resumed", extra={"checkpoint": ref.prefix})

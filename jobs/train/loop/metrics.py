@@ -39,7 +39,7 @@ SKIPPED_STEPS = Counter(
     "Steps without an update, because loss or gradient was not finite, or a loss had a zero gradient",
     _STAGE,
 )
-LOSS_SPIKES = Counter("nanochat_train_loss_spikes_total", "Steps with a loss far above the recent ones", _STAGE)
+LOSS_SPIKES = Counter("nanochat_train_loss_spikes_total", "Steps with a loss far above the recent losses", _STAGE)
 CHECKPOINT_FAILURES = Counter(
     "nanochat_train_checkpoint_failures_total", "Checkpoints that could not be written after all attempts", _STAGE
 )

@@ -33,7 +33,7 @@ class RunConfig:
 
     Attributes:
         meta: description of the run, stored with each checkpoint. The run resumes from a checkpoint only if the
-            checkpoint's ``settings`` and ``inputs`` equal the run's. The inputs are digests of the stage's data and
+            checkpoint has the same ``settings`` and ``inputs``. The inputs are digests of the stage's data and
             initial weights.
         kept_step: the checkpoint of this step is always written, and never deleted because of its age; 0 for none.
     """
