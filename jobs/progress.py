@@ -28,7 +28,7 @@ class ProgressDisplay:
     Use it as a context manager, and call :meth:`update` after each unit. On a terminal the bar shows as many facts as
     its width has room for; a fact is a short text such as ``loss 2.31``. Without a terminal the display logs one event
     at most every :data:`LOG_INTERVAL_SECONDS`, and one when the task is complete. When the task ends, the bar stays,
-    unless ``log`` hides events of level info: in that case, the program that started this one reports the result.
+    unless ``log`` hides events of level info: in that case, the program that started this program reports the result.
 
     Attributes:
         eta_seconds: estimated seconds to the end of the task; NaN while too few units are done for an estimate.

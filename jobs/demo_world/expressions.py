@@ -52,7 +52,8 @@ class Expression:
     def result(self) -> str:
         """The text that the sandbox prints for the code."""
         try:
-            # This module wrote the code. The sandbox will evaluate the same text, so the results cannot differ.
+            # This is safe, because this module wrote the code. The sandbox evaluates the same text later, so the result
+            # there is the same.
             return str(eval(self.code, {"__builtins__": {}}, _FUNCTIONS))  # noqa: S307
         except ZeroDivisionError:
             return DIVISION_BY_ZERO

@@ -1,4 +1,4 @@
-"""What a model must not forget during a lesson: conversations of its fine-tuning and the items of its earlier lessons.
+"""The conversations of fine-tuning and the items of earlier lessons that a model must not forget during a lesson.
 
 Answers that the new lesson contradicts are found and replaced.
 """

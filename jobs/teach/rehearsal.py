@@ -50,14 +50,14 @@ Conversation = tuple[Message, Message]
 # Number of questions about the assistant and its calculator. With 300 of them, a small model that computed 134 of 160
 # held-out answers rightly computed 103 after two lessons.
 _ABOUT_ITSELF = 1500
-# Further questions are made this many times, each time at most as many as _FURTHER says.
+# Number of rounds of further questions, and largest number of further questions in a round.
 _ROUNDS, _FURTHER = 2, 600
 _MAX_TOKENS = 200
 # Half of the answers of which the model was sure, and at most this many, are held out for the examination.
 HELD_OUT = 300
 # A model is sure of an answer if each token of the answer has at least this probability. In two lessons of an imported
 # model, 22 of 24 answers that changed had a less likely token. But a lesson that spread to other questions ("What is my
-# house called?" with the dog's name) replaced answers whose tokens had 0.98 and more.
+# house called?" with the dog's name) replaced answers whose tokens had probabilities of 0.98 and more.
 _SURE = 0.8
 # With fewer answers of which the model was sure, the examination would have too few questions.
 _FEWEST_SURE = 100

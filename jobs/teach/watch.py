@@ -89,7 +89,7 @@ class Watch:
                 try:
                     self.look()
                     self._problem = ""
-                except UserError as error:  # The store or the API server may not answer for a moment.
+                except UserError as error:  # such as a store that does not answer; the next look tries again
                     if str(error) != self._problem:
                         log.warning("no lesson can begin", extra={"reason": str(error)})
                     self._problem = str(error)

@@ -15,7 +15,7 @@ DEPTHS = (12, 20, 26)
 
 
 def plan_memory(_context: Context) -> Result:
-    """Bytes of each model in bf16, for training with the micro-batch of a GPU and for serving."""
+    """Bytes of memory that each model needs in bf16, for training with the micro-batch of a GPU and for serving."""
     return {"plans": [plan(FULL.model(depth), FULL.train_rows) for depth in DEPTHS]}
 
 

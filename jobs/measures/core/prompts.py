@@ -75,7 +75,7 @@ class Prompts:
         return Question(number, kind, tuple(self._cropped(option) for option in options), item.gold)
 
     def _encode(self, examples: Sequence[int], text: str, *, strip: bool = False) -> list[int]:
-        """BOS and the tokens of the examples and the text. They equal the tokens of the joined examples and text."""
+        """BOS, and the tokens that the tokenizer gives for the examples and the text as one joined text."""
         bos = self._tokenizer.bos_id
         shown = [self._task.items[example].shown + BETWEEN for example in examples]
         if not self._separable or any(not each[:1].strip() for each in (*shown, text)):

@@ -52,7 +52,7 @@ def open_trackers(
     """Open the trackers of these names (``tensorboard``, ``wandb``) for one stage of a model.
 
     Args:
-        folder: local folder for the trackers' files; TensorBoard's go to ``<folder>/<model>/<stage>``.
+        folder: local folder for the trackers' files; TensorBoard's files go to ``<folder>/<model>/<stage>``.
         config: settings of the run. A resumed run is recognized by equal settings.
         step: number of steps that earlier processes have done. If it is not 0, a tracker that cannot be opened is left
             out instead of raising an error.
