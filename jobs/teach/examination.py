@@ -59,7 +59,7 @@ _KEPT = 400
 _MAX_TOKENS = 120
 _PROBED_DRILLS = 100
 # A group of the model's own answers is asked only if it has at least this many questions. In a smaller group, a single
-# changed answer would exceed the share that the gate allows.
+# changed answer would be more than a tenth of the group, so the share of right answers would say little.
 _FEWEST_OWN = 10
 
 

@@ -270,11 +270,11 @@ def _without_subjects(
 ) -> list[Conversation]:
     """The conversations whose questions are about other subjects than the questions of the lesson and earlier lessons.
 
-    A question with no other subject than a lesson's question may ask for the lesson's fact in other words: after "Who
-    is my dentist?", this is "Who is the dentist?". The model's earlier answer, such as "I don't know a dentist.", is
-    then neither repeated nor examined. A question of the lesson as it is written stays, because the lesson's answer
-    takes the place of the earlier answer. If ``only_unknown``, all conversations stay in which the model's answer to
-    such a question is not that it does not know.
+    A question with no other subject than a lesson's question may ask for the lesson's fact in other words: if the
+    lesson asks "Who is my dentist?", the question "Who is the dentist?" is left out. The model's earlier answer to it,
+    such as "I don't know a dentist.", is then neither repeated nor examined. A question of the lesson as it is written
+    stays, because the lesson's answer takes the place of the earlier answer. With ``only_unknown``, a question is left
+    out only if the model's earlier answer says that the model does not know.
     """
     subjects = [_subject(item.question) for item in asked.values()]
 
