@@ -210,7 +210,7 @@ def _right(expected: str, response: Response, _: SandboxExecutor) -> bool:
 
 
 def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> list[EvalItem]:
-    """Held-out questions of the model's recipe, without those whose answers lessons change.
+    """Held-out questions of the model's recipe, except questions whose answers a lesson changes.
 
     If a model wrote its own conversations, its recipe counts as not known.
     """

@@ -98,7 +98,7 @@ class StopSignal:
 
 @contextlib.contextmanager
 def open_runtime(name: str, settings: RunSettings, model: str) -> Iterator[Runtime]:
-    """Prepare this process for training: choose the device, join the other ranks, and serve metrics on the first.
+    """Prepare this process for training: choose the device, join the other ranks, and serve metrics on the first rank.
 
     The runtime holds the lease on ``models/<model>`` of the store for the program ``jobs.train.<name>``. Raises a
     :class:`UserError` if another program holds this lease, or if a newer version of nanochat wrote the newest
