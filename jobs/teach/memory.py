@@ -327,7 +327,7 @@ def _item_for(question: str, asked: Mapping[str, Item]) -> Item | None:
 
 
 def _parts(question: str) -> list[str]:
-    """The sentences of a question; also what follows a colon is a sentence."""
+    """The sentences of a question. A colon ends a sentence, too."""
     return re.split(r"(?<=[.!?:])\s+", question.strip())
 
 
