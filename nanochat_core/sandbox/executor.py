@@ -21,7 +21,7 @@ from nanochat_core.sandbox.capture import OnData
 from nanochat_core.sandbox.cgroups import Cgroups
 from nanochat_core.sandbox.examination.programs import candidate_program, judge_program
 from nanochat_core.sandbox.fair_queue import FairQueue
-from nanochat_core.sandbox.fork_server import ForkServer
+from nanochat_core.sandbox.fork_server import ForkServer, ServerLate
 from nanochat_core.sandbox.interface import (
     CodeNotBegun,
     ExecutionResult,
@@ -303,20 +303,25 @@ class SandboxExecutor:
     async def _start_worker(self, peers: Sequence[int] = ()) -> WorkerProcess:
         """Fork a worker. If this fails, try again with a new fork server and, if needed, new scratch folders.
 
-        If somebody is still removing the scratch folders during the second attempt, a third attempt is needed.
+        If somebody is still removing the scratch folders during the second attempt, a third attempt is needed. A fork
+        server that ended while it started is replaced too. One that was late is not: its successor would be late too.
         """
         for attempt in range(1, _ATTEMPTS + 1):
-            server = await self._ready_server()
-            assert self._scratch is not None
+            server: ForkServer | None = None
             try:
+                server = await self._ready_server()
+                assert self._scratch is not None
                 return await WorkerProcess.start(server, self._scratch, peers)
+            except ServerLate:
+                raise
             except WorkerFailed as error:
                 if attempt == _ATTEMPTS:
                     raise
                 log.warning("a new sandbox fork server is needed", extra={"error": str(error)})
-                if self._server is server:
-                    self._server = None
-                server.retire()
+                if server is not None:
+                    if self._server is server:
+                        self._server = None
+                    server.retire()
         raise AssertionError("unreachable")
 
     async def _ready_server(self) -> ForkServer:

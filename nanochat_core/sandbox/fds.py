@@ -4,16 +4,18 @@ import asyncio
 from collections.abc import Callable
 
 
-async def wait_for_fd(add: Callable[..., object], remove: Callable[[int], object], fd: int) -> None:
-    """Wait until ``fd`` can be read or written; ``add`` is the event loop's ``add_reader`` or ``add_writer``."""
+async def wait_for_fd(add: Callable[..., object], remove: Callable[[int], object], *fds: int) -> None:
+    """Wait until one of ``fds`` can be read or written; ``add`` is the loop's ``add_reader`` or ``add_writer``."""
     ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def set_ready() -> None:
         if not ready.done():
             ready.set_result(None)
 
-    add(fd, set_ready)
+    for fd in fds:
+        add(fd, set_ready)
     try:
         await ready
     finally:
-        remove(fd)
+        for fd in fds:
+            remove(fd)

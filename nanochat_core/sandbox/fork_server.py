@@ -84,10 +84,16 @@ class Exit:
         return os.waitstatus_to_exitcode(self.wait_status)
 
 
+class ServerLate(WorkerFailed):
+    """A fork server was not ready within ``_SERVER_START_SECONDS``."""
+
+
 class ForkServer:
     """A running fork server. It may be used only in the event loop and the thread that started it.
 
-    The kernel kills the server when that thread ends, and the workers when the server ends.
+    The kernel kills the server when that thread ends, and the workers when the server ends. The server has ended when
+    its process has ended or its socket is closed. Neither sign suffices: a child of a killed process may keep the
+    socket open for a while, and a launcher ends later than its server.
 
     Attributes:
         private: whether each worker has its own scratch file system. Otherwise, each worker needs a folder.
@@ -118,7 +124,7 @@ class ForkServer:
     async def start(cls, profile: Profile, scratch: ScratchRoot) -> ForkServer:
         """Start a server and wait until it can fork. Its workers use the folders of ``scratch``.
 
-        Raises WorkerFailed if the server does not start.
+        Raises WorkerFailed if the server ends before it can fork, and ServerLate if it takes too long.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
@@ -153,8 +159,10 @@ class ForkServer:
             async with asyncio.timeout(_SERVER_START_SECONDS):
                 ours.send(profile.setup(scratch))
                 loop = asyncio.get_running_loop()
-                await wait_for_fd(loop.add_reader, loop.remove_reader, ours.fileno())
-                answer, listener, _ = _receive(ours)
+                await wait_for_fd(loop.add_reader, loop.remove_reader, ours.fileno(), server._handle)
+                answer, listener = b"", -1
+                with contextlib.suppress(BlockingIOError):  # the process has ended and left the socket open
+                    answer, listener, _ = _receive(ours)
             ready, private = protocol.unpack(answer[4:]) if answer else (b"", b"")
             if ready != protocol.READY:
                 raise OSError("it ended at once")
@@ -163,7 +171,8 @@ class ForkServer:
                 detail = await server._last_words() or str(error) or f"not ready after {_SERVER_START_SECONDS:g} s"
             finally:
                 await asyncio.shield(server.close())
-            raise WorkerFailed(f"the sandbox's fork server did not start: {detail}") from error
+            kind = ServerLate if isinstance(error, TimeoutError) else WorkerFailed
+            raise kind(f"the sandbox's fork server did not start: {detail}") from error
         except BaseException:
             await asyncio.shield(server.close())
             raise
@@ -172,6 +181,7 @@ class ForkServer:
             server.thread_requests = ThreadRequests(listener, profile.config.threads)
             loop.add_reader(listener, server._answer_thread_request)
         loop.add_reader(ours.fileno(), server._receive)
+        loop.add_reader(server._handle, server._process_ended)
         return server
 
     async def fork(self, scratch: str, fds: list[int]) -> tuple[int, int, asyncio.Future[Exit | None]]:
@@ -229,6 +239,9 @@ class ForkServer:
             log.warning("a sandbox fork server did not end by itself", extra={"pid": self.pid})
             signal.pidfd_send_signal(self._handle, signal.SIGKILL)
             await wait_for_fd(loop.add_reader, loop.remove_reader, self._handle)
+        # A launcher that was killed while it started its server may have left a child that waits for it for ever.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         os.close(self._handle)
         os.close(self._stderr)
@@ -247,6 +260,7 @@ class ForkServer:
             return
         self.alive = False
         loop = asyncio.get_running_loop()
+        loop.remove_reader(self._handle)
         loop.remove_reader(self._control.fileno())
         self._control.close()
         if self.thread_requests is not None:
@@ -276,8 +290,7 @@ class ForkServer:
             except OSError:  # the server was killed
                 message = b""
             if not message:
-                self._fail("it ended")
-                self._closing = self._closing or asyncio.create_task(self._report_and_close())
+                self._server_ended()
                 return
             kind, number_text, *facts = protocol.unpack(message[4:])
             number = int(number_text)
@@ -301,6 +314,15 @@ class ForkServer:
                     unborn.exception()
                 self._running.pop(number).set_result(Exit(int(facts[0]), float(facts[1])))
                 self._close_if_idle()
+
+    def _process_ended(self) -> None:
+        """The server's process has ended. Handle what it has sent before."""
+        self._receive()
+        self._server_ended()
+
+    def _server_ended(self) -> None:
+        self._fail("it ended")
+        self._closing = self._closing or asyncio.create_task(self._report_and_close())
 
     async def _last_words(self) -> str:
         """The last line that the server wrote before it ended; empty if there is none."""

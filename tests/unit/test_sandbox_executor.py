@@ -30,12 +30,13 @@ from nanochat_core.sandbox import (
     pool,
     profiles,
     seccomp,
+    worker_process,
 )
 from nanochat_core.sandbox import executor as executor_module
 from nanochat_core.sandbox.call import run_call
 from nanochat_core.sandbox.interpreter import current_executable
 from nanochat_core.sandbox.worker_process import WorkerProcess
-from tests.support.processes import descendants
+from tests.support.processes import command_line, descendants
 from tests.support.waiting import eventually
 
 ENDLESS = "import time\ntime.sleep(60)"
@@ -278,13 +279,55 @@ def test_a_killed_fork_server_costs_only_the_calls_in_flight(make: Callable[...,
         begun = Begun()
         call = asyncio.create_task(executor.execute(TELLS_ITS_BEGINNING, PATIENT, on_output=begun))
         await begun.wait()
-        await asyncio.to_thread(eventually, lambda: executor.stats.running == 1 and executor.stats.warm == 1)
+        await asyncio.to_thread(eventually, lambda: executor.stats.running == 1 and executor.stats.warm >= 1)
         kill(own_processes())
         with pytest.raises(WorkerFailed, match="fork server ended"):
             await call
         assert [(await executor.execute("6 * 7")).result for _ in range(3)] == ["42"] * 3
 
     asyncio.run(run())
+
+
+def test_the_end_of_a_fork_server_is_noticed_although_its_socket_stays_open(
+    make: Callable[..., SandboxExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # If only the limits of a start ended the wait for a dead server, the call would take ten minutes.
+    monkeypatch.setattr(worker_process, "START_SECONDS", 600.0)
+    executor = make()
+    command = executor.isolation.command
+    # A child of the server keeps the socket open, as a worker does that has just been forked.
+    monkeypatch.setattr(
+        executor.isolation, "command", lambda fd: ["/bin/sh", "-c", 'sleep 600 & exec "$@"', "sh", *command(fd)]
+    )
+    kill(own_processes())
+    assert executor.execute_sync("6 * 7").result == "42"
+    (server,), processes = executor.fork_servers, own_processes()
+    kill({server.pid})
+    eventually(lambda: not any("main.py" in command_line(pid) for pid in processes))
+
+    async def run() -> str | None:
+        async with asyncio.timeout(60):
+            return (await executor.execute("6 * 7")).result
+
+    assert asyncio.run(run()) == "42"
+
+
+@pytest.mark.parametrize("leaves_child", [False, True])
+def test_a_fork_server_that_is_killed_while_it_starts_is_replaced(
+    make: Callable[..., SandboxExecutor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, leaves_child: bool
+) -> None:
+    executor = make()
+    command = executor.isolation.command
+    # A killed launcher may leave a child that keeps the server's socket open and waits for ever.
+    child = tmp_path / "child"
+    leave_child = f"sleep 600 & echo $! > {child};" if leaves_child else ""
+    commands = iter([["/bin/sh", "-c", f"{leave_child} kill -9 $$"]])
+    monkeypatch.setattr(executor.isolation, "command", lambda fd: next(commands, None) or command(fd))
+    kill(own_processes())
+    assert executor.execute_sync("6 * 7").result == "42"
+    assert next(commands, None) is None
+    if leaves_child:
+        eventually(lambda: not command_line(int(child.read_text())))
 
 
 def test_only_the_kernel_can_tell_that_a_process_was_killed_for_lack_of_memory(
