@@ -88,6 +88,24 @@ async def test_an_answer_whose_tab_was_closed_is_interrupted_in_the_other(async_
         await expect(b.answers.last).to_contain_text("word")
 
 
+async def test_an_answer_stays_running_while_its_tab_is_too_busy_to_reply(async_browser: Browser) -> None:
+    async with chat_server(async_browser) as server:
+        a, b = await two_tabs(server)
+        server.engine.script = saying("word " * 500, pause=0.02, until=asyncio.Event())
+        await a.ask("Talk")
+        await expect(a.answers.last).to_contain_text("word")
+        await show_same(a, b)
+        computing = asyncio.create_task(
+            a.page.evaluate("() => { const end = Date.now() + 8000; while (Date.now() < end); }")
+        )
+        await b.page.reload()
+        await b.page.wait_for_timeout(5_000)
+        await b.expect_state("streaming")
+        await computing
+        await a.page.close()
+        await b.expect_state("interrupted")
+
+
 async def test_the_place_where_one_reads_stays_when_the_other_tab_asks(async_browser: Browser) -> None:
     async with chat_server(async_browser) as server:
         a, b = await two_tabs(server)

@@ -11,7 +11,7 @@ import { browserStorage, tabStorage } from "./storage/browser";
 import { ConversationStore } from "./storage/conversation-store";
 import { Drafts } from "./storage/drafts";
 import { storedSettings, type Settings } from "./storage/settings";
-import { browserChannel } from "./storage/tabs";
+import { browserLinks } from "./storage/tabs";
 import { storedTheme } from "./storage/theme";
 import { TrainingWatch } from "./training/watch";
 import "./styles/index.css";
@@ -22,7 +22,7 @@ function main(): void {
   takeKey(settings);
   const api = new Api(document.baseURI, () => settings.peek().apiKey);
   const store = new ConversationStore(storage);
-  const app = new ChatApp(api, store, settings, browserChannel());
+  const app = new ChatApp(api, store, settings, browserLinks());
   app.start();
   store.watch(window, {
     header: (header) => app.library.adoptHeader(header),

@@ -1,4 +1,4 @@
-import type { Channel } from "../src/storage/tabs";
+import type { Channel, Locks } from "../src/storage/tabs";
 
 /** The storage as one tab sees it: its own changes at once, and other tabs' changes when they are delivered. */
 export class TabStorage implements Storage {
@@ -48,12 +48,16 @@ interface Write {
 export class BrowserTab {
   readonly storage: TabStorage;
   readonly window = new EventTarget();
+  /** Whether the tab replies to no message, for example because it computes. */
+  busy = false;
+  readonly locks: Locks | null;
   readonly channel: Channel = {
     onmessage: null,
     postMessage: (message) => {
       if (!this.browser.tabs.includes(this)) return;
       for (const other of this.browser.tabs) {
-        if (other !== this) other.channel.onmessage?.call(other.channel, { data: message } as MessageEvent);
+        if (other !== this && !other.busy)
+          other.channel.onmessage?.call(other.channel, { data: message } as MessageEvent);
       }
     },
   };
@@ -64,6 +68,16 @@ export class BrowserTab {
       if (browser.tabs.includes(this)) browser.log.push({ from: this, key, value });
     });
     this.seen = browser.log.length;
+    this.locks = browser.hasLocks
+      ? {
+          request: async (name, hold) => {
+            browser.locks.set(name, this);
+            await hold();
+            browser.locks.delete(name);
+          },
+          query: () => Promise.resolve({ held: [...browser.locks.keys()].map((name) => ({ name })) }),
+        }
+      : null;
   }
 
   /** Lets the tab see the next changes of other tabs, with their storage events. */
@@ -90,6 +104,11 @@ export class BrowserTab {
 export class TestBrowser {
   readonly log: Write[] = [];
   readonly tabs: BrowserTab[] = [];
+  /** The held locks, each with the tab that holds it. */
+  readonly locks = new Map<string, BrowserTab>();
+
+  /** Without `hasLocks`, the browser is one whose page has no secure connection. */
+  constructor(readonly hasLocks = true) {}
 
   open(): BrowserTab {
     const tab = new BrowserTab(this);
@@ -99,6 +118,7 @@ export class TestBrowser {
 
   close(tab: BrowserTab): void {
     this.tabs.splice(this.tabs.indexOf(tab), 1);
+    for (const [name, owner] of this.locks) if (owner === tab) this.locks.delete(name);
   }
 
   disk(): Record<string, string> {

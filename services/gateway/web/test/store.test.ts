@@ -7,6 +7,7 @@ import { changed, mergeHeaders, newHeader, type Header, type StoredConversation 
 import { assistantMessage, userMessage, type Message } from "../src/chat/message";
 import { ConversationStore } from "../src/storage/conversation-store";
 import { DEFAULTS, storedSettings } from "../src/storage/settings";
+import { NO_LINKS } from "../src/storage/tabs";
 import { TestBrowser } from "./browser";
 
 beforeEach(() => localStorage.clear());
@@ -244,7 +245,7 @@ function listings(work: () => void): number {
 
 test("how often the storage's keys are listed does not depend on the number of changes", () => {
   const ids = Array.from({ length: 30 }, (_, index) => `c${index}`);
-  const library = new Library(new ConversationStore(localStorage), null);
+  const library = new Library(new ConversationStore(localStorage), NO_LINKS);
   library.load();
   const stored = ids.map((id) => ({ header: newHeader(id, id, 1), messages: [userMessage(id)] }));
   expect(listings(() => library.merge(stored))).toBe(0);

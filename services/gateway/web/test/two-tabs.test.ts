@@ -60,7 +60,7 @@ class Stream {
 /** The page in one tab. */
 class Tab {
   app!: ChatApp;
-  private inner!: BrowserTab;
+  inner!: BrowserTab;
 
   constructor(
     private readonly browser: TestBrowser,
@@ -81,7 +81,7 @@ class Tab {
       },
     };
     const store = new ConversationStore(this.inner.storage);
-    this.app = new ChatApp(api as unknown as Api, store, signal({ ...DEFAULTS }), this.inner.channel);
+    this.app = new ChatApp(api as unknown as Api, store, signal({ ...DEFAULTS }), this.inner);
     this.app.start();
     const { library } = this.app;
     store.watch(this.inner.window as Window, {
@@ -170,14 +170,13 @@ const EXAMPLES = [
   // A tab whose deletion was taken back made the later deletion of another tab final, which was taken back too.
   "send 1 0, delete 1 0, crash 0 0, new chat 0 0, delete 0 0, deliver 1 0, reload 1 0",
   "send 0 0, reload 1 0, new chat 1 0, delete 1 0, undo 0 0, delete 0 0, deliver 1 0, reload 1 0",
-].map(parseScript);
+].flatMap((text): [Step[], boolean][] => [true, false].map((hasLocks) => [parseScript(text), hasLocks]));
 
-function parseScript(text: string): [Step[]] {
-  const parsed = text.split(/, ?/).map((line) => {
+function parseScript(text: string): Step[] {
+  return text.split(/, ?/).map((line) => {
     const [, step, tab, pick] = /^(.+) ([01]) (\d+)$/.exec(line)!;
     return { step: STEPS.find((known) => known === step)!, tab: tab === "0" ? 0 : 1, pick: Number(pick) } as const;
   });
-  return [parsed];
 }
 
 async function settle(): Promise<void> {
@@ -186,8 +185,8 @@ async function settle(): Promise<void> {
 
 test("in two tabs, nothing that was shown complete is ever lost, and both agree in the end", async () => {
   await fc.assert(
-    fc.asyncProperty(steps, async (script) => {
-      const browser = new TestBrowser();
+    fc.asyncProperty(steps, fc.boolean(), async (script, hasLocks) => {
+      const browser = new TestBrowser(hasLocks);
       const streams: Stream[] = [];
       const tabs = [new Tab(browser, streams), new Tab(browser, streams)];
       try {
@@ -265,8 +264,8 @@ function state(tab: Tab): unknown {
   return stored.map(({ header, messages }) => [header, messages.toSorted((a, b) => (a.id < b.id ? -1 : 1))]);
 }
 
-function pair(): { browser: TestBrowser; streams: Stream[]; a: Tab; b: Tab } {
-  const browser = new TestBrowser();
+function pair(hasLocks = true): { browser: TestBrowser; streams: Stream[]; a: Tab; b: Tab } {
+  const browser = new TestBrowser(hasLocks);
   const streams: Stream[] = [];
   const a = new Tab(browser, streams);
   return { browser, streams, a, b: new Tab(browser, streams) };
@@ -298,8 +297,51 @@ test("another tab sees an answer grow, calls it running, and can stop it", async
   expect(lastAnswer(b)).toMatchObject({ content: "One two", state: "stopped" });
 });
 
-test("an answer whose tab has crashed becomes interrupted", async () => {
+test("an answer stays running while its tab is too busy to reply, until the tab crashes", async () => {
   const { browser, streams, a, b } = pair();
+  await settle();
+  a.app.send("Hi");
+  await settle();
+  a.inner.busy = true;
+  browser.deliverAll();
+  await vi.advanceTimersByTimeAsync(120_000);
+  expect(lastAnswer(b).state).toBe("streaming");
+  expect(streams[0]!.open).toBe(true);
+  a.close();
+  await vi.advanceTimersByTimeAsync(10_000);
+  expect(lastAnswer(b).state).toBe("interrupted");
+});
+
+test("the lock of an answer is released when the answer has ended", async () => {
+  const { browser, streams, a } = pair();
+  await settle();
+  a.app.send("Hi");
+  await settle();
+  expect([...browser.locks.keys()]).toEqual([`nanochat.answer.${lastAnswer(a).id}`]);
+  streams[0]!.finish(new ConnectionError("gone"));
+  await settle();
+  expect(browser.locks.size).toBe(0);
+});
+
+test("without locks, the answer of a tab that does not reply is interrupted until it is complete", async () => {
+  const { browser, streams, a, b } = pair(false);
+  await settle();
+  a.app.send("Hi");
+  await settle();
+  a.inner.busy = true;
+  browser.deliverAll();
+  await vi.advanceTimersByTimeAsync(10_000);
+  expect(lastAnswer(b).state).toBe("interrupted");
+  a.inner.busy = false;
+  streams[0]!.say("One");
+  streams[0]!.finish("done");
+  await settle();
+  browser.deliverAll();
+  expect(lastAnswer(b)).toMatchObject({ content: "One", state: "complete" });
+});
+
+test.each([true, false])("an answer whose tab has crashed becomes interrupted (locks: %s)", async (hasLocks) => {
+  const { browser, streams, a, b } = pair(hasLocks);
   await settle();
   a.app.send("Hi");
   await settle();

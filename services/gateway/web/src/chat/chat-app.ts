@@ -5,7 +5,7 @@ import { Health } from "../api/health";
 import type { ModelInfo } from "../api/wire";
 import type { ConversationStore } from "../storage/conversation-store";
 import { sampling, type Settings } from "../storage/settings";
-import type { Channel } from "../storage/tabs";
+import { NO_LINKS, type TabLinks } from "../storage/tabs";
 import { writeAnswer, type AnswerPart } from "./answer";
 import { Busy } from "./busy";
 import { Conversation } from "./conversation";
@@ -50,10 +50,10 @@ export class ChatApp {
     private readonly api: Api,
     readonly store: ConversationStore,
     readonly settings: Signal<Settings>,
-    channel: Channel | null = null,
+    links: TabLinks = NO_LINKS,
   ) {
     this.health = new Health(api);
-    this.library = new Library(store, channel);
+    this.library = new Library(store, links);
     this.conversations = this.library.conversations;
     this.active = computed(
       () => this.conversations.value.find((conversation) => conversation.id === this.activeId.value) ?? null,
@@ -153,6 +153,7 @@ export class ChatApp {
   private ask(conversation: Conversation, ...messages: [Message, ...Message[]]): void {
     conversation.running.peek()?.stop();
     const controller = new AbortController();
+    const release = this.library.hold(messages.at(-1)!.id);
     const added = batch(() => {
       conversation.change(() => ({ updatedAt: Date.now() }));
       conversation.running.value = { answer: messages.at(-1)!.id, stop: () => controller.abort() };
@@ -161,7 +162,7 @@ export class ChatApp {
     });
     this.library.saveMessages(conversation, ...added.map((message) => message.peek()));
     this.library.saveHeader(conversation);
-    void this.answer(conversation, added.at(-1)!, controller.signal);
+    void this.answer(conversation, added.at(-1)!, controller.signal).finally(release);
   }
 
   private async answer(conversation: Conversation, answer: Signal<Message>, abort: AbortSignal) {

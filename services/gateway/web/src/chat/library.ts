@@ -1,6 +1,6 @@
 import { batch, computed, signal, type ReadonlySignal, type Signal } from "@preact/signals";
 import { headerFor, type ConversationStore } from "../storage/conversation-store";
-import { Tabs, type Channel } from "../storage/tabs";
+import { Tabs, type TabLinks } from "../storage/tabs";
 import { Conversation } from "./conversation";
 import { changed, compareProgress, type Header, type StoredConversation } from "./merge";
 import { settled, type Message } from "./message";
@@ -21,9 +21,9 @@ export class Library {
 
   constructor(
     private readonly store: ConversationStore,
-    channel: Channel | null,
+    links: TabLinks,
   ) {
-    this.tabs = new Tabs(channel, {
+    this.tabs = new Tabs(links, {
       writes: (answer) => this.writerOf(answer) !== undefined,
       stop: (answer) => this.writerOf(answer)?.running.peek()!.stop(),
     });
@@ -81,6 +81,11 @@ export class Library {
       if (conversation.deleted.peek()) this.restore([conversation]);
       this.store.save(conversation.toStored());
     }
+  }
+
+  /** Tells other tabs that this tab writes the answer, until the returned function is called. */
+  hold(answer: string): () => void {
+    return this.tabs.hold(answer);
   }
 
   /** Stops an answer that another tab writes. */
