@@ -15,12 +15,12 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
+from nanochat_core.fair_slots import FairSlots
 from nanochat_core.sandbox import interpreter
 from nanochat_core.sandbox.call import run_call
 from nanochat_core.sandbox.capture import OnData
 from nanochat_core.sandbox.cgroups import Cgroups
 from nanochat_core.sandbox.examination.programs import candidate_program, judge_program
-from nanochat_core.sandbox.fair_queue import FairQueue
 from nanochat_core.sandbox.fork_server import ForkServer, ServerLate
 from nanochat_core.sandbox.interface import (
     CodeNotBegun,
@@ -85,7 +85,7 @@ class SandboxExecutor:
         self._servers: set[ForkServer] = set()
         self._starting_server = asyncio.Lock()
         self._renewal: asyncio.Task[None] | None = None
-        self._slots = FairQueue(self.config.concurrency)
+        self._slots = FairSlots(self.config.concurrency)
         self._pairs = asyncio.Semaphore(self.config.concurrency)
         self._sessions = Sessions(self.config.sessions, self.config.session_seconds)
         self._closing = False

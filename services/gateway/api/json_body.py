@@ -13,6 +13,8 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
+from nanochat_core.fair_slots import FairSlots
+from services.gateway.admission.caller import Caller
 from services.gateway.errors import ClientGone, bad_request
 
 # Larger bodies are parsed in a thread. Parsing a body of this size takes at most about 2 ms, whatever it contains; a
@@ -24,20 +26,25 @@ _REST = 9
 _ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F]..)|.)", re.DOTALL)
 
 
-class _Parser:
-    """Parses large bodies one after the other in one thread, which rests after each body.
+class Parser:
+    """Parses large bodies one after the other in one thread, which rests after each body. Callers take turns.
 
     While a JSON parser works, it holds Python's global lock, and the event loop waits. With several
     threads, or without these rests, the loop would get the lock too seldom while many large bodies arrive.
     """
 
     def __init__(self) -> None:
+        self._turn = FairSlots(1)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "json")
         self._rest_ends = 0.0  # on the monotonic clock
 
-    async def parse(self, body: bytes) -> Any:
-        """Parses a body in the thread. Returns the values and raises the errors of :func:`parse`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._parse, body)
+    async def parse(self, body: bytes, caller: str) -> Any:
+        """Parses a body of the caller with this id. Returns the values and raises the errors of :func:`parse`."""
+        await self._turn.acquire(caller)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._parse, body)
+        finally:
+            self._turn.release()
 
     def _parse(self, body: bytes) -> Any:
         time.sleep(max(0.0, self._rest_ends - time.monotonic()))
@@ -53,7 +60,7 @@ class _Parser:
             self._rest_ends = ended + _REST * (ended - began)
 
 
-_PARSER = _Parser()
+_PARSER = Parser()
 
 
 class JsonRoute(APIRoute):
@@ -80,7 +87,8 @@ class _JsonRequest(Request):
         body = await self.body()
         if len(body) <= _INLINE_BYTES:
             return parse(body)
-        return await _PARSER.parse(body)
+        caller: Caller = self.scope["state"]["caller"]
+        return await _PARSER.parse(body, caller.id)
 
 
 def parse(body: bytes) -> Any:

@@ -1,10 +1,10 @@
-"""A bounded number of slots, and a queue in which callers take turns."""
+"""A bounded number of slots for which callers take turns."""
 
 import asyncio
 import collections
 
 
-class FairQueue:
+class FairSlots:
     """Lets at most ``slots`` calls run at once. Waiting calls with different keys take turns.
 
     Calls with the same key are served in the order of their arrival. A caller with many calls therefore delays another
