@@ -53,16 +53,6 @@ def engine(served: tuple[ScriptedEngine, str]) -> ScriptedEngine:
     return served[0]
 
 
-@pytest.fixture
-def url(served: tuple[ScriptedEngine, str]) -> str:
-    return served[1]
-
-
-@pytest.fixture
-def client(url: str) -> openai.AsyncOpenAI:
-    return openai_client(url)
-
-
 async def test_a_conversation_is_answered(engine: ScriptedEngine, client: openai.AsyncOpenAI) -> None:
     engine.script = saying("the wor", "ld")
     answer = await client.chat.completions.create(model="nano", messages=HELLO)

@@ -18,7 +18,6 @@ from tests.support.scripted_engine import (
     hanging,
     http_client,
     ids,
-    openai_client,
     running_engine,
     running_gateway,
     saying,
@@ -40,16 +39,6 @@ def engine(served: tuple[ScriptedEngine, str]) -> ScriptedEngine:
     served[0].forget()
     served[0].script = saying(" world")
     return served[0]
-
-
-@pytest.fixture
-def url(served: tuple[ScriptedEngine, str]) -> str:
-    return served[1]
-
-
-@pytest.fixture
-def client(url: str) -> openai.AsyncOpenAI:
-    return openai_client(url)
 
 
 async def echo(request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:

@@ -13,7 +13,6 @@ from tests.support.scripted_engine import (
     failing,
     hanging,
     http_client,
-    openai_client,
     running_engine,
     running_gateway,
     saying,
@@ -39,16 +38,6 @@ async def served() -> AsyncIterator[tuple[ScriptedEngine, str]]:
 def engine(served: tuple[ScriptedEngine, str]) -> ScriptedEngine:
     served[0].script = saying("hello")
     return served[0]
-
-
-@pytest.fixture
-def url(served: tuple[ScriptedEngine, str]) -> str:
-    return served[1]
-
-
-@pytest.fixture
-def client(url: str) -> openai.AsyncOpenAI:
-    return openai_client(url)
 
 
 def json_schema(**changes: Any) -> dict[str, Any]:

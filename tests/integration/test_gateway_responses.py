@@ -50,16 +50,6 @@ def engine(served: tuple[ScriptedEngine, str]) -> ScriptedEngine:
     return served[0]
 
 
-@pytest.fixture
-def url(served: tuple[ScriptedEngine, str]) -> str:
-    return served[1]
-
-
-@pytest.fixture
-def client(url: str) -> openai.AsyncOpenAI:
-    return openai_client(url)
-
-
 async def python_script(_request: pb.GenerateRequest, _context: Any) -> AsyncIterator[pb.GenerateChunk]:
     call = pb.ToolEvent(call=pb.ToolCall(call_index=0, code="6*7"))
     yield chunk(ids("é = ".encode(), "<|python_start|>", "6*7", "<|python_end|>"), events=[call])

@@ -14,7 +14,6 @@ from nanochat_core.protos import engine_pb2 as pb
 from tests.support.scripted_engine import (
     TOKENIZER,
     ScriptedEngine,
-    openai_client,
     running_engine,
     running_gateway,
     saying,
@@ -48,11 +47,6 @@ async def served() -> AsyncIterator[tuple[ScriptedEngine, str]]:
 def engine(served: tuple[ScriptedEngine, str]) -> ScriptedEngine:
     served[0].forget()
     return served[0]
-
-
-@pytest.fixture
-def client(served: tuple[ScriptedEngine, str]) -> openai.AsyncOpenAI:
-    return openai_client(served[1])
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "get_weather"}}])

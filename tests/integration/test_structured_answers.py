@@ -15,7 +15,7 @@ from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.support.engine_models import BYTES, tiny_model
-from tests.support.scripted_engine import http_client, openai_client, running_gateway, until_ready
+from tests.support.scripted_engine import http_client, running_gateway, until_ready
 from tests.support.service_process import EngineProcess
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -48,11 +48,6 @@ async def url(engine: EngineProcess) -> AsyncIterator[str]:
     async with running_gateway(engine.address) as url:
         await until_ready(url)
         yield url
-
-
-@pytest.fixture
-def client(url: str) -> openai.AsyncOpenAI:
-    return openai_client(url)
 
 
 async def test_an_answer_follows_its_schema(client: openai.AsyncOpenAI) -> None:
