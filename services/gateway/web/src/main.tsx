@@ -36,15 +36,23 @@ function main(): void {
   window.addEventListener("online", () => void app.health.check());
   window.addEventListener("offline", () => void app.health.check());
 
+  const hidden = () => document.hidden;
   const training = new TrainingWatch(document.baseURI, {
+    hidden,
     apiKey: () => settings.peek().apiKey,
     waiting: () => app.health.state.peek() !== "ready",
     onServed: () => void app.health.check(),
   });
   void training.check();
   const lessons = new Lessons(api, {
+    hidden,
     hasKey: () => isKey(settings.peek().apiKey),
     onServed: () => void app.health.check(),
+  });
+  document.addEventListener("visibilitychange", () => {
+    if (hidden()) return;
+    void training.check();
+    void lessons.check();
   });
   const key = computed(() => settings.value.apiKey);
   effect(() => {

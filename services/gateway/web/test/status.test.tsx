@@ -138,3 +138,22 @@ test("a late answer to the key before changes nothing", async () => {
   expect(app.problem.value).toBeNull();
   expect(app.status.value).not.toBeNull();
 });
+
+test("a reading that ends after the page was hidden is the last one", async () => {
+  let readings = 0;
+  let arrive!: (status: Status) => void;
+  reply = () => {
+    readings += 1;
+    return new Promise((resolve) => (arrive = resolve));
+  };
+  const reading = app.read();
+  app.stop();
+  arrive(STATUS);
+  await reading;
+  await vi.advanceTimersByTimeAsync(60_000);
+  expect(readings).toBe(1);
+  void app.read(); // the page is visible again
+  arrive(STATUS);
+  await vi.advanceTimersByTimeAsync(2_000);
+  expect(readings).toBe(3);
+});

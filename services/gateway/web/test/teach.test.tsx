@@ -267,3 +267,20 @@ test("a link may hand over a key", () => {
   expect(keyOf("#key=nc-0123456789ab-ff")).toBe("nc-0123456789ab-ff");
   expect(keyOf("#/c/abc")).toBeNull();
 });
+
+test("while the page is hidden, the lessons are not requested, and later they are again", async () => {
+  let hidden = false;
+  const api = new Api("http://localhost/", () => "nc-1");
+  served = { ...list, data: [lesson] }; // the server works on a lesson
+  lessons = new Lessons(api, { hasKey: () => true, onServed: vi.fn(), hidden: () => hidden });
+  await lessons.check();
+  hidden = true;
+  await vi.advanceTimersByTimeAsync(60_000);
+  expect(asked).toHaveLength(1);
+  hidden = false;
+  await lessons.check();
+  await vi.advanceTimersByTimeAsync(1_000);
+  expect(asked).toHaveLength(3);
+  served = list;
+  await vi.advanceTimersByTimeAsync(1_000);
+});

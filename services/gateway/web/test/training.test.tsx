@@ -294,3 +294,41 @@ test.each([
   expect(asked).toBe(times);
   watch.stop();
 });
+
+test("while the page is hidden, the watch requests nothing, and it goes on when it is asked again", async () => {
+  vi.useFakeTimers();
+  let [asked, hidden] = [0, false];
+  vi.stubGlobal("fetch", () => {
+    asked++;
+    return Promise.resolve(new Response(JSON.stringify(learning)));
+  });
+  const watch = new TrainingWatch("http://host/", { hidden: () => hidden });
+  await watch.check();
+  hidden = true;
+  await vi.advanceTimersByTimeAsync(120_000);
+  expect(asked).toBe(1);
+  hidden = false;
+  await watch.check();
+  await vi.advanceTimersByTimeAsync(2_000);
+  expect(asked).toBe(3);
+  watch.stop();
+});
+
+test.each([
+  ["the server is away", () => Promise.reject(new TypeError("gone"))],
+  ["no engine answers", () => Promise.resolve(new Response("{}", { status: 503 }))],
+])("while %s, the pauses grow to eight seconds", async (_, fail) => {
+  vi.useFakeTimers();
+  const start = Date.now();
+  const asked: number[] = [];
+  vi.stubGlobal("fetch", () => {
+    asked.push((Date.now() - start) / 1000);
+    const away = asked.length > 1 && asked.length < 8;
+    return away ? fail() : Promise.resolve(new Response(JSON.stringify(learning)));
+  });
+  const watch = new TrainingWatch("http://host/");
+  await watch.check();
+  await vi.advanceTimersByTimeAsync(44_000);
+  expect(asked).toEqual([0, 2, 4, 8, 16, 24, 32, 40, 42, 44]);
+  watch.stop();
+});

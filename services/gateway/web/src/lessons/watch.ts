@@ -21,12 +21,13 @@ export class Lessons {
 
   constructor(
     private readonly api: Api,
-    private readonly options: { hasKey: () => boolean; onServed: () => void },
+    private readonly options: { hasKey: () => boolean; onServed: () => void; hidden?: () => boolean },
   ) {}
 
   /**
    * Requests the lessons now, and again every second while the server works on a lesson or the dialog is open.
-   * Without an API key, nothing is requested, because only callers with a key may teach.
+   * While the page is hidden, no request begins by itself. Without an API key, nothing is requested, because only
+   * callers with a key may teach.
    */
   async check(): Promise<void> {
     clearTimeout(this.timer);
@@ -43,7 +44,10 @@ export class Lessons {
     clearTimeout(this.timer);
     if (!list) return;
     const working = list.roll_back?.state === "requested" || list.data.some((lesson) => !isDone(lesson));
-    if (working || this.open.peek()) this.timer = setTimeout(() => void this.check(), CHECK_MS);
+    if (!working && !this.open.peek()) return;
+    this.timer = setTimeout(() => {
+      if (!this.options.hidden?.()) void this.check();
+    }, CHECK_MS);
   }
 
   show(): void {

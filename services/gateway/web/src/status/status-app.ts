@@ -18,6 +18,7 @@ export class StatusApp {
   readonly problem = signal<"key" | "unreachable" | "failed" | null>(null);
   private timer: ReturnType<typeof setTimeout> | undefined;
   private readAt = 0;
+  private stopped = false;
 
   constructor(
     private readonly base: string,
@@ -27,6 +28,7 @@ export class StatusApp {
 
   async read(): Promise<void> {
     clearTimeout(this.timer);
+    this.stopped = false;
     const key = this.key.peek();
     if (key === "") {
       this.problem.value = "key";
@@ -49,10 +51,13 @@ export class StatusApp {
         return;
       }
     }
-    this.timer = setTimeout(() => void this.read(), POLL_MS);
+    clearTimeout(this.timer);
+    if (!this.stopped) this.timer = setTimeout(() => void this.read(), POLL_MS);
   }
 
+  /** Reads no more until the next call of `read`. */
   stop(): void {
+    this.stopped = true;
     clearTimeout(this.timer);
   }
 }

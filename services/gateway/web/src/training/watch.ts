@@ -3,11 +3,14 @@ import { isRunning, type Progress } from "./progress";
 
 const SOON_MS = 2_000; // pause between checks while a training runs, its model is loaded, or no model exists
 const LATER_MS = 30_000;
+const LONGEST_RETRY_MS = 8_000; // after each failed check in a row, the pause doubles up to this time
 
 interface Options {
   apiKey?: () => string;
   /** Whether the server has no model yet, so that a training may begin at any time. */
   waiting?: () => boolean;
+  /** Whether nobody can see the page. No check then begins by itself; call `check` when the page is visible again. */
+  hidden?: () => boolean;
   /** Called when the served revision changes. */
   onServed?: () => void;
 }
@@ -20,6 +23,7 @@ export class TrainingWatch {
   readonly seenRunning = signal(false);
   private timer: ReturnType<typeof setTimeout> | undefined;
   private stopped = false;
+  private failures = 0;
 
   constructor(
     private readonly base: string,
@@ -42,7 +46,13 @@ export class TrainingWatch {
     // After the promotion, the engine takes a moment to serve the promoted model.
     const changing = this.seenRunning.peek() && known?.served !== known?.promoted;
     const soon = known ? isRunning(known) || changing : (this.options.waiting?.() ?? false);
-    this.timer = setTimeout(() => void this.check(), soon ? SOON_MS : LATER_MS);
+    const retry = Math.min(SOON_MS * 2 ** Math.max(this.failures - 1, 0), LONGEST_RETRY_MS);
+    this.timer = setTimeout(
+      () => {
+        if (!this.options.hidden?.()) void this.check();
+      },
+      soon ? retry : LATER_MS,
+    );
   }
 
   stop(): void {
@@ -59,8 +69,11 @@ export class TrainingWatch {
         headers: key ? { authorization: `Bearer ${key}` } : {},
         signal: AbortSignal.timeout(10_000),
       });
-      return response.ok ? ((await response.json()) as Progress) : null;
+      const found = response.ok ? ((await response.json()) as Progress) : null;
+      this.failures = response.status >= 500 ? this.failures + 1 : 0;
+      return found;
     } catch {
+      this.failures += 1;
       return null; // the page's health check says what is wrong
     }
   }
