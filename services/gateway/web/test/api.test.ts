@@ -86,6 +86,15 @@ test("a server that is not there is a connection error", async () => {
   await expect(collect(api.chat(REQUEST, never))).rejects.toThrow(ConnectionError);
 });
 
+test("a reply that breaks off is a lost connection, also if it is no stream", async () => {
+  const api = await serve((_, response) => {
+    response.writeHead(200, { "content-type": "application/json", "content-length": "100" });
+    response.write('{"waits_for":', () => response.destroy());
+  });
+  await expect(api.readiness()).rejects.toThrow(ConnectionError);
+  await expect(api.models()).rejects.toThrow(ConnectionError);
+});
+
 test("a reply that is no stream is not read as one", async () => {
   const api = await serve((_, response) => response.writeHead(200, { "content-type": "text/html" }).end("Log in"));
   await expect(collect(api.chat(REQUEST, never))).rejects.toThrow(ProtocolError);

@@ -24,7 +24,7 @@ export class Api {
   async readiness(): Promise<Readiness> {
     const response = await this.request("readyz", { cache: "no-store", signal: AbortSignal.timeout(10_000) });
     if (!response.ok) return { status: response.status, waitsFor: null };
-    return { status: response.status, waitsFor: ((await response.json()) as { waits_for: string | null }).waits_for };
+    return { status: response.status, waitsFor: (await bodyOf<{ waits_for: string | null }>(response)).waits_for };
   }
 
   async models(): Promise<ModelInfo[]> {
@@ -69,7 +69,7 @@ export class Api {
   private async json<T>(path: string, init: RequestInit): Promise<T> {
     const response = await this.request(path, init);
     if (!response.ok) throw await ApiError.fromResponse(response);
-    return (await response.json()) as T;
+    return bodyOf(response);
   }
 
   private async request(path: string, init: RequestInit): Promise<Response> {
@@ -83,4 +83,12 @@ export class Api {
       throw new ConnectionError("the server could not be reached", { cause });
     }
   }
+}
+
+/** Reads the JSON of a response. Throws ConnectionError if the connection is lost before all of it has arrived. */
+async function bodyOf<T>(response: Response): Promise<T> {
+  const text = await response.text().catch((cause: unknown) => {
+    throw new ConnectionError("the connection was lost", { cause });
+  });
+  return JSON.parse(text) as T;
 }
