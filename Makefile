@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH):$(or $(XDG_CACHE_HOME),$(HOME)/.cac
 # Some environments forbid Python to store compiled modules. Each process would then compile all of torch's Python again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run test test-unit test-web test-cluster test-cluster-full test-numerics test-clients chaos bench gpu lint lint-types lint-rules servers format docs manifests protos lock images release clean setup
+.PHONY: help run test test-unit test-web test-cluster test-cluster-full test-numerics test-clients test-browsers chaos bench gpu lint lint-types lint-rules servers format docs manifests protos lock images release clean setup
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -27,7 +27,7 @@ TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores 
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs neither Docker nor Kubernetes
 	@$(MAKE) --no-print-directory --jobs=2 SERVERS=servers lint-types lint-rules test-web
-	@$(PYTHON) -m pytest -m "not cluster" $(SIDE_BY_SIDE) --cov --cov-report=
+	@$(PYTHON) -m pytest -m "not cluster and not browsers" $(SIDE_BY_SIDE) --cov --cov-report=
 	@echo "The test processes themselves run $$(coverage report --format=total) % of the lines; coverage html shows which"
 
 test-unit: setup ## The unit tests that start no server and train nothing: run them often while you edit
@@ -54,6 +54,10 @@ test-numerics: setup $(STATIC)/index.html ## Run the tests that train, with othe
 test-clients: setup ## Install client libraries of other projects outside .venv, and try them with the gateway
 	@tests/install-clients
 	@$(PYTHON) -m pytest tests/integration/test_clients.py -rs
+
+test-browsers: setup $(STATIC)/index.html ## Install Firefox and WebKit, and try the chat page in them
+	@tests/install-browsers
+	@$(PYTHON) -m pytest tests/e2e/test_other_browsers.py -rfEs
 
 # MINUTES and SEED may be set: make chaos MINUTES=1 SEED=7
 MINUTES := 10

@@ -83,14 +83,21 @@ class ChatServer:
 
 
 @contextlib.asynccontextmanager
-async def chat_server(browser: Browser, *, context_length: int = 4096, **settings: Any) -> AsyncIterator[ChatServer]:
-    """Runs the server until the ``with`` block ends. Raises AssertionError if a tab had a problem."""
+async def served_page(*, context_length: int = 4096, **settings: Any) -> AsyncIterator[tuple[ScriptedEngine, str]]:
+    """Runs a gateway with the built page, in front of a scripted engine. Yields the engine and the page's URL."""
     assert (STATIC / "index.html").is_file(), "the page is not built: make services/gateway/static/index.html"
     async with (
         running_engine(context_length=context_length) as engine,
         running_gateway(engine.address, static=STATIC, **settings) as url,
     ):
         await until_ready(url)
+        yield engine, url
+
+
+@contextlib.asynccontextmanager
+async def chat_server(browser: Browser, **options: Any) -> AsyncIterator[ChatServer]:
+    """Runs the server until the ``with`` block ends. Raises AssertionError if a tab had a problem."""
+    async with served_page(**options) as (engine, url):
         server = ChatServer(browser, engine, url)
         try:
             yield server
