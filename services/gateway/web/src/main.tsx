@@ -32,6 +32,8 @@ function main(): void {
   effect(() => {
     document.title = app.active.value ? `${app.active.value.title.value} · nanochat` : "nanochat";
   });
+  // Firefox loses most of what a page stores in pagehide while its tab closes. The person may still stay on the page.
+  window.addEventListener("beforeunload", () => app.library.saveUnfinished());
   window.addEventListener("pagehide", () => app.library.close());
   window.addEventListener("online", () => void app.health.check());
   window.addEventListener("offline", () => void app.health.check());

@@ -382,6 +382,17 @@ test("leaving the page makes a deletion final", async () => {
   expect(Object.keys(localStorage).filter((key) => key.startsWith("nanochat.message."))).toEqual([]);
 });
 
+test("what has arrived is stored when the page may close, and the answer goes on", async () => {
+  api.replies = [lingers];
+  app.send("Hi");
+  await settled();
+  await vi.waitFor(() => expect(lastAnswer().content).toBe("Well"));
+  app.library.saveUnfinished();
+  const stored = new ConversationStore(localStorage).load()[0]!.messages[1];
+  expect(stored).toMatchObject({ content: "Well", state: "streaming" });
+  expect(lastAnswer().state).toBe("streaming");
+});
+
 test("leaving the page keeps what has arrived", async () => {
   api.replies = [lingers];
   app.send("Hi");

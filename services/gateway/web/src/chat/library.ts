@@ -129,9 +129,14 @@ export class Library {
       return deleted.value && deleted.at === at;
     });
     this.store.removeMessages(new Set(final.map(([{ id }]) => id)));
+    this.saveUnfinished(settled);
+  }
+
+  /** Stores the unfinished answers of this tab, each in the form that `as` gives it. */
+  saveUnfinished(as: (answer: Message) => Message = (answer) => answer): void {
     for (const conversation of this.conversations.peek()) {
       const message = conversation.message(conversation.running.peek()?.answer ?? "");
-      if (message) this.saveMessages(conversation, settled(message.peek()));
+      if (message) this.saveMessages(conversation, as(message.peek()));
     }
   }
 
