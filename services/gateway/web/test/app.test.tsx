@@ -179,3 +179,31 @@ test("a pasted text that no model can read is kept out and named", async () => {
   expect(paste.defaultPrevented).toBe(true);
   expect(document.querySelector(".toast")!.textContent).toContain("3,000,000 characters");
 });
+
+test("a turn of the wheel lets go of the end, before the browser has scrolled", async () => {
+  const view = document.querySelector(".thread")!;
+  const sizes = { scrollHeight: 1_000, clientHeight: 400, scrollTop: 600 };
+  for (const [name, value] of Object.entries(sizes)) Object.defineProperty(view, name, { value, writable: true });
+  const scrollTo = (top: number) => {
+    view.scrollTop = top;
+    view.dispatchEvent(new Event("scroll"));
+  };
+  const toEnd = () => document.querySelector("[aria-label='Go to the latest message']");
+  await vi.waitFor(() => {
+    [600, 500].forEach(scrollTo);
+    expect(toEnd()).not.toBeNull();
+  });
+  scrollTo(600);
+  await vi.waitFor(() => expect(toEnd()).toBeNull());
+  const inside = view.querySelector(".column")!;
+  const turn = (init: WheelEventInit) => inside.dispatchEvent(new WheelEvent("wheel", { bubbles: true, ...init }));
+  inside.scrollTop = 50; // an element that scrolls itself
+  turn({ deltaY: -3 });
+  inside.scrollTop = 0;
+  turn({ deltaY: 3 });
+  turn({ deltaY: -3, ctrlKey: true }); // zooms
+  expect(view.scrollTop).toBe(600);
+  turn({ deltaY: -3 });
+  expect(view.scrollTop).toBeLessThan(600);
+  await vi.waitFor(() => expect(toEnd()).not.toBeNull());
+});

@@ -3,6 +3,7 @@ import type { RefObject } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 
 const ROUNDING_PX = 1; // at the end of the content, a distance of less than a pixel may remain
+const LET_GO_PX = 2; // more than ROUNDING_PX, so that the view is no longer at the end
 
 export interface Following {
   scroller: RefObject<HTMLDivElement | null>;
@@ -31,6 +32,13 @@ export function useFollow(): Following {
       else if (view.scrollTop < lastTop) atEnd.value = false;
       lastTop = view.scrollTop;
     };
+    const onWheel = (event: WheelEvent) => {
+      if (!atEnd.peek() || event.deltaY >= 0 || event.ctrlKey || scrollsInside(view, event.target)) return;
+      // WebKit scrolls in another thread. Following the end may undo that scroll before the page learns of it, so the
+      // page itself scrolls a little.
+      view.scrollTop -= LET_GO_PX;
+      onScroll();
+    };
     const observer = new ResizeObserver(() => {
       // The person may have scrolled since the last scroll event.
       onScroll();
@@ -41,10 +49,20 @@ export function useFollow(): Following {
     observer.observe(content.current!);
     observer.observe(view);
     view.addEventListener("scroll", onScroll, { passive: true });
+    view.addEventListener("wheel", onWheel, { passive: true });
     return () => {
       observer.disconnect();
       view.removeEventListener("scroll", onScroll);
+      view.removeEventListener("wheel", onWheel);
     };
   }, []);
   return { scroller, content, atEnd, toEnd };
+}
+
+/** Whether an element inside of the view takes a scroll up, because it has been scrolled down itself. */
+function scrollsInside(view: Element, target: EventTarget | null): boolean {
+  for (let node = target as Element | null; node && node !== view; node = node.parentElement) {
+    if (node.scrollTop > 0) return true;
+  }
+  return false;
 }
