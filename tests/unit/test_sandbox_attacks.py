@@ -71,7 +71,7 @@ def test_every_attack_fails_without_any_privilege(namespaces: bool) -> None:
     try:
         os.chown(folder, NOBODY, NOBODY)
         (Path(folder) / "nanochat_core").mkdir()
-        for name in ("__init__.py", "errors.py", "settings.py", "sandbox"):
+        for name in ("__init__.py", "errors.py", "fair_slots.py", "settings.py", "sandbox"):
             source, copy = REPOSITORY / "nanochat_core" / name, Path(folder) / "nanochat_core" / name
             shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
         script = shutil.copy(sandbox_attacks.__file__, folder)
