@@ -21,12 +21,13 @@ from tests.support.other_browsers import (
     CONVERSATION,
     LAST_ANSWER,
     OtherBrowser,
+    Tab,
     labeled,
     missing_programs,
     other_browser,
     with_id,
 )
-from tests.support.scripted_engine import TOKENIZER, failing, http_client, saying
+from tests.support.scripted_engine import TOKENIZER, ScriptedEngine, failing, http_client, saying
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.browsers, pytest.mark.asyncio(loop_scope="module")]
@@ -159,13 +160,19 @@ async def test_a_second_tab_shows_a_running_answer_and_loses_nothing_of_it(brows
         await a.expect_count(f"{ANSWER}[data-state=complete]", 2)
 
 
+async def two_tabs_of_a_running_answer(browser: OtherBrowser, engine: ScriptedEngine, url: str) -> tuple[Tab, Tab]:
+    """Two tabs that show the same answer. The first one writes it; it has begun, and does not end by itself."""
+    a, b = await browser.open(url), await browser.open(url)
+    engine.script = saying("word " * 500, pause=0.02, until=asyncio.Event())
+    await a.ask("Talk")
+    await a.expect_text(LAST_ANSWER, "word")
+    await b.click(CONVERSATION)
+    return a, b
+
+
 async def test_a_tab_can_stop_the_answer_of_another_one(browser: OtherBrowser) -> None:
     async with served_page() as (engine, url):
-        a, b = await browser.open(url), await browser.open(url)
-        engine.script = saying("word " * 500, pause=0.02, until=asyncio.Event())
-        await a.ask("Talk")
-        await a.expect_text(LAST_ANSWER, "word")
-        await b.click(CONVERSATION)
+        a, b = await two_tabs_of_a_running_answer(browser, engine, url)
         await b.click(with_id("stop"))
         for tab in (a, b):
             await tab.expect_state("stopped")
@@ -174,11 +181,7 @@ async def test_a_tab_can_stop_the_answer_of_another_one(browser: OtherBrowser) -
 
 async def test_an_answer_whose_tab_was_closed_is_interrupted_in_the_other(browser: OtherBrowser) -> None:
     async with served_page() as (engine, url):
-        a, b = await browser.open(url), await browser.open(url)
-        engine.script = saying("word " * 500, pause=0.02, until=asyncio.Event())
-        await a.ask("Talk")
-        await a.expect_text(LAST_ANSWER, "word")
-        await b.click(CONVERSATION)
+        a, b = await two_tabs_of_a_running_answer(browser, engine, url)
         await b.expect_state("streaming")
         await a.close()
         await b.expect_state("interrupted")

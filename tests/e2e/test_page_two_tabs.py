@@ -37,6 +37,16 @@ async def show_same(a: ChatPage, b: ChatPage) -> None:
     await b.page.goto(a.page.url)
 
 
+async def two_tabs_of_a_running_answer(server: ChatServer) -> tuple[ChatPage, ChatPage]:
+    """Two tabs that show the same answer. The first one writes it; it has begun, and does not end by itself."""
+    a, b = await two_tabs(server)
+    server.engine.script = saying("word " * 500, pause=0.02, until=asyncio.Event())
+    await a.ask("Talk")
+    await expect(a.answers.last).to_contain_text("word")
+    await show_same(a, b)
+    return a, b
+
+
 async def test_a_second_tab_shows_a_running_answer_and_loses_nothing_of_it(async_browser: Browser) -> None:
     async with chat_server(async_browser) as server:
         a, b = await two_tabs(server)
@@ -64,11 +74,7 @@ async def test_a_second_tab_shows_a_running_answer_and_loses_nothing_of_it(async
 
 async def test_a_tab_can_stop_the_answer_of_another_one(async_browser: Browser) -> None:
     async with chat_server(async_browser) as server:
-        a, b = await two_tabs(server)
-        server.engine.script = saying("word " * 500, pause=0.02, until=asyncio.Event())
-        await a.ask("Talk")
-        await expect(a.answers.last).to_contain_text("word")
-        await show_same(a, b)
+        a, b = await two_tabs_of_a_running_answer(server)
         await b.find("stop").click()
         await a.expect_state("stopped")
         await b.expect_state("stopped")
@@ -77,11 +83,7 @@ async def test_a_tab_can_stop_the_answer_of_another_one(async_browser: Browser) 
 
 async def test_an_answer_whose_tab_was_closed_is_interrupted_in_the_other(async_browser: Browser) -> None:
     async with chat_server(async_browser) as server:
-        a, b = await two_tabs(server)
-        server.engine.script = saying("word " * 500, pause=0.02, until=asyncio.Event())
-        await a.ask("Talk")
-        await expect(a.answers.last).to_contain_text("word")
-        await show_same(a, b)
+        a, b = await two_tabs_of_a_running_answer(server)
         await b.expect_state("streaming")
         await a.page.close()
         await b.expect_state("interrupted")
@@ -90,11 +92,7 @@ async def test_an_answer_whose_tab_was_closed_is_interrupted_in_the_other(async_
 
 async def test_an_answer_stays_running_while_its_tab_is_too_busy_to_reply(async_browser: Browser) -> None:
     async with chat_server(async_browser) as server:
-        a, b = await two_tabs(server)
-        server.engine.script = saying("word " * 500, pause=0.02, until=asyncio.Event())
-        await a.ask("Talk")
-        await expect(a.answers.last).to_contain_text("word")
-        await show_same(a, b)
+        a, b = await two_tabs_of_a_running_answer(server)
         computing = asyncio.create_task(
             a.page.evaluate("() => { const end = Date.now() + 8000; while (Date.now() < end); }")
         )
