@@ -4,7 +4,6 @@ This takes a training of the demo model, so it runs only with NANOCHAT_TEST_FULL
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -13,13 +12,13 @@ from pathlib import Path
 import pytest
 from test_kubernetes import CHART, RESTRICTED, get, new_namespace
 
-from tests.support.commands import ANSWER, QUESTION, ROOT, assert_answer_came_through_the_tool, run
+from tests.support.commands import ANSWER, ONLY_FULL, QUESTION, ROOT, assert_answer_came_through_the_tool, run
 from tests.support.watched_run import WatchedRun
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(1500),
-    pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_FULL"), reason="NANOCHAT_TEST_FULL is not set"),
+    ONLY_FULL,
 ]
 
 INSTALL_TO_CHAT_SECONDS = 720

@@ -5,7 +5,6 @@ This takes a training of the demo model, so it runs only with NANOCHAT_TEST_FULL
 
 import concurrent.futures
 import contextlib
-import os
 import time
 import urllib.error
 from collections.abc import Iterator
@@ -14,13 +13,13 @@ import pytest
 from test_compose import Stack, get_json
 
 from deploy.local import free_port
-from tests.support.commands import QUESTION, assert_answer_came_through_the_tool
+from tests.support.commands import ONLY_FULL, QUESTION, assert_answer_came_through_the_tool
 from tests.support.watched_run import WatchedRun
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(2400),
-    pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_FULL"), reason="NANOCHAT_TEST_FULL is not set"),
+    ONLY_FULL,
 ]
 
 TRAINING_SECONDS = 1800

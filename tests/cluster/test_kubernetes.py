@@ -21,7 +21,7 @@ import yaml
 from jobs.train.cluster.manifest import Owner, stage_job
 from jobs.train.stages import StageRun
 from tests.support.chart import VALUES
-from tests.support.commands import ANSWER, QUESTION, ROOT, assert_answer_came_through_the_tool, run
+from tests.support.commands import ANSWER, ONLY_FULL, QUESTION, ROOT, assert_answer_came_through_the_tool, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2100)]
 
@@ -371,7 +371,7 @@ def test_a_bad_image_is_held_back_and_a_rollback_removes_it(namespace: str, rele
     assert before <= {pod["metadata"]["name"] for pod in pods_of(namespace, "engine")}, "they were never replaced"
 
 
-@pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_FULL"), reason="NANOCHAT_TEST_FULL is not set")
+@ONLY_FULL
 def test_an_upgrade_of_all_services_breaks_no_stream(namespace: str, release: str, two_engines: str) -> None:
     changed = ",".join(f"{component}.podAnnotations.round=two" for component in ("gateway", "engine", "sandbox"))
     with streams(namespace, two_engines, UPGRADE_STREAMS) as report:
@@ -384,7 +384,7 @@ def test_an_upgrade_of_all_services_breaks_no_stream(namespace: str, release: st
     assert seconds < UPGRADE_SECONDS
 
 
-@pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_FULL"), reason="NANOCHAT_TEST_FULL is not set")
+@ONLY_FULL
 def test_a_canary_that_is_too_slow_returns_by_itself(namespace: str, release: str, two_engines: str) -> None:
     revision = "--set=canary.revision=base/step_000320,canary.percent=50,canary.replicas=1"
     run("helm", "-n", namespace, "upgrade", release, CHART, "--reuse-values", revision, "--wait", "--timeout=4m")
@@ -418,7 +418,7 @@ def test_a_request_waits_until_an_engine_is_there_again(namespace: str, release:
         assert asking.wait(180) == 0
 
 
-@pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_FULL"), reason="NANOCHAT_TEST_FULL is not set")
+@ONLY_FULL
 def test_engines_follow_the_cpu_and_no_stream_breaks(namespace: str, release: str, two_engines: str) -> None:
     if "metrics.k8s.io" not in run("kubectl", "api-versions").stdout:
         pytest.skip("the cluster has no metrics-server")

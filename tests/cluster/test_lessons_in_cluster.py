@@ -4,7 +4,6 @@ The tests run only with NANOCHAT_TEST_FULL=1 (make test-cluster-full).
 """
 
 import json
-import os
 import shutil
 import sys
 import tarfile
@@ -16,13 +15,13 @@ import pytest
 from test_kubernetes import CHART, RESTRICTED, SMALL_ENGINES, get, new_namespace, roll_out, state_of, wait_for
 from test_policies import DENIED, connected, outside, pod
 
-from tests.support.commands import run
+from tests.support.commands import ONLY_FULL, run
 from tests.support.tiny_training import NAME, PRETRAIN, SFT, Jobs, fill
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_FULL"), reason="NANOCHAT_TEST_FULL is not set"),
+    ONLY_FULL,
 ]
 
 LESSON_SECONDS = 400

@@ -8,7 +8,6 @@ run only with NANOCHAT_TEST_FULL=1 (make test-cluster-full).
 """
 
 import json
-import os
 import tarfile
 import urllib.parse
 from collections.abc import Iterator
@@ -32,13 +31,13 @@ from test_kubernetes import (
 from nanochat_core.checkpoint import CheckpointRef, promote
 from nanochat_core.store import open_store
 from nanochat_core.training.checkpoint_writer import save_checkpoint
-from tests.support.commands import ROOT, run
+from tests.support.commands import ONLY_FULL, ROOT, run
 from tests.support.engine_models import BYTES, tiny_model
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(2100),
-    pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_FULL"), reason="NANOCHAT_TEST_FULL is not set"),
+    ONLY_FULL,
 ]
 
 RELEASE, GATEWAY = "nanochat", "nanochat-gateway:80"

@@ -4,19 +4,18 @@ The nodes must also have the image redis:8.2-bookworm. The tests run only with N
 test-cluster-full).
 """
 
-import os
 from collections.abc import Iterator
 
 import pytest
 from test_kubernetes import CHART, LOAD_POD, RESTRICTED, get, new_namespace, pods_of, roll_out, wait_for
 from test_policies import DENIED, connected, outside, pod
 
-from tests.support.commands import run
+from tests.support.commands import ONLY_FULL, run
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_FULL"), reason="NANOCHAT_TEST_FULL is not set"),
+    ONLY_FULL,
 ]
 
 # Prints the status of a request for the list of models with a key.

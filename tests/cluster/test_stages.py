@@ -15,12 +15,12 @@ import pytest
 import yaml
 from test_kubernetes import BASELINE, TRAINING_SECONDS, get, new_namespace, wait_for
 
-from tests.support.commands import ROOT, run
+from tests.support.commands import ONLY_FULL, ROOT, run
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(TRAINING_SECONDS * 4 + 4200),
-    pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_FULL"), reason="NANOCHAT_TEST_FULL is not set"),
+    ONLY_FULL,
 ]
 
 MANIFEST = "jobs/train/speedrun-cpu.yaml"

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 QUESTION = "What is 1234 * 5678?"
 ANSWER = "7006652"
+# The mark of slow tests on a cluster, which only make test-cluster-full runs.
+ONLY_FULL = pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_FULL"), reason="NANOCHAT_TEST_FULL is not set")
 
 
 def run(
