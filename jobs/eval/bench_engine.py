@@ -44,9 +44,11 @@ from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.eval.bench_engine")
 
-# Default numbers of requests: the number for each slot of a closed loop, and the total number for an open loop.
+# Default numbers of requests: _ROUNDS for each request that runs at a time (--batch-sizes), or _ARRIVALS in total
+# (--rate).
 _ROUNDS, _ARRIVALS = 4, 64
-# Before each row every slot is warmed up by a request with this number of output tokens.
+# Before a row of the table is measured, warm-up requests with this number of output tokens are sent, as many as run at
+# a time.
 _WARM_UP_OUTPUT = 4
 
 Client = CoreClient | NetworkClient
@@ -71,7 +73,9 @@ class BenchEngineSettings(JobSettings):
     mixed_outputs: str = setting("10-120", "tokens in the shortest and the longest output of the mix mixed")
     shared_tokens: int = setting(96, "number of first tokens that all prompts of the mix prefix share", minimum=1)
     samples: int = setting(8, "largest number of continuations of a prompt in the mix samples", minimum=1)
-    requests: int = setting(0, "requests per row, at least one per slot; 0 is 4 per slot, or 64 with --rate", minimum=0)
+    requests: int = setting(
+        0, "requests per row, at least as many as run at a time; 0 is 4 times as many, or 64 with --rate", minimum=0
+    )
     seed: int = setting(0, "seed of lengths and arrival times", minimum=0)
     timeout_seconds: float = setting(600.0, "seconds after which an endpoint's request has failed", minimum=0.001)
     api_key_variable: str = setting("", "environment variable with the endpoint's API key; empty sends none")

@@ -31,7 +31,8 @@ def shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """The shapes (out_features, in_features) of all large products of a training step."""
     dim, hidden, rows = config.dim, 4 * config.dim, config.padded_vocab_size
     weights = [(dim, dim), (config.kv_dim, dim), (hidden, dim), (dim, hidden), (rows, dim)]
-    # The gradient of a layer's input is a product with the transposed weight.
+    # The transposed shapes are included, because the gradient of a layer's input is a product with the transposed
+    # weight.
     return list(dict.fromkeys(itertools.chain.from_iterable([(out, into), (into, out)] for out, into in weights)))
 
 

@@ -87,7 +87,7 @@ def run(
     if result is None:
         with leased(store, evaluation.folder, "jobs.eval.chat", ranks):
             _evaluate(settings, checkpoint, tasks, evaluation, device, ranks)
-            ranks.gather(None)  # waits until every rank has stored its parts
+            ranks.gather(None)  # waits until every rank has stored its chunks
             if not ranks.leads:
                 return None
             figures = {task.name: score(task, graded_answers_of(evaluation, task), settings.samples) for task in tasks}
@@ -103,8 +103,8 @@ def evaluation_of(
 ) -> Evaluation:
     """The evaluation of a checkpoint on these tasks.
 
-    Its key names the tasks and the sampling. The store therefore has separate folders for results on different tasks,
-    and for results of greedy and of sampled answers.
+    The tasks and the sampling determine the evaluation's folder in the store. So results on different tasks are in
+    separate folders, and so are results of greedy and of sampled answers.
     """
     sampling = {"samples": settings.samples, "temperature": settings.temperature, "top_k": settings.top_k}
     decisive = {
@@ -135,8 +135,8 @@ def _evaluate(
     generative = [task for task in tasks if isinstance(task, GenerativeTask)]
     if not generative:
         return
-    # The engine's KV cache takes the memory that is free when it starts, so the engine starts after the multiple-choice
-    # tasks.
+    # The engine starts after the multiple-choice tasks, because its KV cache takes all memory that is free when the
+    # engine starts.
     free_memory(device)
     config = EngineConfig(
         max_running=settings.batch,

@@ -98,7 +98,7 @@ def side_by_side(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The settings that differ between runs."""
+    """For each setting that differs between runs, its value in each run."""
     rows = side_by_side([run.settings for run in runs])
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
 

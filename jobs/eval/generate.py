@@ -185,7 +185,8 @@ class Piece:
 def pieces(outputs: Iterable[Output], tokenizer: Tokenizer) -> Iterator[Piece]:
     """Decode an engine's outputs. A character is yielded when all its tokens have arrived.
 
-    Python code and its output are not part of the text. They are in ``tool``, and the code begins with ``>>>``.
+    Python code and its output are not part of a piece's ``text``. They are in its ``tool``, and the code begins with
+    ``>>>``.
     """
     streams: dict[int, AssistantStream] = {}
     for output in outputs:
@@ -218,7 +219,7 @@ def main(settings: GenerateSettings) -> None:
     """Generate to standard output. Python calls go to standard error, so that a pipe gets only the text."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # for terminals that do not know every character
+            stream.reconfigure(errors="replace")  # because some terminals cannot show every character
 
     def write(stream: TextIO, text: str) -> None:
         stream.write(text)

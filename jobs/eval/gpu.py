@@ -45,13 +45,13 @@ class GpuSettings(JobSettings):
 
 
 class PartsFailed(UserError):
-    """Some parts failed."""
+    """Some parts of the check failed."""
 
     exit_code = 1
 
 
 class Unfinished(UserError):
-    """The time limit passed before all parts had run."""
+    """The time limit passed before all parts of the check had run."""
 
     exit_code = 3
 

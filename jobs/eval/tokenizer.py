@@ -13,7 +13,7 @@ from nanochat_core.store import Lease, open_store
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerEvalSettings(JobSettings):
-    """Measure the bytes per token of a tokenizer of the store beside GPT-2's and GPT-4's."""
+    """Compare the bytes per token of a tokenizer of the store with GPT-2's and GPT-4's tokenizers."""
 
     tokenizer: str = setting(help="name of the tokenizer in the store")
     dataset: str = setting("", "text dataset to measure on as well; empty for the tokenizer's training dataset")

@@ -1,4 +1,4 @@
-"""A benchmark's client for the inference core in this process."""
+"""A benchmark's client that runs the inference core in its own process."""
 
 import collections
 import time
@@ -11,16 +11,17 @@ from nanochat_core.engine import Engine, QueueFull, Request, SamplingParams
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import SPECIAL_TOKENS
 
-# Sampled answers use top-k with this usual value, so that the cost of sampling is part of the measured speed.
+# Answers with a temperature above 0 use top-k sampling with this usual value, so that the measured speed includes the
+# time of sampling.
 TOP_K = 50
 
 
 class CoreClient:
-    """Drives the inference core in this process step by step, without streams or threads.
+    """Runs the inference core step by step in the benchmark's own process, without streams or threads.
 
     Attributes:
         vocabulary: prompts consist of token ids below this number.
-        longest: the largest number of tokens of a prompt and its output together.
+        longest: the largest number of tokens that a prompt and its output may have together.
         description: the model, as JSON values.
         steps: number of forward passes of the last run.
         step_seconds: time that the steps of the last run took, scheduling and sampling included.

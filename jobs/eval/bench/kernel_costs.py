@@ -1,4 +1,4 @@
-"""For each kernel of a step on a GPU: the bytes and FLOPs that it needs, and the least time that these take.
+"""Computes the bytes and FLOPs of each kernel of a step on a GPU, and the least time that the kernel takes.
 
 A kernel takes at least as long as its bytes need at the card's memory bandwidth, and at least as long as its FLOPs need
 at the card's peak (Williams, Waterman and Patterson, "Roofline", CACM 2009). The least time of a step is the sum over
@@ -12,8 +12,9 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.training.optim.muon import POLAR_EXPRESS
 
 _BF16, _FP32 = 2, 4
-# Keys in one split of attention. ``nanochat_core/engine/backends/gpu/network.py`` has the same number, but that module
-# cannot be imported here, because it needs Triton.
+# Number of keys in one split of attention: the part of a context that one thread block reads.
+# ``nanochat_core/engine/backends/gpu/network.py`` has the same number, but that module cannot be imported here, because
+# it needs Triton.
 _SPLIT = 256
 
 
@@ -59,7 +60,8 @@ def decode_kernels(config: ModelConfig, batch: int, context: int) -> list[Kernel
     """
     dim, kv, depth, vocab = config.dim, config.kv_dim, config.depth, config.padded_vocab_size
     seen = [min(context, window + 1) for window in config.windows]
-    # A split stores its sums in fp32, and another kernel combines the splits.
+    # The number of splits of each layer is needed because each split writes its sums in fp32, and another kernel reads
+    # them.
     splits = [-(-keys // _SPLIT) for keys in seen]
 
     def product(name: str, into: int, out: int, count: int, added: int = 0) -> Kernel:
@@ -111,7 +113,8 @@ def training_kernels(config: ModelConfig, tokens: int, micro_batches: int) -> li
     blocks, vocab, depth = config.block_matrix_parameters, config.padded_vocab_size, config.depth
     every = micro_batches * tokens
     attention = sum(12.0 * config.dim * min(window, config.context_length) for window in config.windows)
-    # The forward and the backward pass each read a weight in fp32, write it in bf16, and read it in bf16.
+    # Bytes that a pass forward and a pass backward move for each weight: each of the two passes reads the weight in
+    # fp32, writes it in bf16, and reads it in bf16.
     casts = 2 * (_FP32 + 2 * _BF16)
     dim, kv = config.dim, config.kv_dim
     shapes = [(dim, dim), (dim, dim), (kv, dim), (kv, dim), (4 * dim, dim), (dim, 4 * dim)]
@@ -120,7 +123,8 @@ def training_kernels(config: ModelConfig, tokens: int, micro_batches: int) -> li
         Kernel(
             "products of the blocks", 18 * depth * micro_batches, casts * micro_batches * blocks, 6.0 * blocks * every
         ),
-        # The raw logits and their gradients are written and read in bf16; the gradients are read twice.
+        # The bytes are those of five accesses in bf16: the logits are written and read, and their gradients are written
+        # and then read twice.
         Kernel(
             "head and loss",
             3 * micro_batches,
@@ -128,7 +132,8 @@ def training_kernels(config: ModelConfig, tokens: int, micro_batches: int) -> li
             6.0 * config.dim * config.vocab_size * every,
         ),
         Kernel("attention", 3 * depth * micro_batches, _BF16 * 12 * config.dim * depth * every, attention * every),
-        # Weights and momenta are read and written, and gradients are read.
+        # The bytes are those of five accesses in fp32: weights and momenta are read and written, and gradients are
+        # read.
         Kernel(
             "Muon",
             len(POLAR_EXPRESS) * 3 * len(set(shapes)),
@@ -158,7 +163,9 @@ class Communication:
 
 
 def communication(config: ModelConfig, ranks: int) -> Communication:
-    """The communication of one step on ``ranks`` ranks, by rings, in which a rank sends every shard but its own.
+    """The communication of one step on ``ranks`` ranks.
+
+    The ranks communicate in a ring, in which each rank sends every shard except one.
 
     The matrices and the head are fp32, and the embedding tables are bf16.
     """

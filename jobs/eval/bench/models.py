@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device = CPU) -> GPT:
-    """A model with random weights. Output projections are random too, although they start at zero in training.
+    """A model with random weights. The output projections are random too, unlike in training, where they start at zero.
 
     The weights are drawn on ``device``, because a GPU fills a large model in a second. With the same seed, a CPU and a
     GPU draw different weights.
@@ -27,6 +27,6 @@ def random_model(config: ModelConfig, dtype: torch.dtype, seed: int, device: tor
 
 
 def random_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer with arbitrary tokens, for models that only need a vocabulary of this size."""
+    """A tokenizer with arbitrary tokens, for models that only need a vocabulary of ``vocab_size`` tokens."""
     ordinary = vocab_size - len(SPECIAL_TOKENS)
     return Tokenizer([bytes([i % 256]) * (i // 256 + 1) for i in range(ordinary)])

@@ -1,4 +1,4 @@
-"""Clients over the network: for an engine service, and for any server that offers OpenAI's chat completions."""
+"""Benchmark clients that send requests over the network, to an engine service or an OpenAI-compatible server."""
 
 import asyncio
 import itertools
@@ -26,8 +26,8 @@ _TEXT = (
     "service friend father power hour game line end member law car city"
 )
 WORDS = _TEXT.split()
-# Numbers of words of two trial prompts. Their two token counts give the tokens per word and the tokens of the chat
-# template.
+# Numbers of words of two trial prompts. From the token counts of the two prompts, the client computes the number of
+# tokens per word and of the chat template.
 _FEW_WORDS, _MANY_WORDS = 8, 32
 _CONNECT_SECONDS = 10.0
 

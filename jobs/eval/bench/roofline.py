@@ -1,7 +1,8 @@
 """The roofline of inference: the fewest bytes and FLOPs that a model needs, and the highest rates of this machine.
 
-A run's bytes and FLOPs are divided by the time of the run's steps. A comparison of these rates with the machine's rates
-tells how near the run comes to the hardware's limits (Williams, Waterman and Patterson, "Roofline", CACM 2009).
+A run's bytes and FLOPs are divided by the time of the run's steps. The resulting rates are compared with the machine's
+rates. This shows how near the run comes to the hardware's limits (Williams, Waterman and Patterson, "Roofline", CACM
+2009).
 """
 
 import dataclasses
@@ -59,9 +60,9 @@ def least_costs(config: ModelConfig, item_bytes: int, counts: Sequence[TokenCoun
     read are counted.
 
     Each step reads the matrices of all blocks and the head once. It reads only a few rows of the embedding tables, so
-    the tables are not counted. Each sampled token reads the keys and values of all tokens before it. The tokens of a
-    prompt are computed together and read the prompt's keys and values once. Tokens in the prefix cache are not
-    computed, and neither is the last token of a choice.
+    the tables are not counted. Each sampled token reads the keys and values of the tokens to which it attends. The
+    tokens of a prompt are computed together and read the prompt's keys and values once. Tokens in the prefix cache are
+    not computed, and neither is the last token of a choice.
 
     A token takes two FLOPs for each weight of the blocks, and four FLOPs for each channel of each key that it attends
     to. If the model samples after a token, the token also takes two FLOPs for each weight of the head. Each number in

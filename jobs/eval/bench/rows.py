@@ -51,7 +51,7 @@ def table_line(row: Row) -> str:
 def plot_benchmark(path: Path, rows: Sequence[Row]) -> None:
     """Write a PNG with throughput and latencies over the load. Lines of p50 are solid, and lines of p95 are dashed.
 
-    Either all rows have ``slots`` or all have ``rate``.
+    Either all rows have ``slots``, a number of sequences, or all rows have ``rate``, in requests per second.
     """
     load, label = ("rate", "requests per second sent") if rows[0]["slots"] is None else ("slots", "sequences at a time")
     mixes = list(dict.fromkeys(row["mix"] for row in rows))

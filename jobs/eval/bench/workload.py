@@ -1,4 +1,8 @@
-"""The workload of a benchmark: requests of a mix, and the load that decides when they are sent."""
+"""The workload of a benchmark: the requests, and the load, which decides when the requests are sent.
+
+A mix is a kind of requests: ``fixed`` (all of the same lengths), ``mixed`` (of random lengths), ``samples`` (with
+several continuations of each prompt) or ``prefix`` (with prompts that begin with the same tokens).
+"""
 
 import dataclasses
 import math

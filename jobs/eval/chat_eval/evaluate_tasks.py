@@ -27,7 +27,7 @@ from nanochat_core.training.distributed import Ranks
 log = logging.getLogger("jobs.eval.chat")
 
 # Number of questions in a chunk. A rank that is interrupted loses one chunk of a multiple-choice task, or all
-# unfinished chunks of a generative task, because these are answered together.
+# unfinished chunks of a generative task, because the chunks of a generative task are answered together.
 _CHUNK = {"choice": 256, "generative": 32}
 # Number of tokens in one forward pass over multiple-choice questions, padding included.
 _FORWARD_TOKENS = 8192

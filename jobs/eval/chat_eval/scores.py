@@ -14,10 +14,11 @@ from nanochat_core.chat import parse_messages
 
 Json = Any
 
-# ChatCORE is the mean over these tasks. If some of the tasks were not evaluated, ChatCORE is partial.
+# ChatCORE is the mean centered accuracy of these tasks. If some of the tasks were not evaluated, it is the mean over
+# the other tasks.
 CHAT_CORE_TASKS = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spelling")
-# A result quotes at most this many wrong and right answers per task. Wrong answers tell more about the model than right
-# answers.
+# A result quotes at most this many wrong and right answers per task. It quotes more wrong answers, because they tell
+# more about the model than right answers.
 _WRONG_EXAMPLES, _RIGHT_EXAMPLES = 20, 5
 
 
@@ -100,7 +101,7 @@ def chat_core(tasks: Mapping[str, Mapping[str, Json]]) -> tuple[float | None, li
 
 
 def table(result: Mapping[str, Json]) -> list[str]:
-    """The lines of the table that the command prints. ``result`` has ``tasks``, ``chatcore`` and ``missing``."""
+    """The lines of the table that ``jobs.eval.chat`` prints. ``result`` has ``tasks``, ``chatcore`` and ``missing``."""
     tasks = result["tasks"]
     width = max(12, *map(len, tasks))
     lines = [f"{'task':<{width}} {'right':>6} {'of':>6} {'accuracy':>9} {'baseline':>9} {'centered':>9}"]

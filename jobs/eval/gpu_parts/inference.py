@@ -1,4 +1,7 @@
-"""The speed of inference: decoding by batch size, with and without CUDA graphs; prefill; the first token under load."""
+"""Measures the speed of inference: of decoding, of prefill, and of requests that arrive at random times.
+
+Decoding is measured by batch size, with and without CUDA graphs.
+"""
 
 import contextlib
 import dataclasses
@@ -29,8 +32,8 @@ def measure_inference(context: Context, depth: int) -> Result:
         max_waiting=2 * max(most, scale.loaded_requests),
         token_budget=max(EngineConfig.token_budget, most),
         kv_cache_bytes=scale.cache_bytes,
-        # A model with random weights repeats itself, so speculative drafts would be right more often than with a
-        # trained model.
+        # Speculative decoding is off: a model with random weights repeats itself, so its drafts would be right more
+        # often than those of a trained model.
         speculative_tokens=0,
     )
     without_graphs = dataclasses.replace(decoding, cuda_graphs=False)
@@ -69,7 +72,7 @@ def _shape(prompt: int, output: int) -> Shape:
 def _shares(
     context: Context, model: GPT, counts: list[TokenCounts], steps: int, seconds: float
 ) -> dict[str, float | None]:
-    """The shares of bandwidth and FLOP/s that steps used; None if the limits are unknown."""
+    """The shares of the device's bandwidth and FLOP/s that the steps used; None if the device was not measured."""
     read, computed = least_costs(model.config, model.compute_dtype.itemsize, counts, steps)
     limits = context.limits
     return {

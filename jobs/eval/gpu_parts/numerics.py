@@ -16,13 +16,13 @@ from nanochat_core.model import GPT
 # A small model is enough, because it shows the same errors as a large model.
 MODEL = ModelConfig.from_depth(4, vocab_size=512, head_dim=64, context_length=512)
 _PROMPT_LENGTHS, _OUTPUT_TOKENS = (5, 40, 300), 32
-# Largest difference of a log probability in fp32. The engine adds numbers in another order than a plain forward pass,
-# so the last bits differ.
+# Largest permitted difference, in fp32, between a log probability of the engine and of a plain forward pass. The engine
+# adds numbers in another order, so the last bits differ.
 _MOST_FP32 = 5e-3
 # In bf16, the engine's error may be at most this many times the error of a plain forward pass. Both are mean squares of
 # the differences from fp32.
 _MOST_BF16_RATIO = 2.0
-# Largest relative error of a gradient against fp32.
+# Largest permitted relative error of a gradient, compared with the gradient in fp32.
 _MOST_GRADIENT = {"bf16": 0.1, "fp8": 0.3}
 
 

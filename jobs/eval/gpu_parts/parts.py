@@ -13,13 +13,13 @@ from jobs.eval.gpu_parts.profiles import profile_kernels
 from jobs.eval.gpu_parts.subprograms import compare_engine, compare_training, compare_transformers, run_tests
 from jobs.eval.gpu_parts.training import compare_attention, measure_muon, measure_training
 
-# A CPU may be shared with other programs, so a part may take much longer on a CPU than it needs.
+# Time limit of each part on a CPU. It is long, because other programs may use the CPU at the same time.
 _CPU_SECONDS = 600
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part. It runs in a process of its own, which has failed if it takes longer than ``seconds``."""
+    """One part of ``jobs.eval.gpu``. It runs in a process of its own, and fails if it takes longer than ``seconds``."""
 
     name: str
     seconds: float

@@ -1,4 +1,4 @@
-"""Profiles of a training step and of decoding: each kernel's share of the device's time."""
+"""Profiles a training step and decoding: measures each kernel's share of the device's time."""
 
 import contextlib
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def profile_kernels(context: Context) -> Result:
 
 
 def _profile(context: Context, work: Callable[[], object], repeats: int) -> Result:
-    """Profile repeated calls.
+    """Profile ``repeats`` calls of ``work``.
 
     ``busy_share`` is the kernels' time divided by the duration. During the rest of the duration, the device waits for
     the host.

@@ -33,7 +33,7 @@ def run_tests(context: Context) -> Result:
 
 
 def compare_engine(context: Context) -> Result:
-    """Measure this project's engine and karpathy/nanochat's engine."""
+    """Measure this project's engine and karpathy/nanochat's engine in the same way."""
     if context.peer is None:
         raise Unavailable("give a checkout of karpathy/nanochat by --peer")
     cases = "single,samples-8,samples-64,samples-256" if context.scale is FULL else "single"
@@ -41,7 +41,7 @@ def compare_engine(context: Context) -> Result:
 
 
 def compare_transformers(context: Context) -> Result:
-    """Measure this project's engine and the continuous batching of transformers."""
+    """Measure this project's engine and the continuous batching of the package transformers in the same way."""
     if context.transformers is None:
         raise Unavailable("transformers is not installed; install it, or name a folder with it by --transformers")
     sizes = ",".join(map(str, context.scale.batch_sizes))
@@ -51,7 +51,7 @@ def compare_transformers(context: Context) -> Result:
 
 
 def compare_training(context: Context) -> Result:
-    """Measure the training of this project and of karpathy/nanochat."""
+    """Measure the training of this project and of karpathy/nanochat in the same way."""
     if context.peer is None:
         raise Unavailable("give a checkout of karpathy/nanochat by --peer")
     flags = ["--peer", str(context.peer), "--seconds", "10" if context.scale is FULL else "1"]

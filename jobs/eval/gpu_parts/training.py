@@ -1,4 +1,4 @@
-"""The speed of training: whole steps, attention backends side by side, and Muon's matrix products."""
+"""Measures the speed of training: of whole steps, of each attention backend, and of Muon's matrix products."""
 
 import functools
 import itertools
@@ -49,7 +49,10 @@ class Step:
 
 
 def trainable(model: GPT, device: torch.device, precision: str) -> GPT:
-    """Choose the kernels that train the model on this device."""
+    """Prepare the model for training on this device, and return it.
+
+    The fastest attention of the device is chosen. With the precision ``fp8``, linear layers compute in fp8.
+    """
     model.train()
     model.attention = choose_attention("auto", device, model.compute_dtype)
     if precision == "fp8":

@@ -66,7 +66,8 @@ def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: 
             {"kind": question.group, **quote(question, answers)}
             for question, answers in zip(task.questions, graded, strict=True)
         ]
-        examples = spread(quotes, _EXAMPLES)  # Quotes are grouped by kind, so evenly spread quotes cover all kinds.
+        # The quotes are grouped by kind, so examples that are spread evenly over the quotes cover all kinds.
+        examples = spread(quotes, _EXAMPLES)
         wrong = [each for each in quotes if not each["right"] and each not in examples]
         return {
             "accuracy": sum(right for right, _ in kinds.values()) / len(items),
