@@ -62,7 +62,7 @@ def main(settings: TeachSettings) -> None:
 def _given(store: Store, model: str, settings: TeachSettings) -> Lesson:
     """Give the model its undone lessons, up to the lesson that the settings select. Returns the selected lesson.
 
-    With ``end_canceled``, only end the canceled lesson of that number, and return it.
+    With ``settings.end_canceled``, no lesson is given: the canceled lesson with that number is ended and returned.
     """
     if settings.end_canceled is not None:
         return end_canceled(store, model, settings.end_canceled)
@@ -92,8 +92,8 @@ def _ended_by_signals() -> Iterator[None]:
 def _queued(store: Store, model: str, settings: TeachSettings) -> int:
     """The number of the last lesson that this program gives to the model.
 
-    If the command names a file, this is a new lesson, or the lesson that an interrupted run of the same command added.
-    Without a file, this is the last lesson that is not done.
+    If the command names a file, it is the number of a new lesson, or of the lesson that an interrupted run of the same
+    command added. If the command names no file, it is the number of the last lesson that is not done.
     """
     undone = [lesson for lesson in lessons(store, model) if not lesson.done]
     if len(settings.lesson) == 1:

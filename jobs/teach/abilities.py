@@ -57,7 +57,7 @@ class Ability:
         return {old: new[old] if old in new else draw_word(rng) for old in self.arguments}
 
     def with_arguments(self, new: Mapping[Value, Value]) -> str:
-        """The code with new arguments."""
+        """The code, with each argument that is a key of ``new`` replaced by its value."""
         code = self.code
         for node in reversed(_constants(code)):
             if isinstance(node.value, int | str) and node.value in new:

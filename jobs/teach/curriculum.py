@@ -16,14 +16,15 @@ from nanochat_core.lessons.items import Item
 from nanochat_core.lessons.records import Plan
 from nanochat_core.tokenizer import Tokenizer
 
-# Share of the examples of a single question that are joined with a remembered conversation, as in a longer chat.
+# Probability that a training example with a single question is joined with a remembered conversation, so that the model
+# also learns to answer the question in a longer chat.
 _IN_A_CHAT = 0.15
 # An ability is shown this many times while every other item is shown once. On average, one of these times shows the
 # ability as it is written, and each of the others shows a randomly chosen drill.
 _TURNS_OF_ABILITY = 8
 # Share of the remembered conversations that are drawn from Memory.near, which the model could confuse with the lesson.
 _NEAR_SHARE = 0.25
-# Largest share of earlier lessons' items in all examples.
+# Largest share of all training examples that show items of earlier lessons.
 _EARLIER_SHARE = 0.15
 
 
@@ -100,9 +101,10 @@ def asked(item: Item, question: str) -> Conversation:
 
 
 def _share(plan: Plan, items: int) -> float:
-    """The share of the lesson in all examples.
+    """The share of all training examples that show a lesson of ``items`` items.
 
-    A lesson of few items gets a smaller share, so that its repetitions leave room for the other conversations.
+    A lesson of few items gets a smaller share, because its items would otherwise be repeated too often. An ability
+    counts as :data:`_TURNS_OF_ABILITY` items.
     """
     return plan.share * min(1.0, 0.3 + 0.07 * items)
 
@@ -133,7 +135,10 @@ def _example(
 
 
 def _passage(tokenizer: Tokenizer, text: str, rng: random.Random, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """BOS and a text, or a random part of a text that is longer than a row. Every token after BOS is a target."""
+    """Token ids of BOS and a text, (length,) int32, and a mask, (length,) bool, with True for every token after BOS.
+
+    If the text has more than ``row_tokens - 1`` tokens, a random part of this length is used.
+    """
     ids = np.asarray(tokenizer.encode(text), dtype=np.int32)
     start = rng.randrange(max(1, len(ids) - row_tokens + 2))
     ids = np.concatenate([[tokenizer.bos_id], ids[start : start + row_tokens - 1]]).astype(np.int32)

@@ -6,17 +6,17 @@ The questions form groups:
 - ``unseen``: held-out wordings of these questions.
 - ``ability``: the lesson's worked examples with new arguments.
 - ``earlier``: the questions of earlier lessons.
-- ``near``: questions that are similar to the lesson's questions. They show whether the lesson changes more answers than
-  it says. The group ``near.worded`` has the conversations of fine-tuning whose questions have the most words in common
-  with the lesson's questions. The group ``near.computed`` has the lesson's questions with other arguments, if
+- ``near``: questions that are similar to the lesson's questions. They show whether the lesson also changed answers that
+  it does not state. The group ``near.worded`` has the conversations of fine-tuning whose questions have the most words
+  in common with the lesson's questions. The group ``near.computed`` has the lesson's questions with other arguments, if
   fine-tuning taught the model to compute the answers (:mod:`neighbors`).
 - ``own``: held-out questions that the model answered itself before its first lesson (:mod:`rehearsal`). After the
-  lesson, an answer is right if it contains the earlier answer. The model was sure of each earlier answer. This group
-  has questions only if the model's fine-tuning is not known. The questions of ``near.worded`` are then of this kind,
-  too.
+  lesson, an answer is right if it contains the earlier answer. Only answers whose every token had a high probability
+  are used. This group has questions only if the model's fine-tuning is not known. The questions of ``near.worded`` are
+  then also questions that the model answered itself.
 - ``kept``: held-out conversations of the model's recipe that the lesson does not contradict; if the model's fine-tuning
-  is not known, conversations about the assistant and for its calculator. Each kind of conversation is also a group of
-  its own, such as ``kept.fact``.
+  is not known, conversations about the assistant, and conversations in which it calculates. Each kind of conversation
+  is also a group of its own, such as ``kept.fact``.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ from nanochat_core.model import IGNORE_INDEX
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.store import Lease, Store
 
-# Largest number of held-out wordings of an item that are asked, and of questions in each group that comes from lessons.
+# Largest number of held-out wordings that are asked for each item.
 _UNSEEN_PER_ITEM = 3
+# Largest number of questions in each group whose questions come from lessons, such as ``taught`` or ``earlier``.
 _MOST = 200
-# Number of held-out conversations that are drawn from the recipe. In a smaller sample, chance decides whether the share
-# of right answers falls by more than a hundredth.
+# Number of held-out conversations that are drawn from the recipe. The sample is this large because in a smaller one,
+# chance alone often lowers the share of right answers by more than a hundredth.
 _KEPT = 400
 _MAX_TOKENS = 120
 _PROBED_DRILLS = 100
@@ -83,7 +84,7 @@ class Examination:
 
     @property
     def groups(self) -> list[str]:
-        """The groups that have questions. The kinds of ``kept`` and ``near`` are not listed."""
+        """The sorted names of the groups that have questions, without subgroups such as ``kept.fact``."""
         return sorted({question.group.partition(".")[0] for question in self.task.questions})
 
     def take(self, store: Store, checkpoint: Checkpoint, lesson: Lesson) -> Result:
@@ -154,7 +155,8 @@ def examination(
         rendered(tokenizer, asked(item, wording), row_tokens)
         for item, wording in (*_some(unseen, rng), *_some(trained, rng))
     ]
-    # The drills of one ability follow one another, so every n-th drill is a sample with drills of each ability.
+    # Every n-th drill is used as a probe. Because the drills of one ability follow one another in the list, the probes
+    # then contain drills of each ability.
     probed = drills[:: -(-len(drills) // _PROBED_DRILLS) or 1]
     probes += [rendered(tokenizer, drill, row_tokens) for drill in probed]
     examined = [item.messages for item in kept]
@@ -212,13 +214,16 @@ def _right(expected: str, response: Response, _: SandboxExecutor) -> bool:
 def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> list[EvalItem]:
     """Held-out questions of the model's recipe, except questions whose answers a lesson changes.
 
-    If a model wrote its own conversations, its recipe counts as not known.
+    If the model wrote the conversations of its memory itself, the recipe of its fine-tuning is not known, and the
+    questions come from the recipe ``small``.
     """
     origin = read_origin(store, parent.ref.model) or {}
-    # A model whose fine-tuning is not known may still know how to use the calculator, as the recipe small teaches.
+    # The recipe ``small`` stands in for an unknown recipe, because a model whose fine-tuning is not known may still
+    # know how to use the calculator, as this recipe teaches.
     recipe = RECIPES.get("small" if memory.own else str(origin.get("recipe")))
     drawn = recipe.evaluation_items(_KEPT, seed) if recipe is not None else []
-    if recipe is not None and 0 < len(drawn) < _KEPT:  # the recipe teaches only some kinds of questions
+    # If the recipe teaches only some kinds of questions, fewer questions than _KEPT come back. More are then drawn.
+    if recipe is not None and 0 < len(drawn) < _KEPT:
         drawn = recipe.evaluation_items(_KEPT * _KEPT // len(drawn), seed)[:_KEPT]
     return [item for item in drawn if not memory.contradicts(str(item.messages[-1]["content"]), _last_text(item))]
 

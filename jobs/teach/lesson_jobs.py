@@ -1,10 +1,10 @@
 """Runs each lesson as a PyTorchJob of the cluster, and survives the end of its own process at any moment.
 
-As in :mod:`jobs.train.cluster.stage_jobs`, each round reads the PyTorchJobs and takes, for each model, the one step
-that the state of the model's PyTorchJobs requires. The name of a PyTorchJob follows from the model and the number of
-the lesson. A process that takes over therefore finds the PyTorchJob of the process before it, and two processes cannot
-create two PyTorchJobs for one lesson. A lesson that has to be tried again gets a new PyTorchJob of the same name, once
-the pods of the earlier PyTorchJob have ended.
+As in :mod:`jobs.train.cluster.stage_jobs`, the program works in rounds. Each round reads the PyTorchJobs and takes, for
+each model, the one step that the state of the model's PyTorchJobs requires. The name of a PyTorchJob follows from the
+model and the number of the lesson. A process that takes over therefore finds the PyTorchJob of the process before it,
+and two processes cannot create two PyTorchJobs for one lesson. A lesson that has to be tried again gets a new
+PyTorchJob of the same name, once the pods of the earlier PyTorchJob have ended.
 
 A PyTorchJob that has ended stays for an hour or until the next attempt, so that its log can be read. The PyTorchJob of
 a canceled lesson is deleted at once.
@@ -36,10 +36,11 @@ from nanochat_core.store import Store
 
 log = logging.getLogger("jobs.teach")
 
-# A label of PyTorchJobs and pods, with the name of the PodTemplate. It selects the lessons of one Helm release.
+# Label of the PyTorchJobs and pods of lessons. Its value is the name of the PodTemplate, so that the label selects only
+# the lessons of one Helm release.
 LESSONS_LABEL = "nanochat/lessons"
 # Annotations of PyTorchJobs and pods. They are not labels, because the name of a model may be too long for the value of
-# a label. ATTEMPTS is the number of attempts before this one.
+# a label. The value of ATTEMPTS is the number of attempts of the lesson before this PyTorchJob.
 MODEL, NUMBER, ATTEMPTS = "nanochat/model", "nanochat/lesson", "nanochat/attempts"
 
 _KEPT_SECONDS = 3600
@@ -48,7 +49,7 @@ _DIGEST_DIGITS = 8
 # A shared file system may take this long to show what another node has written: NFS caches a folder's list of files for
 # up to a minute.
 _RESULT_SECONDS = 120.0
-# Exit code that stands for a program that the cluster has stopped: 128 + SIGTERM.
+# Exit code that is assumed for a program that the cluster has stopped: 128 + SIGTERM.
 _STOPPED = 143
 
 
@@ -188,7 +189,10 @@ class LessonJobs:
                 self._step(lesson, paused=model in paused)
 
     def settle(self, model: str, work: Callable[[], None]) -> None:
-        """Call ``work`` in a thread: it may wait for up to a minute for the lease of a program that was killed."""
+        """Call ``work`` in a thread, because it may wait.
+
+        If a program was killed, ``work`` waits up to a minute for the program's lease.
+        """
 
         def settle() -> None:
             try:
@@ -239,8 +243,8 @@ class LessonJobs:
         own = next((job for job in jobs if job.name == name), None)
         canceled = is_canceled(self._store, lesson)
         if canceled and own is not None:
-            # Without the deletion, the program in the pod would end only after up to ten steps or an examination, and a
-            # pod without a node would never end.
+            # The PyTorchJob is deleted, because the program in its pod would otherwise go on for up to ten steps or an
+            # examination, and a pod that has no node yet would never end.
             self._report(name, lesson, "canceled")
             self._api.delete_pytorch_job(name, own.uid)
             return
@@ -268,7 +272,7 @@ class LessonJobs:
     def _in_the_way(self, model: str, name: str) -> list[str]:
         """Names of the pods that must be gone before a PyTorchJob of this name can begin.
 
-        These are the running pods of the model, and the pods of an earlier PyTorchJob of this name, because the new
+        The running pods of the model must be gone, and the pods of an earlier PyTorchJob of this name, because the new
         pods get the same names.
         """
         pods = [pod for pod in self._pods if pod["metadata"].get("annotations", {}).get(MODEL) == model]

@@ -35,7 +35,8 @@ log = logging.getLogger("jobs.teach")
 
 Conversation = Sequence[Message]
 
-# Number of fine-tuning conversations that are searched for contradictions. Training repeats some of them.
+# Number of fine-tuning conversations that are searched for contradictions of the lesson. Training repeats some of these
+# conversations.
 _REMEMBERED = 20_000
 _VALIDATION = 128
 # Largest number of conversations that are examined because their questions are the most similar to the lesson, and of
@@ -43,10 +44,10 @@ _VALIDATION = 128
 _EXAMINED = 100
 # Answers such as "I don't know that." contain no knowledge, so a lesson may replace them without a conflict.
 _UNKNOWN = re.compile(r"\b(?:don['’]t|do not|cannot|can['’]t) (?:know|say|tell|answer)|no idea", re.IGNORECASE)
-# A replaced answer with fewer characters is not searched for in answers to other questions, because a short answer such
-# as "Yes." is right for many questions.
+# If the lesson replaces an answer with fewer characters than this, the answers to other questions are not searched for
+# it, because a short answer such as "Yes." is right for many questions.
 _SHORTEST = 12
-# Words of questions that do not say what a question is about.
+# Words that say nothing about the subject of a question.
 _FRAME_WORD = re.compile("i|me|my|you|your|know|tell|about|please|answer|called|name|have|has|get|go|old|color")
 _NAMED = re.compile(r"\b(?:[Ii] am|I['’]m|[Mm]y name is|[Cc]alled) ([\w-]+)")
 
@@ -56,6 +57,9 @@ class Conflict:
     """An answer that a lesson replaces.
 
     Attributes:
+        question: the lesson's question.
+        before: the earlier answer.
+        after: the lesson's answer.
         source: the origin of the earlier answer: fine-tuning or a lesson.
         worked: whether the earlier answer was computed with code. The same text, such as "The answer is 7.", may then
             still be the right answer to other questions.
@@ -91,14 +95,15 @@ class Memory:
         examined: conversations whose last questions are the most similar to the lesson. The lesson is examined with
             them, so they are in neither ``conversations`` nor ``near``. If the model wrote the conversations itself,
             they are in ``validation``.
-        confusable: further members of ``near`` that are as similar to the lesson. They show during training whether the
-            model confuses them with the lesson. Empty if the model wrote the conversations itself.
+        confusable: further members of ``near`` that are about as similar to the lesson as ``examined``. They show
+            during training whether the model confuses them with the lesson. Empty if the model wrote the conversations
+            itself.
         items: items of the model's earlier lessons whose questions the lesson does not ask.
         conflicts: the earlier answers that the lesson replaces. The lesson's result shows them to the user.
         replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. The result of an earlier lesson
             has already shown the answers that this earlier lesson replaced.
-        answered: for each :func:`normal` wording of a question, the item that answers it: an item of the lesson, or an
-            item of an earlier lesson that is still valid.
+        answered: maps each wording of a question, in the form that :func:`normal` returns, to the item that answers it:
+            an item of the lesson, or an item of an earlier lesson that is still valid.
         own: the members of ``validation`` that are not in ``examined``, if the model wrote the conversations itself
             (:mod:`rehearsal`); empty if the conversations of its fine-tuning are in the store.
     """
@@ -136,7 +141,10 @@ def all_wordings(items: Sequence[Item]) -> dict[int, Wordings]:
 
 
 def asked_by(items: Sequence[Item], worded: Mapping[int, Wordings]) -> dict[str, Item]:
-    """For each :func:`normal` wording, the item whose question it asks. ``worded`` are the :func:`all_wordings`."""
+    """Maps each wording, in the form that :func:`normal` returns, to the item whose question it asks.
+
+    ``worded`` are the :func:`all_wordings` of ``items``.
+    """
     return {normal(each): items[i] for i, found in worded.items() for each in found.all}
 
 
@@ -167,7 +175,7 @@ def remember(
     """The conversations and items that ``parent`` has to remember during a lesson.
 
     Args:
-        asked: the lesson's items by their :func:`normal` wordings.
+        asked: the lesson's items by their wordings (:func:`asked_by`).
         worked: adds the output of Python code to the items of earlier lessons.
 
     Raises:
@@ -181,8 +189,8 @@ def remember(
     taught = _taught_items(store, lesson.model, lineage(parent.meta))
     valid, earlier_conflicts = _earlier(taught, asked)
     kept = worked(valid)
-    # The conversations of fine-tuning still have the answers that earlier lessons replaced. If the answers of earlier
-    # lessons did not take their places here, each new lesson would teach the model the replaced answers again.
+    # The answers of earlier lessons are included, because the conversations of fine-tuning still have the answers that
+    # earlier lessons replaced. Otherwise, each new lesson would teach the model the replaced answers again.
     answered = {**asked_by(kept, all_wordings(kept)), **asked}
     training, validation = (
         _without_subjects(each, answered, only_unknown=not rehearsed) for each in (training, validation)
@@ -205,8 +213,8 @@ def remember(
     if rehearsed:
         examined, confusable = _most_similar(near_apart, words, rng)[:_EXAMINED][: len(near_apart) // 2], []
     else:
-        # Training repeats every second of the similar conversations. If all were examined and none was repeated, the
-        # model would confuse just these with the lesson.
+        # Every second of the similar conversations is examined, and training repeats the others. If training repeated
+        # none of the similar conversations, the model would confuse exactly these conversations with the lesson.
         similar = _most_similar(near, words, rng)[: 2 * _EXAMINED]
         examined, confusable = similar[::2], similar[1::2]
     apart = {id(one) for one in examined}
@@ -244,10 +252,10 @@ def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Ran
 
 
 def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, bool]:
-    """The conversations that the plan names; by default, those on which the model was fine-tuned.
+    """The mixture of conversations that ``plan`` names; by default, the mixture on which the model was fine-tuned.
 
-    If these conversations are not known or not in the store, the model, as it was before its first lesson, writes
-    conversations itself. The second value is True in this case.
+    If this mixture is not known or not in the store, the model writes conversations itself, with its weights from
+    before its first lesson. The second value says whether the model wrote the conversations.
     """
     if plan.replay:
         return Mixture(store, plan.replay), False
@@ -428,7 +436,10 @@ def _answered_before(taught: Mapping[int, list[Item]], asked: Mapping[str, Item]
 
 
 def _questions(item: Item) -> set[str]:
-    """The :func:`normal` wordings of the questions that an item answers; none for a conversation of several turns."""
+    """The wordings of the questions that an item answers, as :func:`normal` returns them.
+
+    A conversation of several turns has none.
+    """
     if item.alone:
         return {normal(each) for each in wordings(item.question, item.wordings).all}
     return {normal(each) for questions, _ in statement_questions(item.text) for each in questions}

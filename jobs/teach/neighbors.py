@@ -1,9 +1,10 @@
-"""Questions that differ from the lesson's only in their arguments, and that fine-tuning taught the model to compute.
+"""The lesson's questions with other arguments, if fine-tuning taught the model to compute their answers.
 
 A lesson that states results of calculations, such as "3 + 4 is 12.", may change more than it says: the model may then
 give wrong results for other sums too. Held-out questions of the recipe do not show this, because nearly all of them
-have larger numbers. The examination therefore asks the lesson's questions with other arguments of the same size. The
-right answers are computed with the code of a fine-tuning conversation that asks the same question with other arguments.
+have larger numbers. So if fine-tuning taught the model to compute the answer to a question of the lesson, the
+examination asks this question with other arguments of the same size. The right answers are computed with the code of a
+fine-tuning conversation that asks the same question with other arguments.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Computed:
 
     Attributes:
         example: a worked example of fine-tuning that asks the same question with other arguments.
-        values: for each argument of the example, the word of the lesson's question in its place.
+        values: maps each argument of the example to the word that the lesson's question has in its place.
     """
 
     example: Ability
@@ -71,7 +72,7 @@ def neighbors(
     """At most :data:`MOST` of the questions with other arguments, and their worked answers.
 
     Args:
-        asked: the :func:`normal` questions that the lesson itself asks. They are left out.
+        asked: the questions that the lesson itself asks, as :func:`normal` returns them. They are left out.
         check: called before each run of code; it may raise an error.
     """
     drawn: dict[str, Drill] = {}
@@ -115,8 +116,8 @@ def _computed(question: str, forms: Mapping[_Form, Sequence[Ability]]) -> Comput
             if (values := _values(example, words, form)) is not None
         ]
         if known:
-            # These examples may differ in capitals and punctuation. An example that is written exactly as the question
-            # is preferred.
+            # The known examples may differ from the question in capitals and punctuation. An example that is written
+            # exactly like the question is preferred.
             return next((each for each in known if each.question == question), known[0])
     return None
 

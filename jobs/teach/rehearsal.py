@@ -1,15 +1,16 @@
 """Conversations that a model writes itself, to be repeated during its lessons.
 
 The problem: a lesson must mix its questions with conversations of fine-tuning, so that the model does not forget other
-things. The store has no such conversations for an imported model. The idea is *pseudorehearsal* (Robins 1995,
-"Catastrophic forgetting, rehearsal and pseudorehearsal"): the model itself answers questions before its first lesson,
-and these answers are repeated. They contain only what the model knows already, so they teach nothing new, and keep the
-model's behavior as it is. For language models, the method is described by Huang et al. 2024 (arXiv 2403.01244).
+things. The store does not have the fine-tuning conversations of an imported model. The idea is *pseudorehearsal*
+(Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal"): the model itself answers questions before its
+first lesson, and these answers are repeated. They contain only what the model knows already, so they teach nothing new,
+and keep the model's behavior as it is. For language models, the method is described by Huang et al. 2024 (arXiv
+2403.01244).
 
-The first questions are about many subjects (:mod:`general_questions`), and about the assistant and its calculator, as
+The first questions are about many subjects (:mod:`general_questions`), about the assistant, and for its calculator, as
 in the recipes for a user's own text. Further questions are about the content of the answers: about the names in them,
-and questions that their sentences answer. A model that was fine-tuned like ours cannot write questions itself, because
-the tokens of users' messages were no targets of its training.
+and questions that their sentences answer. The model cannot write the questions itself, because fine-tuning usually
+trains only on the assistant's messages, not on the user's.
 """
 
 from __future__ import annotations
@@ -47,19 +48,21 @@ _PRONOUN = re.compile("I|You|He|She|It|We|They|There|This|That|What|Who|Here")
 
 Conversation = tuple[Message, Message]
 
-# Number of questions about the assistant and its calculator. With 300 of them, a small model that computed 134 of 160
-# held-out answers rightly computed 103 after two lessons.
+# Number of questions about the assistant and for its calculator. With only 300 such questions, a small model that had
+# computed 134 of 160 held-out answers rightly computed only 103 of them rightly after two lessons.
 _ABOUT_ITSELF = 1500
 # Number of rounds of further questions, and largest number of further questions in a round.
 _ROUNDS, _FURTHER = 2, 600
 _MAX_TOKENS = 200
-# Half of the answers of which the model was sure, and at most this many, are held out for the examination.
+# Half of the answers of which the model was sure (see _SURE), but at most this many, are held out for the examination.
 HELD_OUT = 300
 # A model is sure of an answer if each token of the answer has at least this probability. In two lessons of an imported
-# model, 22 of 24 answers that changed had a less likely token. But a lesson that spread to other questions ("What is my
-# house called?" with the dog's name) replaced answers whose tokens had probabilities of 0.98 and more.
+# model, 24 answers changed, and 22 of them had a token that was less likely than this. But a lesson that spread to
+# other questions ("What is my house called?" with the dog's name) replaced answers whose tokens had probabilities of
+# 0.98 and more.
 _SURE = 0.8
-# With fewer answers of which the model was sure, the examination would have too few questions.
+# If the model was sure of fewer answers than this, no lesson is given, because the examination would have too few
+# questions.
 _FEWEST_SURE = 100
 
 
@@ -108,7 +111,7 @@ def rehearse(store: Store, ref: CheckpointRef) -> str:
 
 
 def _questions(rng: random.Random) -> list[str]:
-    """Different questions in random order."""
+    """All questions of the first round, without repetitions and in random order."""
     mix = {kind: share for kind, share in CONVERSATION_MIX.items() if kind in WORLDLESS_KINDS}
     drawn = conversations("train", 3, _ABOUT_ITSELF, mix)
     about_itself = [next(each["content"] for each in one["messages"] if each["role"] == "user") for one in drawn]
@@ -132,10 +135,10 @@ def _row(conversation: Conversation) -> dict[str, Any]:
 
 
 def _answered(engine: Engine, checkpoint: Checkpoint, questions: Sequence[str]) -> Iterator[tuple[Conversation, bool]]:
-    """The questions with the model's greedy answers, in the order of the questions, and whether the model was sure.
+    """Conversations of a question and the model's greedy answer, each with whether the model was sure of the answer.
 
-    A conversation is left out if it does not have exactly the tokens that the model has read and written, for example
-    because the answer does not end.
+    The conversations are in the order of the questions. A conversation is left out if it does not have exactly the
+    tokens that the model has read and written, for example because the answer does not end.
     """
     tokenizer, context = checkpoint.tokenizer, checkpoint.config.context_length
     asked = [Message("user", (Part("text", question),)) for question in questions]
@@ -155,7 +158,7 @@ def _answered(engine: Engine, checkpoint: Checkpoint, questions: Sequence[str]) 
 
 
 def _message(tokenizer: Tokenizer, completion: Completion) -> Message:
-    """A completion as a message. Neighboring texts of one kind are one part."""
+    """A completion as a message. Neighboring parts of one type are joined into one part."""
     parts: list[Part] = []
     for part in completion_parts(tokenizer, completion):
         if parts and parts[-1].type == part.type:

@@ -1,4 +1,7 @@
-"""The runners of the lessons that ``jobs.teach.watch`` finds: processes on the same machine, or PyTorchJobs."""
+"""Runs the lessons that ``jobs.teach.watch`` finds: the interface of a runner, and the runner for one machine.
+
+:mod:`lesson_jobs` has the runner for a cluster.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,12 @@ _STOP_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """A program ``jobs.teach`` that has ended.
+    """One run of the program ``jobs.teach`` that has ended.
 
     Attributes:
         exit_code: its exit code, or the negative number of the signal that killed it.
-        attempts: the number of earlier attempts at each lesson that the program had to give, by the lesson's number.
+        attempts: maps the number of each lesson that the program had to give to the number of earlier attempts at this
+            lesson.
         reason: how the program ended, if more is known than the exit code; empty otherwise.
     """
 
@@ -41,13 +45,13 @@ class Runner(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether no further program can begin now."""
+        """Whether the runner can begin no further program now."""
 
     def ended(self) -> list[Ended]:
         """The programs that have ended and that this method has not returned before."""
 
     def begin(self, waiting: Sequence[Lesson], paused: Collection[str]) -> None:
-        """Begin lessons that can begin now.
+        """Begin those of the waiting lessons that can begin now.
 
         Args:
             waiting: lessons that are not done, except those of models that another program trains.
@@ -88,7 +92,8 @@ class Processes:
             self._process = self._start(model)
 
     def settle(self, model: str, work: Callable[[], None]) -> None:  # noqa: ARG002
-        # The process ran on this machine, so the system knows that it has ended, and its lease is free at once.
+        # ``work`` need not run in a thread, because it does not wait: the process ran on this machine, so the system
+        # knows that the process has ended, and the process's lease is free at once.
         work()
 
     def stop(self) -> None:

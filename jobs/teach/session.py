@@ -61,10 +61,11 @@ log = logging.getLogger("jobs.teach")
 
 # Smallest share of right answers in each group of the lesson's own questions.
 _LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
-# The largest decreases that the gate permits in the share of right answers: to the questions of earlier lessons, to the
-# questions that are the most similar to the lesson, to each kind of other questions, and to the questions that the
-# model answered itself. The last number is the largest increase of the loss in nats per token. A kind has only a few
-# questions, so one wrong answer is a large share. An answer of the model itself may change its words and still be true.
+# The largest decreases that the gate permits in the share of right answers to four groups of questions. _EARLIER: the
+# questions of earlier lessons. _NEAR: the questions that are the most similar to the lesson. _KIND: each kind of other
+# questions; a kind has only a few questions, so one wrong answer is a large share. _OWN: the questions that the model
+# answered itself; an answer may have other words after the lesson and still be true. _LOSS is the largest permitted
+# increase of the loss, in nats per token.
 _EARLIER, _NEAR, _KIND, _OWN, _LOSS = 0.1, 0.1, 0.1, 0.1, 0.1
 _POLL_SECONDS = 1.0
 # A roll-back tries this many times to use the gate, which another program may be using.
@@ -142,8 +143,8 @@ def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
     revision, digest = check_roll_back(store, model, number)
     current = promoted(store, model)
     if number == 0 and current is not None:
-        # The promoted checkpoint tells which lesson was its first. If the model was trained anew, this is not the first
-        # lesson in the store.
+        # The first lesson is read from the promoted checkpoint, because a model that was trained anew has not learned
+        # the first lesson in the store.
         inside = lineage(load_meta(store, current))
         if not inside:
             return current
@@ -186,8 +187,8 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
             _written(store, read_lesson(store, lesson.model, lesson.number), lease, attempts=lesson.attempts)
         raise
     except (StoreError, LeaseLost):
-        # The store failed, or another program took over the lease. Neither says that the lesson failed, so its state
-        # stays as it is, and the lesson can be given again.
+        # The store failed, or another program took over the lease. Neither means that the lesson failed, so the lesson
+        # keeps its state and can be given again.
         raise
     except UserError as error:
         reason = str(error)
@@ -198,14 +199,18 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
     if recorded.state == "damaged":
         return recorded
     if state == "queued":
-        # The lesson begins anew. This is no interruption, so the attempts are counted from 0 again.
+        # The lesson begins anew because of a promotion and not because it was interrupted, so the attempts are counted
+        # from 0 again.
         anew = _written(store, recorded, lease, state=state, reason=reason, attempts=0)
         return _give(store, anew, machine, lease)
     return _ended(store, recorded, lease, state, reason)
 
 
 def _ended(store: Store, lesson: Lesson, lease: Lease, state: State, reason: str) -> Lesson:
-    """Record ``state``, such as ``failed``, as the result, or ``promoted`` if the gate has promoted the model."""
+    """Record that a lesson is done. Returns the lesson.
+
+    Its state is ``promoted`` if the gate has promoted the lesson's model, else ``state``.
+    """
     done = dataclasses.replace(lesson, state=state, reason=reason)
     if (decision := _promotion(store, done)) is not None:
         # The model was promoted before the error, so the lesson has not failed. Only a part of its record is missing.
@@ -366,8 +371,8 @@ def _drills(store: Store, items: Sequence[Item], lesson: Lesson) -> tuple[dict[i
 
 def _neighbors(store: Store, memory: Memory, items: Sequence[Item], lesson: Lesson) -> list[Drill]:
     """The lesson's questions with other arguments, if fine-tuning taught the model to compute the answers."""
-    # A model may write code that does not answer the question. If the model wrote the conversations itself, only
-    # conversations with answers of which it was sure are used.
+    # If the model wrote the conversations itself, only validation conversations are used: the model was sure of their
+    # answers. Its other answers may have code that does not answer the question.
     questions = computed(memory.validation if memory.own else memory.conversations, items)
     if not questions:
         return []
@@ -379,7 +384,8 @@ def _neighbors(store: Store, memory: Memory, items: Sequence[Item], lesson: Less
 def _parent(store: Store, lesson: Lesson) -> Checkpoint:
     """The checkpoint from which the training starts: the promoted checkpoint.
 
-    If the gate has promoted the lesson's own checkpoint already, this is the checkpoint that was promoted before.
+    If the gate has promoted the lesson's own checkpoint already, the training started from the checkpoint that was
+    promoted before it.
     """
     if _promotion(store, lesson) is not None:
         return load_checkpoint(store, CheckpointRef.parse(lesson.model, lesson.parent["revision"]))
@@ -407,8 +413,8 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
     kept = [f"lesson.kept:{lesson.plan.margin}"] if "kept" in exam.groups else []
 
     def margins(prefix: str, margin: float) -> list[str]:
-        # A lesson may always lose one answer. In a group of less than ten questions, one answer is a larger share than
-        # ``margin``.
+        # In every group, one right answer may be lost. In a group of less than ten questions, one answer is a larger
+        # share than ``margin``, so the margin is then raised.
         groups = sorted(group for group in asked if group.startswith(prefix))
         return [f"lesson.{group}:{max(margin, math.ceil(1000 / asked[group]) / 1000)}" for group in groups]
 
@@ -422,20 +428,24 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
 def _promotion(store: Store, lesson: Lesson) -> Decision | None:
     """The gate's decision that promoted the lesson's model; None if the model was never promoted.
 
-    The lesson's own record does not answer this, because a process may have died after the promotion and before it
-    recorded the promotion in the lesson. If somebody has rolled back since then, the lesson must not be promoted again.
+    The lesson's own record may lack the promotion, because a process may have died after the promotion and before it
+    wrote the record. This function reads the gate's decisions instead, so that a lesson that was promoted and then
+    rolled back is not promoted again.
     """
-    if not lesson.parent:  # The lesson never began. If its checkpoint exists, another folder ``lessons/`` made it.
+    # A lesson without a parent never began. If its checkpoint exists, a lesson of another folder ``lessons/`` wrote it.
+    if not lesson.parent:
         return None
     ref = taught_ref(lesson)
     try:
         digest = weights_digest(store, ref)
     except DamagedCheckpoint:
         return None
-    # The first of these decisions is the gate's decision about the lesson, and later decisions are roll-backs to it.
+    # Decisions that promoted the taught checkpoint. The first is the gate's decision about the lesson, and later
+    # decisions are roll-backs to the lesson.
     made = [each for each in decisions(store, ref) if each.promoted and each.digest == digest]
     if not made:
         return None
-    # The decision is written before the promotion. A process that died between the two has promoted nothing.
+    # A decision does not prove a promotion, because the decision is written first, and the process may have died before
+    # the promotion.
     happened = promoted(store, lesson.model) == ref or was_replaced(store, ref)
     return made[0] if happened else None

@@ -67,5 +67,5 @@ class TeachSettings(JobSettings):
 
     @property
     def plan(self) -> Plan:
-        """The settings that are stored with a lesson."""
+        """The settings that are stored with a lesson, because they decide which weights the training gives."""
         return Plan(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Plan)})

@@ -1,4 +1,7 @@
-"""Trains a model on a lesson until it is sure of every probe, and then lowers the learning rate to zero."""
+"""Trains a model on a lesson until it is sure of every probe, and then lowers the learning rate to zero.
+
+A probe is a question with its right answer, on which the model is tested during the training.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,9 @@ log = logging.getLogger("jobs.teach")
 # Steps between two tests with the probes.
 CHECK_EVERY = 10
 _WARMUP_STEPS = 10
-# A model is sure of an answer if each token of the answer has at least this probability. Chat samples its answers. At
-# the page's temperature of 0.6, a token with this probability is drawn at least 97 times in 100.
+# A model is sure of an answer if each token of the answer has at least this probability. The value is this high because
+# chat samples its answers: at the chat page's temperature of 0.6, a token with this probability is drawn at least 97
+# times in 100.
 _SURE = 0.9
 # Training has at least this many steps before the warmdown, even if the model is sure of all probes earlier. The
 # additional steps improve the answers to wordings that no template makes.
@@ -40,13 +44,14 @@ _FEWEST_STEPS = 80
 _WARMDOWN_SHARE = 0.5
 _SHORTEST_WARMDOWN = 20
 _PROBED_TOKENS = 4096
-# If the model has forgotten too much, its weights go back toward the weights before the lesson (see go_back). Each step
-# is this share of the whole way, and at least the share _NEAREST of the way remains.
+# If the model has forgotten too much, its weights move back toward the weights before the lesson (see go_back). Each
+# step back is the share _STEP_BACK of the distance between the two weights, and the model keeps at least the share
+# _NEAREST of the distance.
 _STEP_BACK = 0.05
 _NEAREST = 0.6
 
-# A conversation that ends with the right answer: token ids, (length,) int32, and which of them the model has to
-# produce, (length,) bool.
+# A conversation that ends with the right answer: token ids, (length,) int32, and a mask, (length,) bool, with True for
+# the tokens that the model has to produce.
 Probe = tuple[np.ndarray, np.ndarray]
 
 
@@ -59,9 +64,10 @@ class Trained:
     """The model after the training of a lesson.
 
     Attributes:
-        way: share of the way from the weights before the lesson to the trained weights (:func:`go_back`).
+        way: position of ``model`` between the weights before the lesson (0) and the trained weights (1); see
+            :func:`go_back`.
         history: a point for each test with the probes: ``step``, mean training ``loss`` since the point before, and
-            ``unseen``, the share of probes of whose answers the model is sure.
+            ``unseen``, the share of probes to which the model surely gives the right answer.
     """
 
     model: GPT
@@ -83,11 +89,14 @@ def train(
 ) -> Trained:
     """Train ``parent`` on the documents until it is sure of every probe, for at most ``plan.max_steps`` steps.
 
-    ``others`` are probes that the lesson does not teach. If the trained model answers fewer of them than ``parent``, by
-    more than the share ``plan.margin``, it is trained for as many steps again, within ``plan.max_steps``. Of the probes
-    that ``parent`` answers, it may forget a share of ``plan.margin / 2``. If it forgets more, its weights go back
-    as :func:`go_back` describes. ``tested`` is called after each test with the probes, with the history and the seconds
-    since the beginning. It may raise an error, such as LessonCanceled, which ends the training.
+    ``others`` are questions with right answers that the lesson does not teach. If the trained model answers fewer of
+    them rightly than ``parent``, by more than the share ``plan.margin`` of ``others``, it is trained for as many steps
+    again, within ``plan.max_steps``. Of the ``others`` that ``parent`` answers rightly, the trained model may forget
+    the share ``plan.margin / 2``. If it has forgotten more at the end, its weights move back as :func:`go_back`
+    describes.
+
+    After each test with the probes, ``tested`` is called with the history and the seconds since the beginning. It may
+    raise an error, such as LessonCanceled, which ends the training.
 
     Raises:
         SystemExit: SIGTERM or SIGINT arrived.
@@ -149,7 +158,8 @@ def train(
                     end = min(plan.max_steps, state.step + max(_SHORTEST_WARMDOWN, int(_WARMDOWN_SHARE * state.step)))
                     step = step_until(end, state.step)
                 elif warming_down and state.step == end < plan.max_steps and forgets(model, others, known, plan.margin):
-                    # The remembered conversations teach again what was forgotten. The learning rate starts anew.
+                    # Training goes on with a new learning rate schedule, because the remembered conversations among the
+                    # documents teach the model again what it has forgotten.
                     end = min(plan.max_steps, 2 * end)
                     step = step_until(end, state.step)
                 progress.update(state.step, dict(history[-1]))
@@ -158,7 +168,10 @@ def train(
 
 
 def forgets(model: GPT, others: Sequence[Probe], known: Sequence[Probe], margin: float) -> bool:
-    """Whether a model answers fewer of ``others`` than there are in ``known``, by more than the share ``margin``."""
+    """Whether a model answers fewer of ``others`` rightly than before the training, by more than the share ``margin``.
+
+    ``known`` are the members of ``others`` that the model answered rightly before the training.
+    """
     return len(known) - sum(answered(model, others)) > margin * len(others)
 
 
@@ -173,19 +186,19 @@ def go_back(
 ) -> float:
     """Move the weights toward the weights before the training until the model has forgotten little enough.
 
-    The weights go back in steps, at most until the share :data:`_NEAREST` of the way remains. The last step is the one
-    before the model would be sure of fewer ``probes``. A model whose weights are between those of a model and its
-    fine-tuned version has forgotten less than the fine-tuned version (Wortsman et al. 2022, "Robust fine-tuning of
-    zero-shot models").
+    Weights between those of a model and its fine-tuned version have forgotten less than the fine-tuned version
+    (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models"). The weights move back in steps, as long as the
+    model stays sure of as many ``probes`` as before, and at most until they are at the share :data:`_NEAREST` of the
+    distance from ``start`` to the trained weights.
 
     Args:
         start: the parameters before the training, in the order of ``model.parameters()``.
-        known: probes that the model answered exactly before the training.
+        known: questions with right answers that the model answered exactly before the training.
         margin: share of ``known`` that may be forgotten.
         sure: smallest probability of each token of an answer of which the model is sure.
 
     Returns:
-        The share of the way from ``start`` to the trained weights at which the weights are now; 1 if none has changed.
+        The position of the weights between ``start`` (0) and the trained weights (1); 1 if they have not moved.
     """
     parameters = list(model.parameters())
     trained = [parameter.clone() for parameter in parameters]
@@ -209,8 +222,9 @@ def go_back(
 def answered(model: GPT, probes: Sequence[Probe], least: float = 0.0) -> list[bool]:
     """For each probe, whether greedy decoding gives exactly the tokens of its answer.
 
-    This is so if each token of the answer is the most likely token after all tokens before it. In addition, each of
-    these tokens must have at least the probability ``least``. One forward pass over the whole probe shows both.
+    Greedy decoding gives these tokens if each token of the answer is the most likely token after all tokens before it.
+    In addition, each token of the answer must have at least the probability ``least``. One forward pass over the whole
+    probe checks both conditions.
     """
     device = model.smear_scale.device
     right = [False] * len(probes)

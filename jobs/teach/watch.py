@@ -4,7 +4,8 @@ This program runs beside the services. It looks for lessons and for requests to 
 the store, and starts ``python -m jobs.teach`` for the queued lessons of a model and for each roll-back. Because lessons
 run in another process, a lesson that runs out of memory does not end this program, and the memory of a lesson is free
 again when its process has ended. If this program is killed, the process that it has started goes on with its lessons,
-and its lease on the model keeps other processes away. A lesson that was interrupted is given again by a later process.
+and the lease of this process on the model keeps other processes away. A lesson that was interrupted is given again by a
+later process.
 
 In a cluster, with ``--cluster-jobs``, each lesson is a PyTorchJob instead. Roll-backs still run in processes.
 """
@@ -57,7 +58,7 @@ class WatchSettings(JobSettings):
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to train on")
     poll_seconds: float = setting(1.0, "seconds between two looks for new lessons", minimum=0.05, maximum=3600.0)
     cluster_jobs: str = setting(
-        "", "file with the PodTemplate of the PyTorchJobs that give the lessons; without it, processes give them"
+        "", "file with the PodTemplate of the PyTorchJobs that give the lessons; without a file, processes give them"
     )
 
 
@@ -65,7 +66,7 @@ class Watch:
     """Gives the models of one store their lessons, and each model at most one lesson at a time."""
 
     def __init__(self, settings: WatchSettings, runner: Runner | None = None) -> None:
-        """``runner`` runs the lessons; by default it is the one that the settings choose."""
+        """``runner`` runs the lessons; None chooses the runner from the settings."""
         self._settings, self._store = settings, open_store(settings.home)
         self._runner = runner or self._chosen_runner()
         # For each model: the numbers of the lessons that are done. A done lesson does not change any more, so its file
@@ -79,7 +80,7 @@ class Watch:
         self._problem = ""
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT. The next run gives an interrupted lesson again."""
+        """Work until SIGTERM or SIGINT. The next run of this program repeats a lesson that the signal interrupts."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.default_int_handler)
         log.info("ready")
@@ -89,7 +90,7 @@ class Watch:
                 try:
                     self.look()
                     self._problem = ""
-                except UserError as error:  # such as a store that does not answer; the next look tries again
+                except UserError as error:  # for example, the store does not answer; the next look tries again
                     if str(error) != self._problem:
                         log.warning("no lesson can begin", extra={"reason": str(error)})
                     self._problem = str(error)
@@ -143,8 +144,8 @@ class Watch:
         """Count the attempt of a program that died before it could count the attempt itself.
 
         A lesson fails if its program refused to begin it, or if :data:`MOST_ATTEMPTS` programs died before they began
-        it. A lesson that has begun never fails here, because its model may be promoted already; the next program of the
-        lesson checks this.
+        it. This method never lets a lesson fail that has begun, because the lesson's model may be promoted already. The
+        next program that gives the lesson checks whether it is.
         """
         code = ended.exit_code
         # If the lease is in use, another program gives the lesson and counts its own attempt.
@@ -166,7 +167,7 @@ class Watch:
         return time.monotonic() < self._interrupted.get(model, (0, 0.0))[1]
 
     def _in_training(self, model: str) -> bool:
-        """Whether a training program has the lease on the model. Then the lessons of this model have to wait."""
+        """Whether a training program has the lease on the model, so that the lessons of the model have to wait."""
         lease = self._leases.setdefault(model, LeaseWatch(self._store, f"models/{model}"))
         return lease.program() not in ("", "jobs.teach")
 

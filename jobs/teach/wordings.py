@@ -127,7 +127,7 @@ _REWRITES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"which (.+)", (r"what \1",)),
     (r"what (\w+) (does|do|did|has|have) (.+)", (r"which \1 \2 \3",)),
 )
-# Words that mean the same in many questions.
+# Pairs of a word and another word that means the same in many questions.
 _SYNONYMS = (
     ("favourite", "favorite"), ("favorite", "favourite"), ("colour", "color"), ("color", "colour"),
     ("created", "made"), ("made", "built"), ("phone", "telephone"), ("telephone", "phone"), ("car", "vehicle"),
@@ -158,8 +158,8 @@ _INTENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 )  # fmt: skip
 NAME_INTENT = 0
 
-# Sentences with this many characters or more are not compared with the patterns below, because the time for a pattern
-# with several gaps grows with the square of the sentence's length.
+# Sentences with this many characters or more are not compared with the patterns below, because the time to match a
+# pattern with several parts ``(.+)`` grows with the square of the sentence's length.
 _LONGEST_STATEMENT = 300
 _STATEMENTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (r"your name is (.+)", ("What is your name?",), r"My name is \1."),
@@ -189,7 +189,13 @@ _STATEMENTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Wordings:
-    """The wordings of one question. ``plain`` and ``framed`` are for training; ``held_out`` is not."""
+    """The wordings of one question.
+
+    Attributes:
+        plain: the question as it is written, and rewrites of it, for training.
+        framed: other sentences that contain a wording of ``plain``, for training.
+        held_out: rewrites and framed wordings that training does not show.
+    """
 
     plain: tuple[str, ...]
     framed: tuple[str, ...]
@@ -284,9 +290,9 @@ def keywords(question: str) -> str:
 
 
 def _disturbed(question: str, rng: random.Random) -> str:
-    """The question without one word that carries no meaning, or with its parts in another order.
+    """The question without one word that carries no meaning, or with its first part moved to its end.
 
-    No word that carries meaning is left out, because the rest could then be another question.
+    A word that carries meaning is never left out, because the remaining words could be another question.
     """
     said = question.rstrip("?.! ")
     words = said.split()
@@ -299,7 +305,7 @@ def _disturbed(question: str, rng: random.Random) -> str:
 
 
 def statement_questions(text: str) -> list[tuple[tuple[str, ...], str]]:
-    """The questions that sentences of a text answer, each as a tuple of its wordings and the answer.
+    """The questions that sentences of a text answer. Each is a pair of its wordings and its answer.
 
     Only sentences of a few simple forms give questions, such as "Anna lives in Bergen."
     """
@@ -320,7 +326,7 @@ def statement_questions(text: str) -> list[tuple[tuple[str, ...], str]]:
 
 
 def with_statements(items: Sequence[Item]) -> list[Item]:
-    """The items, and a new item for each question that a sentence of their texts answers and no item asks.
+    """The items, and a new item for each question that a sentence of an item's text answers and that no item asks.
 
     :func:`statement_questions` finds these questions.
     """
@@ -337,7 +343,10 @@ def with_statements(items: Sequence[Item]) -> list[Item]:
 def _framed(
     question: str, clause_frames: Sequence[str], command_frames: Sequence[str], question_frames: Sequence[str]
 ) -> list[str]:
-    """Sentences that contain the question. ``command_frames`` are only for a command that ends with a full stop."""
+    """Sentences that contain the question.
+
+    ``command_frames`` are used only if the question is a command that ends with a full stop.
+    """
     small = _small(question)
     framed = [frame.format(question=question, small=small) for frame in question_frames]
     if (within := clause(question)) is not None:
@@ -349,7 +358,10 @@ def _framed(
 
 
 def _distinct(questions: Sequence[str], others: Sequence[str]) -> list[str]:
-    """The questions without repetitions and without the members of ``others``, as :func:`normal` compares them."""
+    """The questions without repetitions and without the members of ``others``.
+
+    Two questions count as the same if :func:`normal` returns the same text for both.
+    """
     known = {normal(each) for each in others}
     kept = []
     for each in questions:
