@@ -67,7 +67,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         part.mkdir(parents=True)
         yield part
         part.replace(folder)
-    # On a full disk, torch raises RuntimeError, and safetensors raises SafetensorError.
+    # RuntimeError and SafetensorError are caught too, because torch and safetensors raise them on a full disk.
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"--folder {folder} cannot be written: {reason}") from error

@@ -22,8 +22,8 @@ log = logging.getLogger("jobs.train.import_nanochat")
 class ImportSettings(JobSettings):
     """Import a checkpoint of karpathy/nanochat into the store."""
 
-    folder: str = setting(help="upstream's checkpoint folder, such as ~/.cache/nanochat/base_checkpoints/d20")
-    tokenizer_folder: str = setting(help="upstream's tokenizer folder, such as ~/.cache/nanochat/tokenizer")
+    folder: str = setting(help="checkpoint folder of karpathy/nanochat, such as ~/.cache/nanochat/base_checkpoints/d20")
+    tokenizer_folder: str = setting(help="tokenizer folder of karpathy/nanochat, such as ~/.cache/nanochat/tokenizer")
     model: str = setting(help="name of the model in the store")
     step: int | None = setting(None, "step of the checkpoint in the folder; the last one by default", minimum=0)
     stage: Literal["base", "sft", "rl"] = setting("base", "training stage that the checkpoint is from")

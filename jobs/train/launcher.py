@@ -19,7 +19,7 @@ _POLL_SECONDS = 0.1
 
 
 class Launcher:
-    """Runs jobs to their end. Forwards signals that ask this process to end."""
+    """Runs jobs to their end. Signals that ask this process to end are forwarded to the running job."""
 
     def __init__(self, preloaded: Sequence[str] = ()) -> None:
         """``preloaded`` are modules of jobs. They are imported once, so that these jobs start sooner on one rank."""
@@ -122,7 +122,8 @@ def rank_environments(count: int) -> list[dict[str, str]]:
     The variables give the rank's number, and the address that all ranks share.
     """
     if count == 1:
-        # This process may itself be a rank, and its variables must not reach the child process.
+        # The variables are set although there is only one rank: this process may itself be a rank, and its own
+        # variables must not reach the child process.
         return [{"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -46,7 +46,7 @@ from nanochat_core.store import Lease, Store, open_store
 
 log = logging.getLogger("jobs.train.pipeline")
 
-# Bytes of text that are enough for every recipe. Counting stops at this number.
+# A text with this many bytes is long enough for every recipe, so counting the bytes of a text stops at this number.
 _LONG_TEXT = 2**20
 
 
@@ -88,7 +88,7 @@ class PipelineSettings(JobSettings):
 
 
 class Processes:
-    """Runs each stage as processes of this machine. Their output goes to the output of this process."""
+    """Runs each stage as processes of this machine. The output of a stage goes to the output of this process."""
 
     def __init__(self, ranks: int = 0) -> None:
         """``ranks`` is the number of processes that train together; 0 starts one for each GPU."""
@@ -122,7 +122,7 @@ class Pipeline:
     def __init__(self, settings: PipelineSettings, recipe: Recipe, runner: Runner | None = None) -> None:
         """Raises UserError if the settings ask for reinforcement learning and the recipe has no task for it.
 
-        ``runner`` runs the stages; by default it is the one that the settings choose.
+        ``runner`` runs the stages; None chooses the runner from the settings.
         """
         self.settings, self.recipe = settings, recipe
         self.model = check_model_name(settings.model or recipe.name)
@@ -205,7 +205,7 @@ class Pipeline:
             raise SystemExit(EXIT_REFUSED)
 
     def _is_served(self, tuned: Checkpoint) -> bool:
-        """Whether the promoted checkpoint is ``tuned``, or lessons made it from ``tuned``.
+        """Whether the promoted checkpoint is ``tuned``, or was made from ``tuned`` by lessons.
 
         In the second case, promoting ``tuned`` would undo the lessons.
         """
@@ -245,7 +245,7 @@ class Pipeline:
                 done=lambda: not self._lacks_text(),
             )
         with Lease(self.store, f"data/{self.model}", "jobs.train.pipeline"):
-            # Another pipeline may have made the data meanwhile.
+            # The store is asked again, because another pipeline may have made the data meanwhile.
             if self._has_data(given):
                 self.recipe.prepare(self.store, self.model, data)
                 return
@@ -368,7 +368,7 @@ class Pipeline:
     ) -> None:
         """Run one stage to its end.
 
-        ``title`` is the stage's key in ``TITLES`` of the story. :class:`StageRun` explains the other arguments.
+        ``title`` is a key of :data:`jobs.train.story.TITLES`. :class:`StageRun` explains the other arguments.
         """
         name = subcommand or module.rpartition(".")[2]
         flags = {"home": self.settings.home, **flags}

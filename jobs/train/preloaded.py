@@ -17,9 +17,11 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def preload(modules: Sequence[str]) -> None:
-    """Start a process that imports the modules in the background. It ends when the current process ends."""
+    """Start a process that imports the modules in the background. The new process ends when the current process ends.
+    """
     _CONTEXT.set_forkserver_preload(list(modules))
-    # The new process inherits that SIGINT is ignored. Otherwise Ctrl-C during its imports would print a traceback.
+    # SIGINT is ignored while the new process starts, and the new process inherits this. Otherwise, Ctrl-C during its
+    # imports would print a traceback.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         multiprocessing.forkserver.ensure_running()

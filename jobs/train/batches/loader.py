@@ -3,9 +3,9 @@
 The problem: a resumed run must see the same batches, even on another number of ranks. The idea: the documents, and the
 rows of the global batch, are divided among a fixed number V of virtual packers. Packer v reads the documents v, v + V,
 v + 2V, … and fills its own rows of each batch: one row, or several consecutive rows if the batch has more than
-:data:`MAX_PACKERS` rows. No packer depends on another packer, so each rank can run any share of them.
-The number of ranks decides which process packs a row, but not what the row contains. Neither the rows nor the packers
-need to divide evenly: shares differ by at most one.
+:data:`MAX_PACKERS` rows. No packer depends on another packer, so each rank can run any share of them. The number of
+ranks decides which process packs a row, but not what the row contains. The rows need not divide evenly among the
+packers, nor the packers among the ranks: shares differ by at most one.
 """
 
 import collections
@@ -27,9 +27,11 @@ from jobs.train.batches.sources import Source, default_workers
 from nanochat_core.errors import UserError
 from nanochat_core.model import IGNORE_INDEX
 
-# The largest number of packers. Further ranks get no rows. In a larger batch, some packers have several rows each.
+# Largest number of packers. If there are more ranks than packers, some ranks get no rows. If a batch has more rows than
+# this, some packers fill several rows of each batch.
 MAX_PACKERS = 1024
-# Each packer reads from one or two row groups at a time. The text of a row group of web pages takes about 4 MB.
+# The cache has room for two row groups of each packer, because a packer reads from one or two row groups at a time. The
+# text of a row group of web pages takes about 4 MB.
 _CACHED_BYTES_PER_PACKER = 8 * 2**20
 # The largest and the smallest number of documents in a packer's buffer. Between these limits, the buffer has an eighth
 # of the packer's documents in an epoch. A larger buffer would put all long documents at the beginning of the epoch.
@@ -169,7 +171,8 @@ class PackedLoader:
         ids = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
         targets = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
         id_rows, target_rows = ids.numpy(), targets.numpy()
-        # NumPy fills in this thread. PyTorch would start OpenMP threads, which then wait busily on other cores.
+        # NumPy fills the arrays, because it does so in this thread. PyTorch would start OpenMP threads, which then wait
+        # busily on other cores.
         id_rows.fill(self._pad_id)
         target_rows.fill(IGNORE_INDEX)
 

@@ -29,8 +29,8 @@ from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.train.batches.mixtures")
 
-# If a source has no validation data of its own, one conversation in 20 is held out. There is also an upper limit,
-# because a steady validation loss needs no more conversations.
+# If a source has no validation data of its own, one conversation in 20 is held out. At most _MAX_HELD_OUT conversations
+# are held out, because with more, the validation loss would hardly be more precise.
 _HELD_OUT_ONE_IN = 20
 _MAX_HELD_OUT = 256
 _CONVERSATIONS_PER_TASK = 256
@@ -40,7 +40,7 @@ class Selection(Sequence[list[Message]]):
     """A selection of conversations from several sources. Each conversation is read when it is accessed.
 
     Attributes:
-        sources: where the conversations are.
+        sources: the sources from which conversations are selected.
         rows: index of each selected conversation in its source, (conversations,) int64.
         source: index of each selected conversation's source, (conversations,) int64.
     """

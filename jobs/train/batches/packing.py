@@ -78,7 +78,8 @@ class BestFitPacker:
         self.when_full, self.pad_id = when_full, pad_id
         self.row = 0
         self._refill = refill
-        # Sorted by length; documents of equal length are in order of arrival.
+        # The buffered documents, sorted by length, and their lengths. Documents of equal length are in order of
+        # arrival.
         self._buffer: list[_Waiting] = []
         self._lengths: list[int] = []
         # The buffered documents by their numbers, in order of arrival.
@@ -98,7 +99,8 @@ class BestFitPacker:
         ``since`` is the row at which the document arrived; None means the next row.
         """
         waiting = _Waiting(document, start, self.row if since is None else since)
-        # A document longer than a row can always begin a row, so no such document stays in the buffer for good.
+        # A length of more than a row counts as a row. So a document that is longer than a row can begin any row, and
+        # does not stay in the buffer for good.
         length = min(len(document.ids) - start, self.row_length)
         place = bisect.bisect_right(self._lengths, length)
         self._lengths.insert(place, length)

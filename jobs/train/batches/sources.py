@@ -122,7 +122,8 @@ class EpochShuffle:
 
     def __init__(self, count: int, seed: int) -> None:
         self._count, self._seed = count, seed
-        # Around the end of an epoch, readers ask for examples of two epochs in turn.
+        # The orders of two epochs are cached, because around the end of an epoch, readers ask for examples of both in
+        # turn.
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def __call__(self, number: int) -> int:
@@ -153,7 +154,7 @@ class ConversationSource(Source):
 class LengthSource(Source):
     """Placeholder documents, in the order of :class:`ConversationSource`. ``lengths`` is (conversations,) int64.
 
-    They are packed to count the batches of an epoch, without tokenizing the conversations again.
+    The placeholders are packed to count the batches of an epoch, without tokenizing the conversations again.
     """
 
     def __init__(self, lengths: np.ndarray, seed: int) -> None:

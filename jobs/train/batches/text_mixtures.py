@@ -24,7 +24,8 @@ from jobs.train.batches.sources import Source
 
 # Number of documents in a block. The smallest share of a dataset is one document in each block.
 BLOCK = 16_384
-# Packers read at different speeds, so several blocks are in use at the same time.
+# Number of blocks whose order is cached. Several blocks are in use at the same time, because packers read at different
+# speeds.
 _CACHED_BLOCKS = 64
 # The mean length is measured on a few runs of consecutive documents. Most runs lie in one row group, so few row groups
 # are read.

@@ -26,7 +26,7 @@ POD_LABEL = "training.kubeflow.org/job-name"
 ATTEMPT, PROGRESS, SUSPENDED, STATUS = (f"nanochat/{name}" for name in ("attempt", "progress", "suspended", "status"))
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 GPU = "nvidia.com/gpu"
-# The training operator looks for the container of this name.
+# Name of the container in which the training operator starts the program.
 CONTAINER = "pytorch"
 LONGEST_NAME = 63
 _LONGEST_POD_SUFFIX = len("-worker-9999")
@@ -108,7 +108,8 @@ def pytorch_job(template: Object, name: str, arguments: Sequence[str], *, pods: 
     Raises UserError if the template has no container of the name ``pytorch``.
     """
     pod = copy.deepcopy(template["template"])
-    # The API server has added a default restartPolicy, and the operator warns of a pod with a restartPolicy.
+    # The restartPolicy is removed: the API server has added it as a default, and the operator warns of a pod with a
+    # restartPolicy.
     pod["spec"].pop("restartPolicy", None)
     pod_metadata = pod.setdefault("metadata", {})
     pod_metadata.pop("creationTimestamp", None)

@@ -15,9 +15,11 @@ from nanochat_core.errors import UserError, run_main
 def pod_environments(environ: Mapping[str, str]) -> list[dict[str, str]]:
     """Environment variables for each rank of one pod of a PyTorchJob or TrainJob, from the pod's environment.
 
-    The operator sets the pod's number among the job's pods, the number of pods and of processes in each, and the common
-    address: ``MASTER_ADDR`` and ``MASTER_PORT``, or in a TrainJob ``PET_MASTER_ADDR`` and ``PET_MASTER_PORT``. Raises
-    UserError if a number is missing or is no whole number.
+    The operator sets the pod's number among the job's pods, the number of pods, the number of processes in each pod,
+    and the address at which the ranks meet. The variables of this address are ``MASTER_ADDR`` and ``MASTER_PORT``, or
+    in a TrainJob ``PET_MASTER_ADDR`` and ``PET_MASTER_PORT``.
+
+    Raises UserError if a number is missing or is no whole number.
     """
     numbers: list[int] = []
     for name in ("PET_NODE_RANK", "PET_NNODES", "PET_NPROC_PER_NODE"):

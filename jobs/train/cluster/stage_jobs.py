@@ -1,13 +1,13 @@
 """Runs the stages of a pipeline as PyTorchJobs, and survives the end of its own process at any moment.
 
 The process works like a Kubernetes controller. It remembers nothing: each round reads the stage's PyTorchJobs and takes
-the one step that their state requires, if any. Then the process waits until one of them changes. A process that takes
-over from another process therefore behaves as if it had been there from the start, and a lost message only means that
-the next round reads the same state again.
+the one step that their state requires, if any. Then the process waits until one of the PyTorchJobs changes. A process
+that takes over from another process therefore behaves as if it had been there from the start, and a lost message only
+means that the next round reads the same state again.
 
 An attempt of a stage is one PyTorchJob, whose name ends with the attempt's number. Attempts are never deleted, so that
-each round can count them and read how they ended, and their logs can be read. They belong to the Job of the pipeline:
-the cluster deletes them together with the Job.
+each round can count them and read how they ended, and their logs can be read. The PyTorchJobs belong to the Job of the
+pipeline: the cluster deletes them together with the Job.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Our tokenizer as ``tokenizer.json`` of Hugging Face's tokenizers, with equal token ids for every text.
 
-Three properties of tiktoken, which computes our ids, determine the content:
+Three properties of tiktoken, which computes our ids, determine the content of ``tokenizer.json``:
 
 - A piece of text that is a token as a whole becomes this token, even if no sequence of merges leads to the token
   (``ignore_merges``).

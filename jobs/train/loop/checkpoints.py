@@ -54,9 +54,10 @@ class RunCheckpoints:
     def resume(self) -> RunState | None:
         """Load the newest intact checkpoint into model and optimizer. Returns None if there is no such checkpoint.
 
-        If any rank finds that a checkpoint is damaged, all ranks skip it. An intact checkpoint is never skipped. Raises
-        UserError if the checkpoint has other settings or inputs, has no optimizer state, or is from a newer version of
-        nanochat.
+        If any rank finds that a checkpoint is damaged, all ranks skip the checkpoint and try the one before it.
+
+        Raises UserError if the newest intact checkpoint has other settings or inputs than this run, has no optimizer
+        state, or is from a newer version of nanochat.
         """
         for ref in reversed(self._stored()):
             problem = None
@@ -146,7 +147,11 @@ class RunCheckpoints:
             raise RetryableError(f"the last checkpoint could not be written; run again to go on: {error}") from error
 
     def _delete_superfluous(self, written: CheckpointRef) -> None:
-        """Delete checkpoints, except the newest, the promoted one, ``kept_step`` and multiples of ``keep_every``."""
+        """Delete the run's checkpoints that are not needed any more, and incomplete checkpoints.
+
+        The ``keep`` newest checkpoints stay, and so do the promoted one, the one of ``kept_step``, and those whose step
+        is a multiple of ``keep_every``.
+        """
         settings, model, replaced = self._config.settings, self._config.model_name, self._replaced - {written}
         own = [ref for ref in self._stored() if ref not in replaced]
         every, served = settings.keep_every, promoted(self._store, model)
@@ -154,8 +159,8 @@ class RunCheckpoints:
         old = [ref for ref in own[: -settings.keep] if ref not in kept and not (every and ref.step % every == 0)]
         incomplete = incomplete_checkpoints(self._store, model, self._config.stage)
         if served is not None and served in replaced:
-            # After the withdrawal, engines that start wait for the next promotion, instead of failing because the
-            # checkpoint is missing.
+            # The promotion is withdrawn, so that engines that start wait for the next promotion. Otherwise they would
+            # fail, because the checkpoint is missing.
             withdraw(self._store, model)
             log.warning("the promoted revision is gone", extra={"model": model, "revision": served.revision})
         for ref in (*replaced, *old, *incomplete):
@@ -163,7 +168,7 @@ class RunCheckpoints:
         self._replaced = set()
 
     def _delete(self, ref: CheckpointRef) -> None:
-        """Delete a checkpoint, but keep it if a file is undamaged and unreadable: a newer version of nanochat wrote it.
+        """Delete a checkpoint, unless one of its files has a format of a newer version of nanochat.
 
         Raises LeaseLost if another program has taken over the model's name.
         """

@@ -41,7 +41,8 @@ def prepare_compiler(device: torch.device) -> None:
     restarts and which may belong to another user.
     """
     if device.type == "cpu":
-        # torch compiles only GPU kernels in worker processes, so a CPU needs none. Starting them would take seconds.
+        # The compiler's worker processes are not started: they compile only GPU kernels, and starting them takes
+        # seconds.
         os.environ.setdefault("TORCH_WARM_POOL", "0")
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (folder := _cache_folder()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

@@ -33,7 +33,7 @@ class LiveProgress:
         Args:
             steps: number of steps of the whole run.
             program: name of the training program, as in the lease on the model's name.
-            shown: whether to write anything; False on every rank except the first.
+            shown: whether this process writes the progress; False on every rank except the first.
         """
         self._store, self._model, self._stage = store, model, stage
         self._plan = {"program": program, "steps": steps, "batch_tokens": batch_tokens}

@@ -152,7 +152,8 @@ class Progress:
         if self._mfu_per_throughput is not None:
             smooth["mfu"] = self._mfu_per_throughput * throughput
         self._facts = [
-            # If the stage has a measure of its own, such as the reward, this measure says more than the loss.
+            # The first measure of the stage, such as the reward, is shown before the loss, because it says more than
+            # the loss.
             *(f"{name} {smooth[name]:.3f}" for name in list(report.measures)[:1]),
             f"loss {smooth['loss']:.3f}",
             f"{tqdm.format_sizeof(throughput)} tok/s",

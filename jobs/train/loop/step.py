@@ -114,7 +114,8 @@ class TrainingStep:
         """
         if self._ranks.size == 1:
             return
-        # The last micro-batch may have fewer rows than the others, and a model is compiled for each shape.
+        # One micro-batch of each shape is computed, because the model is compiled for each shape, and the last
+        # micro-batch may have fewer rows than the others.
         for rows in {rows.ids.shape: rows for rows in self._micro_batches(batch)}.values():
             loss, _ = self._objective(rows)
             torch.autograd.backward(loss)
@@ -148,10 +149,12 @@ class TrainingStep:
 
     def _accumulate(self, batch: Batch, stop: StopSignal) -> StepReport:
         """Sum loss, measures and gradients over all micro-batches and ranks."""
-        # The batch is still in the host's memory, so counting does not wait for the device.
+        # The targets are counted while the batch is in the host's memory, so that counting does not wait for the
+        # device.
         count = int((batch.targets != IGNORE_INDEX).sum())
         counted = self._ranks.sum(torch.full((), count, dtype=torch.int64, device=self._device))
-        # Double precision makes the sum independent of the number of ranks.
+        # The sum has double precision if the device supports it, so that rounding does not depend on the number of
+        # ranks.
         total = torch.zeros((), dtype=precise_dtype(self._device), device=self._device)
         sums: dict[str, Tensor] = {}
         micro_batches = list(self._micro_batches(batch))
@@ -206,7 +209,11 @@ class TrainingStep:
         report.spike = self._is_spike(report.loss)
 
     def _unscale(self, finite: bool) -> None:
-        """Divide the gradients of an fp16 run by the loss scaler's factor, and adapt the factor for the next step."""
+        """In an fp16 run, divide the gradients by the loss scaler's factor, and choose the factor of the next step.
+
+        The loss was multiplied by the factor before the backward pass. If ``finite`` is False, the step is skipped, so
+        the gradients need not be divided.
+        """
         if self._scaler is None:
             return
         if finite:
@@ -218,7 +225,8 @@ class TrainingStep:
         self._optimizer.zero_grad()
         step = self._state.step
         self._state.skipped.append(step)
-        # With a loss scaler, an overflow only lowers the scaler's factor. It does not mean that the run has diverged.
+        # If the loss scaler can still lower its factor, an overflow does not count as a skipped step, because it does
+        # not mean that the run has diverged.
         self._skipped_in_a_row += 0 if overflow and self._scaler and self._scaler.factor > 1 else 1
         if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(

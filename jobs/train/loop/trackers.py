@@ -28,7 +28,7 @@ class Tracker:
         self._failed = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics of a step. Their names are like ``train/loss``."""
+        """Record ``metrics`` of a step by name. A name is, for example, ``train/loss``."""
         self._try(lambda: self._record(step, metrics))
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ def _wandb(model: str, stage: str, folder: Path, config: Mapping[str, Any]) -> T
         resume="allow",
         config=dict(config),
         dir=str(folder),
-        # With the console off, W&B does not get the job's log lines.
+        # The console is off, so that the job's log lines are not sent to W&B.
         settings=wandb.Settings(console="off", silent=True),
     )
     # W&B's own step counter would refuse the steps that a resumed run repeats, so the metric ``step`` replaces it.

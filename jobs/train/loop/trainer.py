@@ -159,7 +159,7 @@ class Trainer:
         return bool(due)
 
     def _tell(self, live: LiveProgress, progress: Progress, *, at_once: bool) -> None:
-        """Report the current state to the progress file."""
+        """Report the run's current state to ``live``, which writes it to the store for the chat page."""
         live.update(
             self.state.step,
             self.state.history,
