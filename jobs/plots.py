@@ -123,7 +123,7 @@ def smoothed(steps: Sequence[float], values: Sequence[float]) -> list[float]:
     for step, value, reach in zip(x, y, reaches, strict=True):
         offset = x - step
         weight = np.clip(1 - np.abs(offset / reach) ** 3, 0, None) ** 3
-        # The normal equations give a of the least squares line a + b * offset: its value at the step.
+        # The least-squares line is a + b * offset. Its value at the step is a, which the normal equations give.
         w, wo, woo = weight.sum(), weight @ offset, weight @ offset**2
         spread = w * woo - wo**2
         smooth.append(float((woo * (weight @ y) - wo * ((weight * offset) @ y)) / spread if spread > 0 else value))

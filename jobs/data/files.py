@@ -138,9 +138,10 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _is_found_anyway(folder: str, top: str) -> bool:
-    """Whether a walk from ``top`` can ignore a link to ``folder``.
+    """Whether a walk from ``top`` need not follow a link to ``folder``.
 
-    This is true if the walk reaches ``folder`` without links, or if ``folder`` contains ``top``.
+    The link is not needed if the walk also reaches ``folder`` without links. If ``folder`` contains ``top``, the link
+    is not followed either, because it would lead the walk back to ``top``.
     """
     parts = os.path.relpath(folder, top).split(os.sep)
     if parts[0] == os.pardir:

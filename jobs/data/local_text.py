@@ -26,8 +26,8 @@ HELD_OUT_FRACTION = 0.05
 # With fewer held-out characters than this, a warning is logged, because bits per byte vary much from one short text to
 # the next.
 LITTLE_VALIDATION_CHARACTERS = 1000
-# With at least this many files and bytes, the whole last file is held out. A share of the documents would first require
-# counting them, which takes too long.
+# With at least this many files and bytes, the whole last file is held out instead of a share of the documents, because
+# counting so many documents first would take too long.
 MANY_FILES, MANY_BYTES = 20, 2**30
 _READ_CHARACTERS = 2**20
 _LISTED_FILES = 10

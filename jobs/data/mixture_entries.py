@@ -4,7 +4,8 @@ import dataclasses
 
 from nanochat_core.errors import UserError
 
-# In fine-tuning, a weight is the number of times that an epoch repeats a source. A weight above this must be a mistake.
+# Largest weight. In fine-tuning, a weight is the number of times that an epoch shows a source, so a larger weight must
+# be a mistake.
 MOST_WEIGHT = 1_000_000
 
 

@@ -24,7 +24,8 @@ T = TypeVar("T")
 _READ_CHARACTERS = 2**20
 _BETWEEN_VALUES = re.compile(r"[\s,]*")
 # If a JSON error is at most this many characters before the end of the buffer, the value may continue in the rest of
-# the file. Words such as "false" and escapes such as "\\ud83d\\ude00" are shorter. Open strings have their own error.
+# the file. The end of the buffer may cut a word such as "false" or an escape such as "\\ud83d\\ude00", and both are
+# shorter than this. A cut string has an error of its own.
 _MAY_CONTINUE_CHARACTERS = 16
 
 

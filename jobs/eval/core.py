@@ -31,7 +31,7 @@ class CoreSettings(JobSettings):
     stage: Literal["base", "sft", "rl"] = setting("base", "stage whose newest checkpoint is evaluated")
     revision: str = setting("", "<stage>/step_<n>, or promoted, instead of the newest checkpoint of a stage")
     bundle: str = setting(PUBLIC_BUNDLE, "evaluation bundle: a folder, s3://bucket/prefix, or the URL of a zip")
-    max_per_task: int = setting(0, "largest number of items of each task to evaluate; 0 is all", minimum=0)
+    max_per_task: int = setting(0, "largest number of items of each task to evaluate; 0 evaluates all", minimum=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to compute on")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations and matrix products")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)

@@ -23,7 +23,7 @@ def bits_per_byte(
     max_tokens: int | None = None,
     ranks: Ranks = ALONE,
 ) -> float:
-    """The negative log2 likelihood of a text, divided by its number of UTF-8 bytes.
+    """The negative log2 likelihood of the documents, divided by their number of UTF-8 bytes.
 
     A loss per token depends on the length of the tokenizer's tokens. A loss per byte does not. Each document begins
     with BOS and is cut into rows of the context length. The model predicts each token once, from the tokens before it

@@ -192,9 +192,10 @@ def compare(tokenizer: Tokenizer, references: Sequence[Reference], texts: Mappin
 def evaluate(
     store: Store, name: str, tokenizer: Tokenizer, dataset: str, size: int, gpt2_file: str = "", gpt4_file: str = ""
 ) -> dict[str, Any]:
-    """Compare with GPT-2 and GPT-4, and write ``evaluation.json`` and ``evaluation.md`` beside the tokenizer ``name``.
+    """Compare a tokenizer with GPT-2's and GPT-4's, and write ``evaluation.json`` and ``evaluation.md``.
 
-    See :func:`texts_to_compare` and :func:`load_reference` for the other arguments.
+    Both files are stored beside the tokenizer ``name``. See :func:`texts_to_compare` and :func:`load_reference` for the
+    other arguments.
     """
     references = [load_reference(GPT2, gpt2_file), load_reference(GPT4, gpt4_file)]
     evaluation = compare(tokenizer, references, texts_to_compare(store, dataset, size))

@@ -22,9 +22,9 @@ class Decision:
 
     Attributes:
         digest: sha256 of the checkpoint's weights.
-        against: model and revision of the checkpoint with which the gate compared the judged checkpoint. After a
-            promotion without a comparison, such as a roll-back, the checkpoint that was replaced. Empty if no other
-            checkpoint was promoted.
+        against: model and revision of the checkpoint with which the gate compared the judged checkpoint. If a
+            checkpoint was promoted without a comparison, for example by a roll-back, this is the checkpoint that it
+            replaced. Empty if no other checkpoint was promoted.
         promoted: whether this decision promoted the checkpoint. A decision without ``--promote`` promotes nothing.
         time: UTC (ISO 8601).
     """

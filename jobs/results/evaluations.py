@@ -135,7 +135,7 @@ def results_of(store: Store, ref: CheckpointRef, digest: str) -> list[Result]:
 
 
 def identities(found: Iterable[Result]) -> list[str]:
-    """The sorted identities of results. They change when an evaluation is added or repeated with other settings."""
+    """The sorted ``identity`` fields of results. An identity is a digest of the evaluated weights and the settings."""
     return sorted(result["identity"] for result in found)
 
 

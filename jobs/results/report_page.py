@@ -34,7 +34,7 @@ _PLOTS = {
     "CORE": {"CORE by task": "core.png"},
     "Reinforcement learning": {"Reward and pass@k": "rl.png"},
 }
-# Longer questions and answers, such as programming problems, are cut.
+# Questions and answers with more characters than this, such as programming problems, are cut.
 _MOST_CHARACTERS = 400
 # Number of answers of each chat task that are quoted.
 _RIGHT_ANSWERS, _WRONG_ANSWERS = 1, 3
@@ -156,7 +156,7 @@ def _unit(name: str) -> str:
 def _data_and_gradients(stages: Mapping[str, Report]) -> list[str]:
     """How often each stage saw its data, how much of the data was never seen, and the size of the gradients."""
     rows = []
-    # A report of an earlier version lacks these figures.
+    # These figures may be missing, because a report of an earlier version does not have them.
     for name, stage in stages.items():
         data, norm = stage.get("data", {}), stage.get("gradient_norm") or {}
         cut, left_out = data.get("cut"), data.get("left_out")
@@ -403,7 +403,7 @@ def _samples(report: Report) -> list[str]:
     lines: list[str] = []
     for prompt, continuation in report.get("samples", []):
         if "\n" in f"{prompt}{continuation}".strip():
-            # Code and verse need their line breaks.
+            # A sample of several lines is shown as a block, because code and verse need their line breaks.
             lines += [f"From **{literal(prompt)}**:", "", *block(prompt + continuation), ""]
             continue
         space = " " if continuation[:1].isspace() else ""

@@ -3,7 +3,8 @@
 import re
 from decimal import Decimal
 
-# The sign may be before or after the dollar: -$5, $-5. A dot without a digit after it is a full stop.
+# Pattern of a number. Its sign may be before or after the dollar: -$5, $-5. A dot without a digit after it is a full
+# stop and not part of the number.
 _NUMBER = re.compile(r"(?<![\w.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?!\w)")
 
 

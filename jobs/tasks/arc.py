@@ -30,12 +30,13 @@ def task(source: DatasetSource, subset: Literal["Easy", "Challenge"]) -> ChoiceT
         expected=f"ARC-{subset}/test-00000-of-00001.parquet",
         origin=on_hub("allenai/ai2_arc", f"ARC-{subset}/test*"),
     )
-    # A few questions have three or five choices. Published results use the baseline of four choices for all questions.
+    # As in published results, the baseline is that of four choices, although a few questions have three or five
+    # choices.
     return ChoiceTask(f"arc-{subset.lower()}", source.read(test, _question), FOUR_CHOICES_BASELINE)
 
 
 def _question(row: Row) -> ChoiceQuestion:
-    # MMLU's format is easier to write by hand, so it is accepted as well.
+    # Rows in MMLU's format are accepted as well, because this format is easier to write by hand.
     return _choice(row) if "answerKey" in row else indexed_choice(row)
 
 

@@ -1,4 +1,7 @@
-"""Conversations to fine-tune on, from files or a generator. Each is read or generated when it is accessed."""
+"""Conversations to fine-tune on, from files or a generator.
+
+Each conversation is read or generated when it is accessed.
+"""
 
 import bisect
 import dataclasses
@@ -22,7 +25,8 @@ from nanochat_core.store import Store
 
 log = logging.getLogger("jobs.tasks.conversations")
 
-# A digest covers this many generated conversations. A changed generator is very unlikely to repeat all of them.
+# The digest of a generator's conversations covers only this many of them. That is enough, because a changed generator
+# is very unlikely to repeat all of these conversations.
 _DIGESTED = 100
 
 

@@ -24,7 +24,8 @@ _TEST = DatasetFiles(
     expected="main/test-00000-of-00001.parquet or test.jsonl",
     origin=on_hub("openai/gsm8k", "main/test*"),
 )
-# The sign may be before or after the dollar: -$5, $-5. A dot without a digit after it is a full stop.
+# Pattern of the number after ``####``. Its sign may be before or after the dollar: -$5, $-5. A dot without a digit
+# after it is a full stop and not part of the number.
 _FINAL_NUMBER = re.compile(r"####[ \t]*(-?)[ \t]*\$?[ \t]*(-?)((?:[0-9][0-9,]*)?(?:\.[0-9]+)|[0-9][0-9,]*)")
 _CALCULATION = re.compile(r"<<(.*?)>>", re.DOTALL)
 

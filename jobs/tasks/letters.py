@@ -1,6 +1,7 @@
 """Generated questions about the letters of words: how often a letter occurs, and how the word is spelled.
 
-The counting task is answered with the Python tool. No word of an evaluation occurs in a training conversation.
+The model has to count letters with the Python tool. The words that an evaluation asks about differ from the words that
+the training conversations of these tasks ask about.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class LetterTask:
     """A task whose questions are generated.
 
     Attributes:
-        draw: draws a question and its answer. The two splits have no word in common.
+        draw: draws a question about a word, and its answer. The two splits ask about different words.
         shown: makes the right answer, as reports show it, from the exchange's expected phrase.
         scorer: tells from the exchange's expected phrase whether a response is right.
     """
@@ -44,7 +45,7 @@ class LetterTask:
         return self.draw(generator(f"tasks/{self.name}", number), "train").messages
 
     def task(self, count: int, seed: int) -> GenerativeTask:
-        """The evaluation task on ``count`` words that no training conversation contains."""
+        """``count`` evaluation questions about words that no training conversation of this task asks about."""
         questions = []
         for number in range(seed * count, (seed + 1) * count):
             drawn = self.draw(generator(f"tasks/{self.name}/heldout", number), "heldout")

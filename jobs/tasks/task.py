@@ -25,7 +25,7 @@ def ask(question: str) -> Messages:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A conversation up to the user's last message, and the dataset's answer to it, for reinforcement learning."""
+    """A problem for reinforcement learning: a conversation up to the user's last message, and the dataset's answer."""
 
     messages: Messages
     answer: str

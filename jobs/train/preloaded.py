@@ -17,8 +17,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def preload(modules: Sequence[str]) -> None:
-    """Start a process that imports the modules in the background. The new process ends when the current process ends.
-    """
+    """Start a process that imports the modules in the background, and that ends with the current process."""
     _CONTEXT.set_forkserver_preload(list(modules))
     # SIGINT is ignored while the new process starts, and the new process inherits this. Otherwise, Ctrl-C during its
     # imports would print a traceback.

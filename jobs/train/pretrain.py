@@ -46,8 +46,8 @@ _SAMPLES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainSettings(StageSettings):
-    """Pretrain a GPT on text datasets of the store. Every setting that is not given follows from --depth, or is as in
-    the run of the checkpoint that --start-from names.
+    """Pretrain a GPT on text datasets of the store. Many settings follow from --depth if they are not given. With
+    --start-from, settings that are not given are those of the run that made the named checkpoint.
     """
 
     start_from: str | None = setting(
@@ -100,7 +100,7 @@ class PretrainSettings(StageSettings):
     core_max_per_task: int = setting(500, "examples per task of CORE; 0 takes all", minimum=0)
     sample_every: int = setting(
         0,
-        "steps between samples of text, for the log and the report, with more after the last step; 0 writes none",
+        "steps between samples of text for the log and the report, also written after the last step; 0 writes none",
         minimum=0,
     )
 
@@ -297,7 +297,10 @@ def pretrain(settings: PretrainSettings, runtime: Runtime) -> CheckpointRef:
 
 
 def firsts(documents: TextDataset) -> list[str]:
-    """The first validation documents. During training, samples continue the beginnings of some of them."""
+    """The first validation documents of a dataset, at most :data:`_SAMPLES`.
+
+    During training, the model continues the beginnings of some validation documents, so that people see how it writes.
+    """
     return [documents[number] for number in range(min(_SAMPLES, len(documents)))]
 
 

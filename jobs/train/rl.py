@@ -36,7 +36,7 @@ _MOMENTUM = 0.95
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RlSettings(RolloutSettings):
-    """Train the fine-tuned model of the same name by reinforcement learning on the problems of a task."""
+    """Train a model by reinforcement learning on the problems of a task, starting from its newest SFT checkpoint."""
 
     task: str = setting(help="problems to train on: arithmetic (of the demo world) or gsm8k (from the store)")
     reward: str = setting("", "reward function: " + ", ".join(REWARDS) + "; by default the reward of the task")
@@ -90,7 +90,8 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
 
         reference = None
         if settings.kl:
-            # The fine-tuned model with frozen weights, in the dtype and with the kernels of the trained model.
+            # The reference is the fine-tuned model with frozen weights. It has the dtype and the kernels of the trained
+            # model.
             reference = tuned.build_model(runtime.device, model.compute_dtype).requires_grad_(False)
             reference.attention = model.attention
         hidden = None
@@ -115,8 +116,9 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
             objective=PolicyGradient(
                 model,
                 clip=settings.clip,
-                # Without asynchronous rollouts, a step trains the weights that sampled its answers. The ratios then
-                # differ from 1 only by rounding, and only clipping needs them.
+                # Without asynchronous rollouts, a step trains the same weights that sampled its answers. The ratio of a
+                # token's probability to its probability when it was sampled then differs from 1 only by rounding, so it
+                # is computed only for clipping.
                 off_policy=settings.asynchronous or settings.clip > 0,
                 kl=settings.kl,
                 reference=reference,

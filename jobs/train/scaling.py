@@ -29,7 +29,7 @@ log = logging.getLogger("jobs.train.scaling")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudySettings(JobSettings):
-    """Settings of every study."""
+    """Settings that all scaling studies have."""
 
     depths: tuple[str, ...] = setting(help="depths to train, comma separated")
     dataset: str = setting(help="name of the text dataset in the store")

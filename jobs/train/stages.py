@@ -8,7 +8,8 @@ from typing import Literal, Protocol
 
 from jobs.recipes import Flags, flag_arguments
 
-# The machines that a stage needs: CPUs alone; CPUs and at most one GPU; one training node; all training nodes.
+# The machines that a stage needs. ``data``: only CPUs. ``evaluation``: CPUs, and at most one GPU. ``node``: one
+# training node. ``nodes``: all training nodes.
 Place = Literal["data", "evaluation", "node", "nodes"]
 
 
@@ -22,8 +23,8 @@ class StageRun:
         inputs: digests of the data and weights that the stage uses. Two runs with equal module, flags and inputs are
             the same work.
         start_over: whether to delete the checkpoints that an earlier run of the stage made from other inputs.
-        progress: the newest checkpoint that was made from ``inputs``; empty if there is none.
-        done: whether the store has the result of the stage.
+        progress: returns the revision of the newest checkpoint that was made from ``inputs``; empty if there is none.
+        done: returns whether the store has the result of the stage.
     """
 
     name: str

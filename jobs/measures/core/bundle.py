@@ -22,7 +22,7 @@ from nanochat_core.store import Store, open_store
 TASKS_FILE = "core.yaml"
 BASELINES_FILE = "eval_meta_data.csv"
 DATA_FOLDER = "eval_data"
-# CORE is the mean over these tasks. A bundle that lacks some of them gives a partial CORE.
+# CORE is the mean centered accuracy of these tasks. A bundle that lacks some of the tasks gives a partial CORE.
 CORE_TASKS = (
     "hellaswag_zeroshot",
     "jeopardy",
@@ -47,7 +47,8 @@ CORE_TASKS = (
     "boolq",
     "bigbench_language_identification",
 )
-# The seed is fixed, so that every run with the same ``max_per_task`` uses the same items.
+# Seed of the order of a task's items. It is fixed, so that every run with the same ``max_per_task`` uses the same
+# items.
 _SHUFFLE_SEED = 1337
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -84,7 +85,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task. The number of an item is its index in ``items``.
+    """One task of a bundle. The number of an item is its index in ``items``.
 
     Attributes:
         shots: number of examples before each item.
@@ -174,7 +175,7 @@ def _entries(files: Store) -> list[Json]:
 
 
 def _checked(entry: Json, where: str) -> dict[str, Json]:
-    """The fields of one task in ``core.yaml``."""
+    """The fields of one task in ``core.yaml``. Raises UserError if a field is missing or wrong."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: {entry!r} under icl_tasks is no task")
     name = entry.get("label")

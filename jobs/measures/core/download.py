@@ -20,9 +20,11 @@ from nanochat_core.training.distributed import Ranks
 log = logging.getLogger("jobs.eval.core")
 
 PUBLIC_BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-# This file is written last. It has the URL of the bundle and the sha256 of the zip.
+# File with the URL of the bundle and the sha256 of the zip. It is written last, so if it exists, the bundle is
+# complete.
 SOURCE_FILE = "source.json"
-# Largest unpacked size. This limit protects the disk. The public bundle has a tenth of this size.
+# Largest size of an unpacked bundle in bytes, so that a wrong zip cannot fill the disk. The public bundle has a tenth
+# of this size.
 MOST_BYTES = 4 * 2**30
 _FOLDER = "bundles"
 _DOWNLOAD_SECONDS = 3600.0
@@ -43,7 +45,7 @@ def locate_bundle(where: str, store: Store, ranks: Ranks) -> Store:
         if not store.exists(f"{prefix}/{SOURCE_FILE}"):
             _bring(where, store, prefix, store.incoming(_FOLDER) / f"{Path(prefix).name}.zip")
 
-    # A download can take longer than ranks usually wait for each other.
+    # The ranks wait up to _DOWNLOAD_SECONDS, because a download can take longer than ranks usually wait for each other.
     ranks.lead(bring, _DOWNLOAD_SECONDS)
     return open_store(f"{store}/{prefix}")
 

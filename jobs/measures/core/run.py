@@ -55,7 +55,7 @@ def core_result(tasks: Mapping[str, Result], missing: Sequence[str]) -> Result:
 
 
 def table(result: Result) -> list[str]:
-    """The lines that the command prints: one for each task, CORE, and a comparison with GPT-2 XL."""
+    """The lines that ``jobs.eval.core`` prints: one for each task, CORE, and a comparison with GPT-2 XL."""
     core, tasks = result["core"], result["tasks"]
     lines = [f"{'task':<32} {'type':<17} {'shots':>5} {'examples':>8} {'accuracy':>8} {'baseline':>8} {'centered':>8}"]
     lines += [

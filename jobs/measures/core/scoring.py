@@ -83,7 +83,7 @@ class Scorer:
 
     @torch.inference_mode()
     def _losses(self, trees: list[Tree], greedy: bool) -> np.ndarray:
-        """The float64 losses of all targets, option after option."""
+        """The losses of all targets of the trees, (targets,) float64, option after option."""
         attend = TreeAttention(trees, self._windows, self.device)
         prefixes, nodes = [tree.prefix for tree in trees], [tree.ids for tree in trees]
         none = [self._network.no_token]
@@ -105,7 +105,12 @@ class Scorer:
         return self._of_pairs(hidden, np.array(pairs, dtype=np.int64).reshape(-1, 2), greedy)
 
     def _of_pairs(self, hidden: Tensor, pairs: np.ndarray, greedy: bool) -> np.ndarray:
-        """The losses of pairs of a row of ``hidden`` and a target token. The logits of each row are computed once."""
+        """The losses of pairs of a row of ``hidden`` and a token that should follow this row.
+
+        ``pairs`` is (pairs, 2) int64: the index of the row, and the token. The result is (pairs,) float64. The logits
+        of a row are computed once, even if several pairs have the row. With ``greedy``, a loss is 0 if the token is the
+        most likely one, and 1 otherwise.
+        """
         rows, place = np.unique(pairs[:, 0], return_inverse=True)
         order = np.argsort(place, kind="stable")
         place, targets = place[order], pairs[order, 1]
@@ -158,7 +163,8 @@ class Tree:
                     parents.append(node)
                 node = children[node, token]
                 path.append(node)
-            # The first token of a text has no token before it and cannot be predicted.
+            # The first token of a text is not counted, because it has no token before it from which it could be
+            # predicted.
             counted = range(max(option.start, 1), len(option.ids))
             targets.append(tuple((path[at - 1 - length], option.ids[at]) for at in counted))
         prefix = np.array(options[0].ids[:length], dtype=np.int64)
@@ -190,7 +196,10 @@ class Tree:
 
 
 class TreeAttention:
-    """Attention of a batch of trees. The tokens of all prefixes come first, then the nodes of all trees."""
+    """Attention of a batch of trees.
+
+    Queries, keys and values have the tokens of all prefixes first, and then the nodes of all trees.
+    """
 
     def __init__(self, trees: Sequence[Tree], windows: Sequence[int], device: torch.device) -> None:
         self._windows, self._device = windows, device

@@ -46,8 +46,7 @@ class RunConfig:
     kept_step: int = 0
 
     def is_saved(self, step: int) -> bool:
-        """Whether to write a checkpoint after ``step``, if it is not the last step, after which one is always written.
-        """
+        """Whether to write a checkpoint after ``step``. The caller always writes one after the last step."""
         every = self.settings.save_every
         return step == self.kept_step or bool(every and step % every == 0)
 

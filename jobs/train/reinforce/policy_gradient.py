@@ -101,7 +101,7 @@ def target_logprobs(model: GPT, ids: Tensor, targets: Tensor, hidden: Callable[[
 
 
 class PolicyGradient:
-    """The loss of this module, summed over the sampled tokens of some rows."""
+    """The policy-gradient loss, summed over the sampled tokens of some rows."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class PolicyGradient:
     ) -> None:
         """
         Args:
-            clip: the largest deviation c of ratios from 1; 0 does not clip.
+            clip: largest deviation from 1 to which the ratio (see ``off_policy``) is limited; 0 does not limit it.
             off_policy: use the ratio of a token's probability to its probability when it was sampled; otherwise the
                 ratio is 1.
             kl: weight of the KL penalty to ``reference``, a model that is not trained; 0 omits the penalty.
@@ -130,7 +130,7 @@ class PolicyGradient:
         """The loss (a scalar), and further sums over the sampled tokens, by name.
 
         ``kl`` is the sum of the KL estimates if there is a KL penalty. ``clipped`` is the number of tokens whose ratio
-        was clipped, if ratios are clipped.
+        was clipped, if ``clip`` is not 0.
         """
         assert isinstance(rows, RolloutBatch)
         counted = rows.targets != IGNORE_INDEX

@@ -41,17 +41,17 @@ Reward = Callable[[Problem, Rollout], float]
 
 
 def last_number(problem: Problem, rollout: Rollout) -> float:
-    """1 if the last number of the answer is correct."""
+    """1 if the last number of the answer is correct, else 0."""
     return float(states_number(problem.answer, rollout.text))
 
 
 def computed_number(problem: Problem, rollout: Rollout) -> float:
-    """1 if the last number of the answer is correct and the answer called Python."""
+    """1 if the last number of the answer is correct and the answer called Python, else 0."""
     return float(bool(rollout.calls) and states_number(problem.answer, rollout.text))
 
 
 def finished(_problem: Problem, rollout: Rollout) -> float:
-    """1 if the answer ends before the token limit, whatever its text.
+    """1 if the answer ends before the token limit, whatever its text; else 0.
 
     This reward is useful for test runs, or to train the model to answer briefly.
     """

@@ -41,10 +41,10 @@ from nanochat_core.settings import setting
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.distributed import Ranks
 
-# More running sequences than this do not make the engine's steps cheaper per token.
+# At most this many sequences run at a time, because with more, the engine's steps do not become cheaper per token.
 _MAX_RUNNING = 256
-# Time limits of a Python call. The first limit is for the run itself. The second limit includes the wait for a free
-# sandbox and is long, so that a busy machine does not change any answer.
+# Time limits of a Python call in seconds. The first limit is for the run itself. The second limit includes the wait for
+# a free sandbox and is long, so that a busy machine does not change any answer.
 _CALL_SECONDS, _WAIT_SECONDS = 10.0, 300.0
 # The engine's share of a GPU's free memory; training needs the rest.
 _CUDA_MEMORY_SHARE = 0.4
@@ -158,7 +158,7 @@ class SharedCalls:
         if call is None:
             seconds = min(timeout_seconds, _CALL_SECONDS)
             call = self._calls[code] = asyncio.ensure_future(self._run(code, request_id, seconds))
-        # If one caller is canceled, the other callers still get the result.
+        # The call is shielded, so that the other callers still get the result if one caller is canceled.
         return await asyncio.shield(call)
 
     async def _run(self, code: str, request_id: str, timeout_seconds: float) -> ToolOutput:

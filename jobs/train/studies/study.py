@@ -1,4 +1,7 @@
-"""Runs of a scaling study: pretraining processes with different flags, and the results in their checkpoints."""
+"""Plans and trains the runs of a scaling study, and reads their results from the store.
+
+A run is one pretraining process. The flags of the runs differ.
+"""
 
 import dataclasses
 import logging
@@ -52,7 +55,7 @@ class Result:
         core: CORE metric (arXiv 2406.11794) after the last step; None if it was not evaluated.
         seconds: duration of training, without evaluation.
         tokens_per_second: median over the steps.
-        history: history of the run; the table leaves it out.
+        history: training history of the run, which the table of results does not show.
     """
 
     model: str
@@ -130,7 +133,8 @@ class Study:
         try:
             meta = load_meta(self._store, stored[-1])
         except DamagedCheckpoint as error:
-            # Training will skip the damaged checkpoint and resume from the checkpoint before it.
+            # The run counts as unfinished. Training will skip the damaged checkpoint and resume from the checkpoint
+            # before it.
             log.warning("damaged checkpoint", extra={"checkpoint": stored[-1].prefix, "reason": str(error)})
             return None
         now = {"settings": comparable(run.settings), "inputs": self._inputs}

@@ -14,8 +14,8 @@ from nanochat_core.config import ModelConfig
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 
-# Upstream's names of our parameters. _NETWORK has the parameters outside the blocks; _BLOCK has the parameters of a
-# block.
+# Maps the names of our parameters to their names in karpathy/nanochat (upstream). _NETWORK has the parameters outside
+# the blocks; _BLOCK has the parameters of a block.
 _NETWORK = {
     "embedding.weight": "transformer.wte.weight",
     "head.weight": "lm_head.weight",
@@ -36,7 +36,7 @@ _BLOCK = {
 }
 # Prefix of the parameters' names in a model that torch.compile has compiled.
 _COMPILED_PREFIX = "_orig_mod."
-# Upstream's name of each dimension of the model.
+# Maps our name of each dimension of the model to its name in karpathy/nanochat.
 SHAPE = {
     "depth": "n_layer",
     "dim": "n_embd",

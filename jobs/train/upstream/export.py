@@ -1,6 +1,6 @@
 """Writes a checkpoint in the layout of karpathy/nanochat (upstream).
 
-This is the inverse of :mod:`jobs.train.upstream.checkpoint`.
+:mod:`jobs.train.upstream.checkpoint` reads this layout.
 """
 
 import json

@@ -16,8 +16,8 @@ from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import Tokenizer
 
 ENCODING_CLASS = ("tiktoken.core", "Encoding")
-# These limits bound the memory that a file can make us allocate. A vocabulary of 200,000 takes 4 MB and 600,000
-# instructions.
+# Largest size of a tokenizer file, and largest number of pickle instructions in it, so that a damaged file cannot make
+# us allocate too much memory. For comparison: a vocabulary of 200,000 tokens takes 4 MB and 600,000 instructions.
 MAX_BYTES = 64 * 2**20
 MAX_INSTRUCTIONS = 2**21
 _ARGUMENTS = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
