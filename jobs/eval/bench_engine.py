@@ -108,14 +108,14 @@ class BenchEngineSettings(JobSettings):
 
     @property
     def slots(self) -> list[int]:
-        """For each closed loop, the number of sequences that run at the same time."""
+        """The numbers of ``--batch-sizes``: how many sequences run at the same time in each row of a mix."""
         if wrong := next((text for text in self.batch_sizes if not text.isdecimal() or not int(text)), None):
             raise UserError(f"--batch-sizes has {wrong!r}; use whole numbers of at least 1, comma separated")
         return [int(text) for text in self.batch_sizes]
 
     @property
     def rates(self) -> list[float]:
-        """For each open loop, the number of requests per second; empty for closed loops."""
+        """The numbers of ``--rate``: requests per second in each row of a mix. Empty without this flag."""
         return [_positive(text, "--rate") for text in self.rate]
 
     @property
@@ -209,7 +209,7 @@ def plan(
     shape = settings.shape
     choices = choices_per_request(mix, shape, slots or shape.samples)
     at_once = slots // choices if slots else 1
-    # With fewer requests than slots, some slots would stay empty.
+    # At least as many requests are sent as run at a time, because with fewer requests, some slots would stay empty.
     count = max(settings.requests or (_ARRIVALS if rate else _ROUNDS * at_once), at_once)
     content = secrets.randbits(64) if settings.endpoint else settings.seed
     make = functools.partial(make_requests, mix, choices=choices, vocabulary=vocabulary, seed=settings.seed)
@@ -222,7 +222,7 @@ def plan(
 
 @contextlib.contextmanager
 def opened(settings: BenchEngineSettings) -> Iterator[tuple[Client, GPT | None, Limits | None]]:
-    """Yield a client for the model or server that the settings name, the model, and the limits of this machine.
+    """Yield a client for the model or server that the settings name, the model, and this machine's measured limits.
 
     For a server, the model and the limits are None.
     """

@@ -73,8 +73,8 @@ def run(
 ) -> dict[str, Any] | None:
     """Evaluate, store the result, and show a table and some wrong answers.
 
-    Chunks that an interrupted run has finished are not evaluated again. If an earlier run has stored the result,
-    nothing is evaluated. The first rank returns the content of ``result.json``, the other ranks return None.
+    Chunks of questions that an interrupted run has finished are not evaluated again. If an earlier run has stored the
+    result, nothing is evaluated. The first rank returns the content of ``result.json``, the other ranks return None.
     """
     device = device or torch.device("cpu")
     store = open_store(settings.home)

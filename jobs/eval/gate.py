@@ -35,7 +35,7 @@ class GateSettings(JobSettings):
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")
 
     def gate(self) -> Gate:
-        """The rules of the recipe and of the flags."""
+        """The rules of the recipe that ``--recipe`` names, and the rules that ``--require`` and ``--no-worse`` add."""
         given = find_recipe(self.recipe).gate if self.recipe else Gate()
         no_worse = (*(given.no_worse or ()), *self.no_worse) if self.no_worse else given.no_worse
         return Gate((*given.require, *self.require), no_worse)

@@ -216,7 +216,7 @@ def in_order(found: Iterable[Piece], samples: int) -> Iterator[Piece]:
 
 
 def main(settings: GenerateSettings) -> None:
-    """Generate to standard output. Python calls go to standard error, so that a pipe gets only the text."""
+    """Write the text to standard output. Python calls go to standard error, so that a pipe gets only the text."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # because some terminals cannot show every character
@@ -231,8 +231,8 @@ def main(settings: GenerateSettings) -> None:
         write(sys.stdout, "\n")
         raise
     except BrokenPipeError:
-        # The reader, such as ``head``, has closed the pipe. Without the next line, Python would fail when it flushes
-        # stdout.
+        # The reader, such as ``head``, has closed the pipe. stdout is redirected to the null device, because Python
+        # would otherwise fail when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
 

@@ -4,8 +4,8 @@ The arguments are the whole numbers and strings of the code that also occur in t
 days are there from 1990 to 2000?" with the code ``(2000 - 1990) * 365``, the arguments are 2000 and 1990. In "Reverse
 the word harbor." with the code ``'harbor'[::-1]``, the argument is ``harbor``.
 
-A drill is such a question with new arguments, together with the code and the output that the sandbox gives for them.
-The output that the example states must equal the output that the sandbox gives for its code.
+A drill is such a question with new arguments, together with the code for these arguments and the output of this code in
+the sandbox. The output that the example states must also equal the output of the example's code in the sandbox.
 """
 
 from __future__ import annotations
@@ -191,5 +191,5 @@ def draw_number(old: int, rng: random.Random) -> int:
 
 
 def draw_word(rng: random.Random) -> str:
-    """An English or a made-up word."""
+    """Draw an English word or a made-up word; both kinds are equally likely."""
     return rng.choice(ENGLISH.train) if rng.random() < 0.5 else made_up_word(rng, "train")

@@ -20,9 +20,10 @@ from nanochat_core.tokenizer import Tokenizer
 # also learns to answer the question in a longer chat.
 _IN_A_CHAT = 0.15
 # An ability is shown this many times while every other item is shown once. On average, one of these times shows the
-# ability as it is written, and each of the others shows a randomly chosen drill.
+# worked example as it is written, and each of the other times shows a randomly chosen drill.
 _TURNS_OF_ABILITY = 8
-# Share of the remembered conversations that are drawn from Memory.near, which the model could confuse with the lesson.
+# Share of the remembered conversations that are drawn from Memory.near: conversations that the model could confuse with
+# the lesson.
 _NEAR_SHARE = 0.25
 # Largest share of all training examples that show items of earlier lessons.
 _EARLIER_SHARE = 0.15

@@ -54,7 +54,7 @@ _STOPPED = 143
 
 
 def read_template(path: str) -> Object:
-    """The PodTemplate in a YAML file. Raises UserError if the file has none."""
+    """The PodTemplate in a YAML file. Raises UserError if the file cannot be read or has no PodTemplate."""
     try:
         found: Any = yaml.safe_load(Path(path).read_text())
         names = found["metadata"]["name"], found["metadata"]["namespace"], found["template"]["spec"]["containers"]
@@ -69,7 +69,10 @@ def read_template(path: str) -> Object:
 
 
 def job_name(prefix: str, model: str, number: int) -> str:
-    """The name of a lesson's PyTorchJob. Kubernetes permits it, and the longer name of its pod, for every model."""
+    """The name of a lesson's PyTorchJob, made so that Kubernetes permits it whatever the name of the model is.
+
+    The longer name of the PyTorchJob's pod is permitted too.
+    """
     wanted = f"{prefix}-{model}"
     room = LONGEST_NAME - len(f"-{number}{_POD_SUFFIX}")
     name = re.sub(r"[^a-z0-9]+", "-", wanted.lower()).strip("-")

@@ -39,8 +39,7 @@ Conversation = Sequence[Message]
 # conversations.
 _REMEMBERED = 20_000
 _VALIDATION = 128
-# Largest number of conversations that are examined because their questions are the most similar to the lesson, and of
-# similar conversations that show during training whether the model confuses them with the lesson.
+# Largest number of conversations in Memory.examined, and also in Memory.confusable.
 _EXAMINED = 100
 # Answers such as "I don't know that." contain no knowledge, so a lesson may replace them without a conflict.
 _UNKNOWN = re.compile(r"\b(?:don['’]t|do not|cannot|can['’]t) (?:know|say|tell|answer)|no idea", re.IGNORECASE)
@@ -296,7 +295,7 @@ def _without_subjects(
 
 
 def _subject(question: str) -> set[str]:
-    """The words of a question that say what it is about."""
+    """The words that name the subject of a question."""
     words = keywords(question).split()
     return {word.removesuffix("'s") for word in words if not _FRAME_WORD.fullmatch(word)}
 
@@ -390,7 +389,7 @@ def _renamed(conflicts: Sequence[Conflict]) -> dict[str, str]:
 
 
 def _taught_items(store: Store, model: str, numbers: Sequence[int]) -> dict[int, list[Item]]:
-    """The items of each of the lessons ``numbers``, the newest lesson first.
+    """The items of each lesson in ``numbers``, the newest lesson first.
 
     A lesson that somebody has removed from the store is left out. Raises UserError if a lesson is damaged.
     """

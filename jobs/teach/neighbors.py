@@ -69,7 +69,7 @@ def neighbors(
     rng: random.Random,
     check: Callable[[], None] = lambda: None,
 ) -> list[Drill]:
-    """At most :data:`MOST` of the questions with other arguments, and their worked answers.
+    """At most :data:`MOST` variants of ``questions`` with other arguments, and their worked answers.
 
     Args:
         asked: the questions that the lesson itself asks, as :func:`normal` returns them. They are left out.
@@ -95,7 +95,7 @@ def _forms(conversations: Sequence[Conversation]) -> dict[_Form, list[Ability]]:
     """The worked examples in the conversations, by the form of their question."""
     found: dict[_Form, list[Ability]] = {}
     for pair in itertools.chain.from_iterable(map(question_pairs, conversations)):
-        with contextlib.suppress(UserError):  # the code is not Python
+        with contextlib.suppress(UserError):  # a conversation whose code is not Python is left out
             example = ability_of(Item(pair))
             if example is None:
                 continue

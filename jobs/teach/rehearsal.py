@@ -7,10 +7,10 @@ first lesson, and these answers are repeated. They contain only what the model k
 and keep the model's behavior as it is. For language models, the method is described by Huang et al. 2024 (arXiv
 2403.01244).
 
-The first questions are about many subjects (:mod:`general_questions`), about the assistant, and for its calculator, as
-in the recipes for a user's own text. Further questions are about the content of the answers: about the names in them,
-and questions that their sentences answer. The model cannot write the questions itself, because fine-tuning usually
-trains only on the assistant's messages, not on the user's.
+The first questions are about many subjects (:mod:`general_questions`), about the assistant, or ask the assistant to
+calculate, as in the recipes for a user's own text. Further questions are about the content of the answers: about the
+names in them, and questions that their sentences answer. The model cannot write the questions itself, because
+fine-tuning usually trains only on the assistant's messages, not on the user's.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _PRONOUN = re.compile("I|You|He|She|It|We|They|There|This|That|What|Who|Here")
 
 Conversation = tuple[Message, Message]
 
-# Number of questions about the assistant and for its calculator. With only 300 such questions, a small model that had
-# computed 134 of 160 held-out answers rightly computed only 103 of them rightly after two lessons.
+# Number of questions that are about the assistant or ask it to calculate. With only 300 such questions, a small model
+# that had computed 134 of 160 held-out answers rightly computed only 103 of them rightly after two lessons.
 _ABOUT_ITSELF = 1500
 # Number of rounds of further questions, and largest number of further questions in a round.
 _ROUNDS, _FURTHER = 2, 600

@@ -28,7 +28,7 @@ class Ended:
     """One run of the program ``jobs.teach`` that has ended.
 
     Attributes:
-        exit_code: its exit code, or the negative number of the signal that killed it.
+        exit_code: exit code of the program, or the negative number of the signal that killed it.
         attempts: maps the number of each lesson that the program had to give to the number of earlier attempts at this
             lesson.
         reason: how the program ended, if more is known than the exit code; empty otherwise.

@@ -115,7 +115,7 @@ def end_canceled(store: Store, model: str, number: int) -> Lesson:
 
 
 def _in_turn(store: Store, model: str, number: int, work: Callable[[Lease], None]) -> Lesson:
-    """Call ``work`` with the lease on the model, repeatedly until the lesson is done. Returns the lesson.
+    """Call ``work`` with the lease on the model, repeatedly until lesson ``number`` is done. Returns the lesson.
 
     While another program has the lease, wait.
     """
@@ -133,9 +133,9 @@ def _in_turn(store: Store, model: str, number: int, work: Callable[[Lease], None
 
 
 def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
-    """Promote the model of an earlier lesson again; number 0 is the promoted model before its first lesson.
+    """Promote again the model that lesson ``number`` made; 0 is the model before its first lesson.
 
-    If this model is promoted already, nothing changes. If another program uses the gate, wait up to a minute.
+    If this model is promoted already, nothing changes. If another program uses the promotion gate, wait up to a minute.
 
     Raises UserError if the lesson was never promoted or is damaged, or if its checkpoint is gone or has other weights
     now, and NameInUse if the other program uses the gate for longer.

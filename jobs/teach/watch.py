@@ -210,7 +210,7 @@ class Watch:
         file = self._settings.cluster_jobs
         if not file:
             return Processes(lambda model: self._start(model))
-        # Imported only here, because processes do not need the package kubernetes.
+        # These modules are imported only here, because runs without PyTorchJobs do not need the package kubernetes.
         from jobs.teach.lesson_jobs import LessonJobs, read_template
         from jobs.train.cluster.api import Api, client_of_pod
 

@@ -1,4 +1,4 @@
-"""Multiplies the wordings of a question by templates, without another model, and holds some wordings out.
+"""Makes many wordings of a question from templates, without another model, and holds some of the wordings out.
 
 The problem: a small model that has seen a question in only one wording answers only this wording. Three kinds of
 further wordings solve it:

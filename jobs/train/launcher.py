@@ -22,7 +22,7 @@ class Launcher:
     """Runs jobs to their end. Signals that ask this process to end are forwarded to the running job."""
 
     def __init__(self, preloaded: Sequence[str] = ()) -> None:
-        """``preloaded`` are modules of jobs. They are imported once, so that these jobs start sooner on one rank."""
+        """``preloaded`` are modules of jobs. They are imported once, so that jobs with one rank start sooner."""
         self._running: list[subprocess.Popen[bytes] | PreloadedJob] = []
         self._preloaded = frozenset(preloaded)
         if preloaded:

@@ -181,7 +181,10 @@ class Pipeline:
         return f"{self.store}/reports/{self.model}/report.md"
 
     def _promote(self, tuned: Checkpoint) -> None:
-        """Promote the model if it passes the recipe's gate. Otherwise the earlier promotion stays in force."""
+        """Promote the model if it passes the recipe's gate.
+
+        Otherwise, the earlier promotion stays in force, and the pipeline ends with EXIT_REFUSED.
+        """
         last = latest_decision(self.store, tuned.ref, tuned.weights_digest)
         if last is not None and last.promoted and self._is_served(tuned):
             return
@@ -280,7 +283,7 @@ class Pipeline:
         return not shard_keys(self.store, self.model) if manifest is None else not manifest.complete
 
     def _train(self) -> list[Checkpoint]:
-        """Train all stages whose final checkpoints are not current; returns the final checkpoint of each stage."""
+        """Train all stages that are not done yet, in their order. Returns the final checkpoint of each stage."""
         name, conversations = self.model, f"{self.model}-chat"
         trained, dataset = trained_on(self.store, name), dataset_digest(self.store, name)
         if trained is not None and trained != dataset and not self.settings.start_over:
@@ -315,7 +318,7 @@ class Pipeline:
         return open_problems(self.store, str((self.recipe.rl or {})["task"]), held_out=1)
 
     def _checkpoint(self, stage: str, module: str, flags: Flags, place: Place, inputs: Mapping[str, str]) -> Checkpoint:
-        """Train a stage from ``inputs`` unless its final checkpoint is current; returns this checkpoint."""
+        """Train a stage unless the store has its final checkpoint, made from ``inputs``. Returns this checkpoint."""
         newest = newest_checkpoint(self.store, self.model, stage)
         stale = newest is not None and newest.meta.get("inputs") != inputs
         if newest is None or stale or not newest.meta["finished"]:

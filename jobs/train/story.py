@@ -16,7 +16,7 @@ from nanochat_core.store import Store, StoreError
 
 log = logging.getLogger("jobs.train.pipeline")
 
-# The names of the stages that people see.
+# Names of the stages, as people see them.
 TITLES = {
     "data": "data",
     "tokenizer": "tokenizer",

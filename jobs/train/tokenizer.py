@@ -20,7 +20,7 @@ from nanochat_core.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 log = logging.getLogger("jobs.train.tokenizer")
 
-# The 256 bytes and the special tokens.
+# Number of tokens that every vocabulary has: one for each of the 256 bytes, and the special tokens.
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 

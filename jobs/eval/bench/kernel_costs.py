@@ -147,8 +147,8 @@ def training_kernels(config: ModelConfig, tokens: int, micro_batches: int) -> li
 def polar_express_flops(shape: tuple[int, int]) -> float:
     """FLOPs of Muon's orthogonalization of one matrix.
 
-    Each polynomial multiplies the matrix with its transpose, squares the product, and multiplies that square with the
-    matrix.
+    The orthogonalization evaluates several polynomials. Each of them multiplies the matrix with its transpose, squares
+    the product, and multiplies this square with the matrix.
     """
     small, large = min(shape), max(shape)
     return len(POLAR_EXPRESS) * (4.0 * small * small * large + 2.0 * small**3)

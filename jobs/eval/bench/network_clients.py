@@ -264,7 +264,10 @@ class HttpClient(NetworkClient):
 
 
 async def _events(reply: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The JSON values of server-sent events up to ``[DONE]``."""
+    """The JSON values of server-sent events up to ``[DONE]``.
+
+    Raises RequestFailed if the stream has an error or no end.
+    """
     async for line in reply.aiter_lines():
         field, _, value = line.partition(":")
         if field != "data":

@@ -15,7 +15,8 @@ import torch
 from jobs.eval.bench.request_results import TokenCounts
 from nanochat_core.config import ModelConfig
 
-# The copied tensor is larger than any cache, and the matrices are large enough to reach the full rate.
+# Sizes of the measurements on each type of device. The copied tensor, of COPIED_BYTES, is larger than any cache. The
+# square matrices, with MATRIX_SIDE rows, are large enough to reach the full rate of FLOPs.
 COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 MEASURED_SECONDS = 1.0
@@ -56,17 +57,17 @@ def _fastest(operation: Callable[[], object], device: torch.device) -> float:
 def least_costs(config: ModelConfig, item_bytes: int, counts: Sequence[TokenCounts], steps: int) -> tuple[int, int]:
     """Lower bounds of the bytes and FLOPs that a model needs to generate the choices in ``steps`` forward passes.
 
-    ``counts`` has the token counts of each choice, which is one generated answer. Only bytes that are
-    read are counted.
+    A choice is one generated answer, and ``counts`` has the token counts of each choice. Only bytes that are read are
+    counted.
 
     Each step reads the matrices of all blocks and the head once. It reads only a few rows of the embedding tables, so
     the tables are not counted. Each sampled token reads the keys and values of the tokens to which it attends. The
     tokens of a prompt are computed together and read the prompt's keys and values once. Tokens in the prefix cache are
     not computed, and neither is the last token of a choice.
 
-    A token takes two FLOPs for each weight of the blocks, and four FLOPs for each channel of each key that it attends
-    to. If the model samples after a token, the token also takes two FLOPs for each weight of the head. Each number in
-    the weights, keys and values has ``item_bytes`` bytes.
+    Computing a token takes two FLOPs for each weight of the blocks, and four FLOPs for each channel of each key to
+    which the token attends. If the model samples after the token, two FLOPs for each weight of the head are added. Each
+    number in the weights, keys and values has ``item_bytes`` bytes.
     """
     blocks, head = config.block_matrix_parameters, config.dim * config.padded_vocab_size
     windows = np.array(config.windows)

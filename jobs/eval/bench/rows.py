@@ -8,7 +8,7 @@ from jobs.markdown import percent
 from jobs.plots import panels, shades, short
 
 Row = dict[str, Any]
-# Format of ``bench.json``.
+# Version of the format of ``bench.json``.
 RESULT_FORMAT = 1
 
 

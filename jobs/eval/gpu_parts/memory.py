@@ -10,7 +10,7 @@ from nanochat_core.engine.cache_groups import bytes_per_block
 from nanochat_core.model import GPT
 from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
 
-# Depths of the plan. The largest one is the depth of karpathy/nanochat's "GPT-2 speedrun".
+# Depths of the models whose memory is planned. The largest is the depth of karpathy/nanochat's "GPT-2 speedrun".
 DEPTHS = (12, 20, 26)
 
 

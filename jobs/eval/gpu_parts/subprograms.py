@@ -24,9 +24,9 @@ def run_tests(context: Context) -> Result:
     if importlib.util.find_spec("pytest") is None:
         raise Unavailable("pytest is not installed; install it, or put a folder with it on PYTHONPATH")
     files = [f"tests/unit/{name}" for name in TEST_FILES]
-    # --noconftest: conftest.py imports packages that a bare machine does not have.
+    # conftest.py is left out, because it imports packages that a bare machine does not have.
     command = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-r", "fE", "-k", context.scale.tests, *files]
-    # Without a GPU, Triton can only interpret its kernels.
+    # Without a GPU, TRITON_INTERPRET is set, because Triton can then only interpret its kernels.
     output = run_python(command, {} if context.device.type == "cuda" else {"TRITON_INTERPRET": "1"})
     counts = dict(re.findall(r"(\d+) (passed|skipped|deselected)", output.splitlines()[-1]))
     return {kind: int(number) for number, kind in counts.items()}

@@ -124,7 +124,7 @@ def _measure_training(context: Context, depth: int, precision: str, rows: int) -
 
 
 def compare_attention(context: Context) -> Result:
-    """The seconds of a compiled forward and backward pass of each backend, with a short window and without a window."""
+    """The seconds of a compiled forward and backward pass of each attention backend, with each window of a model."""
     scale, device = context.scale, context.device
     dtype = context.dtype
     backends: dict[str, Attention] = {"sdpa": sdpa_attention}

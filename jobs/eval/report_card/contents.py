@@ -204,7 +204,10 @@ def _domains(store: Store, checkpoint: Checkpoint) -> Report | None:
 
 
 def _benchmark(store: Store, model: str) -> Report | None:
-    """This model's inference benchmark, or None. Of several benchmarks, the last in alphabetical order counts."""
+    """The inference benchmark of a model, or None if the store has none.
+
+    If the store has several benchmarks of the model, the last folder in alphabetical order counts.
+    """
     for key in reversed(store.keys("reports")):
         if key.endswith("/bench.json"):
             result = without_format(json.loads(store.read(key)), RESULT_FORMAT, key)

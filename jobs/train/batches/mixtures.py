@@ -98,7 +98,7 @@ class Mixture:
     """Conversations for fine-tuning, and other conversations for validation."""
 
     def __init__(self, store: Store, text: str) -> None:
-        """``text`` has entries for :func:`parse_mixture`; :func:`open_conversations` opens each name."""
+        """``text`` is a mixture as :func:`parse_mixture` reads it. :func:`open_conversations` opens its names."""
         self._store = store
         self.entries = parse_mixture(text)
         opened = [open_conversations(store, entry.name) for entry in self.entries]

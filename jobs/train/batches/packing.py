@@ -125,7 +125,7 @@ class BestFitPacker:
         return ids, counted
 
     def _overdue(self) -> int | None:
-        """Index in the buffer of the document that has waited longest, or None if it has not waited too long."""
+        """Index in the buffer of the document that has waited longest, or None if no document has waited too long."""
         oldest = next(iter(self._waiting.values()))
         if self.row - oldest.since < self.buffer_size:
             return None
@@ -156,7 +156,9 @@ class BestFitPacker:
         taken = end - start
         ids[:taken], counted[:taken] = document.ids[start:end], document.counted[start:end]
         if start:
-            counted[0] = False  # The piece before counted this token as a target, so here it is only context.
+            # This token is only context, because an earlier piece of the document has counted it as a target.
+            counted[0] = False
         if end < len(document.ids) and self.when_full == "fill":
-            self.put(document, end - 1)  # The next piece begins with this piece's last token, as context.
+            # The rest of the document begins with the last copied token, as context for the tokens after it.
+            self.put(document, end - 1)
         return taken

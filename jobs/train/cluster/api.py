@@ -1,4 +1,4 @@
-"""The calls to the Kubernetes API that programs need. A call is repeated while the API server does not answer."""
+"""Calls the Kubernetes API for programs in a cluster. A call is repeated while the API server does not answer."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ class Api:
     ) -> None:
         """
         Args:
-            patience: seconds for which a call is repeated while the server does not answer; 0 tries it once.
+            patience: seconds for which a call is repeated while the server does not answer; 0 tries each call once.
         """
         # The type is Any, because the library's own types do not describe objects in the form of JSON.
         self._objects: Any = CustomObjectsApi(client)
@@ -157,7 +157,8 @@ class Api:
             try:
                 create(*arguments, **options)
             except ApiException as error:
-                # An earlier attempt of this call, or another pipeline of the same Job, has created the object.
+                # This is no failure: an earlier attempt of this call, or another pipeline of the same Job, has created
+                # the object.
                 if error.status == _CONFLICT and "AlreadyExists" in str(error.body):
                     return False
                 raise

@@ -100,7 +100,7 @@ def still_running(pods: Sequence[Object], now: float) -> list[str]:
 
 
 def timestamp(text: str) -> float:
-    """A time of the Kubernetes API, in seconds since 1970."""
+    """Converts a time of the Kubernetes API, such as ``2026-01-02T03:04:05Z``, to seconds since 1970."""
     return datetime.datetime.fromisoformat(text).timestamp()
 
 

@@ -248,7 +248,7 @@ class StageJobs:
             self._report(last, "failed", outcome.reason)
             self.announce("StageFailed", f"{stage.name}: {outcome.reason}", warning=True)
             return outcome.exit_code
-        if stage.done():  # The pods were preempted after all their work.
+        if stage.done():  # The pods had done all their work before they were preempted.
             return self._done(last)
         progress, fruitless = stage.progress(), 0
         for attempt in reversed(attempts):
@@ -286,7 +286,7 @@ class StageJobs:
         return f"{OWNER_LABEL}={self._owner.uid}" + (f",{STAGE_LABEL}={stage}" if stage else "")
 
     def _report(self, attempt: Attempt, state: str, message: str = "") -> None:
-        """Log the state of an attempt and write it to the Job's annotation, unless this was the last report."""
+        """Log the state of an attempt and write it to the Job's annotation, unless the last report was the same."""
         status = {"stage": attempt.stage, "attempt": str(attempt.number), "state": state, "message": message}
         if status == self._status:
             return

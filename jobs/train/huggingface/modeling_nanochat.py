@@ -27,7 +27,8 @@ QK_SCALE = 1.2
 SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
 VALUE_GATE_SCALE = 3.0
-# Older versions of transformers name the cache ``past_key_values``. Both names are accepted as arguments.
+# Name of the cache in the installed version of transformers: older versions name it ``past_key_values``. Both names are
+# accepted as arguments.
 CACHE = next(f.name for f in dataclasses.fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 
 

@@ -180,7 +180,7 @@ class Progress:
 
     @property
     def _all_facts(self) -> list[str]:
-        """Facts of the last step and the last evaluation, the most important first."""
+        """Short texts about the last step and the last evaluation for the display, the most important first."""
         return [*self._facts[:3], *self._held_out_facts, *self._facts[3:]]
 
 

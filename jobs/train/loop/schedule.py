@@ -108,7 +108,9 @@ class Schedule:
 
     @property
     def constant_until(self) -> int:
-        """The number of steps before the warmdown. A checkpoint up to this step can go on to another horizon."""
+        """The number of steps before the warmdown. A run can go on from a checkpoint up to this step to another
+        horizon.
+        """
         return math.floor(self.warmdown_start)
 
     def lr(self, step: int) -> float:

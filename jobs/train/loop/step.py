@@ -225,8 +225,8 @@ class TrainingStep:
         self._optimizer.zero_grad()
         step = self._state.step
         self._state.skipped.append(step)
-        # If the loss scaler can still lower its factor, an overflow does not count as a skipped step, because it does
-        # not mean that the run has diverged.
+        # If the loss scaler can still lower its factor, an overflow does not count toward the limit of skipped steps in
+        # a row, because it does not mean that the run has diverged.
         self._skipped_in_a_row += 0 if overflow and self._scaler and self._scaler.factor > 1 else 1
         if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(

@@ -40,7 +40,7 @@ class Tracker:
             return
         try:
             call()
-        except Exception as error:  # These packages raise errors of many types.
+        except Exception as error:  # Any error is caught, because these packages raise many types.
             self._failed = True
             extra = {"tracker": self._name, "reason": _reason(error)}
             log.warning("tracker failed, training goes on without it", extra=extra)
@@ -73,7 +73,7 @@ def open_trackers(
             trackers.append(openers[name]())
         except ImportError as error:
             raise UserError(f"--track {name} needs the package {name}; run: pip install {name}") from error
-        except Exception as error:  # These packages raise errors of many types.
+        except Exception as error:  # Any error is caught, because these packages raise many types.
             reason = _reason(error)
             if step == 0:
                 raise UserError(f"--track {name} cannot be opened: {reason}") from error
@@ -82,7 +82,7 @@ def open_trackers(
 
 
 def _tensorboard(folder: Path, step: int) -> Tracker:
-    """Event files for ``tensorboard --logdir``."""
+    """A tracker that writes event files for ``tensorboard --logdir``."""
     from torch.utils.tensorboard import SummaryWriter
 
     # ``purge_step`` makes TensorBoard hide the later steps of an earlier process, because this process repeats these
@@ -97,7 +97,7 @@ def _tensorboard(folder: Path, step: int) -> Tracker:
 
 
 def _wandb(model: str, stage: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """A run on Weights & Biases, in the project ``WANDB_PROJECT`` or ``nanochat``."""
+    """A tracker that records a run on Weights & Biases, in the project ``WANDB_PROJECT`` or ``nanochat``."""
     import wandb
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ class Trainer:
     """Runs optimizer steps to the end of the schedule, with evaluations, checkpoints and a clean stop on a signal.
 
     Checkpoints are written in the background. If a checkpoint cannot be written after several attempts, the failure is
-    reported and training continues. Only the last checkpoint must succeed.
+    reported and training continues. Only if the last checkpoint cannot be written does the run fail.
 
     Attributes:
         state: progress of the run, from the start or from the checkpoint that :meth:`resume` loaded.
@@ -138,12 +138,12 @@ class Trainer:
                 if self.config.is_saved(state.step) and not finished:
                     self._checkpoints.save(writer, state)
                 if state.step == first_step:
-                    # All present objects live as long as the run, so garbage collection need not scan them in each
-                    # step.
+                    # From now on, garbage collection does not scan the present objects, because they live as long as
+                    # the run.
                     gc.collect()
                     gc.freeze()
-                    # The callback also runs after an error or a signal. Without it, torch's compiler would print a list
-                    # of leaks when the process ends.
+                    # gc.unfreeze is called at the end, also after an error or a signal, because torch's compiler would
+                    # otherwise print a list of leaks when the process ends.
                     at_the_end.callback(gc.unfreeze)
             self._checkpoints.save_last(writer, state, finished=True)
         return self.config.checkpoint(last_step)
