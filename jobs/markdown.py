@@ -11,7 +11,7 @@ _LEADING = re.compile(r"^(\d+)([.)])(?=\s|$)|^([-+=#])")
 _NUMBER = re.compile(r"(?!`)\W*\d\S*( \w{1,4}){0,3}|—|")
 
 
-# Longer lines of a block are wrapped, because a page would cut them off or scroll.
+# Lines of a block with more characters than this are wrapped, because a page would cut them off or scroll.
 _BLOCK_COLUMNS = 110
 
 

@@ -77,7 +77,7 @@ def size(path: Path) -> int:
 
 
 def discard(part: Path) -> None:
-    """Delete a partial download and the note about its version."""
+    """Delete a partial download and the file that states its version."""
     part.unlink(missing_ok=True)
     _version_file(part).unlink(missing_ok=True)
 
@@ -129,7 +129,8 @@ def _check_status(url: str, response: httpx.Response, part: Path, advice: str) -
 
 def _receive(response: httpx.Response, part: Path, start: int, stop: threading.Event) -> None:
     """Append the body to ``part``, and check the size and the sha256 that the server announces."""
-    # Hugging Face redirects to another server, and sends the file's sha256 only in the header of the redirect.
+    # The headers of redirects are read too, because Hugging Face redirects to another server, and sends the file's
+    # sha256 only in the header of the redirect.
     linked = [reply.headers["X-Linked-Etag"] for reply in response.history if "X-Linked-Etag" in reply.headers]
     tag = linked[-1] if linked else response.headers.get("X-Linked-Etag") or response.headers.get("ETag", "")
     version = tag or response.headers.get("Last-Modified", "")
@@ -161,5 +162,6 @@ def _receive(response: httpx.Response, part: Path, start: int, stop: threading.E
 
 
 def _version_file(part: Path) -> Path:
-    """Path of a note about the version of ``part``: the ETag or date that the server sent with the first bytes."""
+    """Path of the file that states the version of ``part``: the ETag or date that the server sent with the first bytes.
+    """
     return part.with_name(part.name + ".version")

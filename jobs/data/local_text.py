@@ -282,7 +282,7 @@ def _read_plain(file: Path) -> Iterator[str]:
             if "\0" in read:
                 raise UserError(f"{file} holds a zero byte: it is not UTF-8 text")
             rest, ended, start = rest + read, not read, 0
-            # The 2 is the length of the blank line after the longest document, which must be in the buffer too.
+            # Two characters are added, because the blank line after the longest document must be in the buffer too.
             while len(rest) - start > 2 * DOCUMENT_CHARACTERS + 2 or (ended and start < len(rest)):
                 end = rest.find("\n\n", start + DOCUMENT_CHARACTERS, start + 2 * DOCUMENT_CHARACTERS + 2)
                 skipped = 2

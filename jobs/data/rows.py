@@ -155,7 +155,7 @@ class JsonRows:
                 lines.append(number)
             position += len(line)
         self._numbers = lines if numbers is None else numbers
-        # The operating system refuses to map an empty file.
+        # An empty file is not mapped, because the operating system refuses to map it.
         self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if position else b""
 
     def __len__(self) -> int:
@@ -175,7 +175,8 @@ class ParquetRows:
         self._shown = shown
         refuse_pointer(path, shown)
         try:
-            # Unlike pyarrow.parquet.read_table, this method adds no columns from the names of the folders.
+            # ParquetFile.read is called, because unlike pyarrow.parquet.read_table, it adds no columns from the names
+            # of the folders.
             with pq.ParquetFile(path) as file:
                 table = file.read()
             names = table.column_names

@@ -26,7 +26,7 @@ class Decision:
             checkpoint was promoted without a comparison, for example by a roll-back, this is the checkpoint that it
             replaced. Empty if no other checkpoint was promoted.
         promoted: whether this decision promoted the checkpoint. A decision without ``--promote`` promotes nothing.
-        time: UTC (ISO 8601).
+        time: when the decision was made, in UTC (ISO 8601).
     """
 
     digest: str

@@ -35,7 +35,7 @@ class Incumbent:
     """The promoted checkpoint; if its promotion was withdrawn, the checkpoint that was promoted last.
 
     Attributes:
-        metrics: metrics of the checkpoint; None if the checkpoint has the same weights as the candidate.
+        metrics: metrics of the checkpoint; None if it has the same weights as the checkpoint that the gate judges.
         gone: whether the promoted weights have been replaced or removed. The metrics then come from the decision that
             promoted the checkpoint, and are empty if there is no such decision.
     """

@@ -60,8 +60,8 @@ def passes_tests(
         ScoringFailed: the sandbox is overloaded.
         WorkerFailed: the sandbox itself failed.
     """
-    # The prompt is valid Python by itself: a function with only a docstring. The answer may continue the function, or
-    # replace the function by a new definition. The prompt's imports and helpers work in both cases.
+    # The answer runs after the prompt. So it may continue the prompt's function or define the function anew, and it may
+    # use the prompt's imports and helpers. The prompt is valid Python by itself: a function with only a docstring.
     result = executor.examine_sync(problem.prompt, code_in(answer_text), problem.test, problem.entry_point, limits)
     if result.status is Status.OVERLOADED:
         raise ScoringFailed(result.error)

@@ -29,7 +29,7 @@ class LetterTask:
     """A task whose questions are generated.
 
     Attributes:
-        draw: draws a question about a word, and its answer. The two splits ask about different words.
+        draw: draws an exchange: a question about a word, and its answer. The two splits ask about different words.
         shown: makes the right answer, as reports show it, from the exchange's expected phrase.
         scorer: tells from the exchange's expected phrase whether a response is right.
     """

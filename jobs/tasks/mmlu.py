@@ -22,7 +22,8 @@ _TEST = DatasetFiles(
 
 def conversation(row: Row) -> Messages:
     """The conversation of a row of the training split. The assistant answers with a letter."""
-    # The training split is published with all of its fields nested in a field called "train".
+    # In the published training split, all fields of a row are inside a field called "train", so they are read from
+    # there.
     return indexed_choice(row.get("train", row)).conversation
 
 

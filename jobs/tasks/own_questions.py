@@ -44,7 +44,7 @@ def own_task(path: Path) -> GenerativeTask | ChoiceTask:
     if open_questions and choices:
         raise UserError(f"{path} has both questions with choices and without; put them into two files")
     if choices:
-        # A guess among n choices is right with probability 1/n.
+        # The baseline is the accuracy of guessing: a guess among n choices is right with probability 1/n.
         return ChoiceTask(name, choices, sum(1 / len(q.choices) for q in choices) / len(choices))
     return GenerativeTask(name, open_questions, tools=True)
 

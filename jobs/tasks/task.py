@@ -106,7 +106,7 @@ class ChoiceQuestion:
     @property
     def messages(self) -> Messages:
         """The user's message: the question, one line per choice, and how to answer."""
-        # A small model binds a letter to its choice better if the letter follows the choice.
+        # Each letter follows its choice, because a small model then connects the letter with the choice better.
         lines = [f"- {choice}={letter}" for choice, letter in zip(self.choices, LETTERS, strict=False)]
         return ask("\n".join([self.question, *lines, "", "Respond only with the letter of the correct answer."]))
 

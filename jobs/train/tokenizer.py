@@ -66,7 +66,7 @@ def fitting_vocabulary(texts: Iterable[str], vocab_size: int, bytes_per_token: i
 
 
 def limited(texts: Iterable[str], document_characters: int, total_characters: int) -> Iterator[str]:
-    """Yield the start of each text, until the total number of characters is reached."""
+    """Yield the first ``document_characters`` characters of each text, until the total reaches ``total_characters``."""
     total = 0
     for text in texts:
         if total >= total_characters:
@@ -77,8 +77,8 @@ def limited(texts: Iterable[str], document_characters: int, total_characters: in
 
 
 def train_and_save(settings: TokenizerSettings) -> Tokenizer:
-    """Train a tokenizer, measure its compression of each domain of text, and save both."""
-    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # rustbpe logs every percent of its merges.
+    """Train a tokenizer, measure its compression of each domain of text, and save the tokenizer and the measurement."""
+    logging.getLogger("rustbpe").setLevel(logging.WARNING)  # because rustbpe logs every percent of its merges
     check_name(settings.name, "a tokenizer")
     store = open_store(settings.home)
     started = time.monotonic()

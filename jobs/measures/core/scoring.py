@@ -265,7 +265,10 @@ class TreeAttention:
 
 
 def _batches(trees: Sequence[Tree], tokens: int) -> Iterator[list[int]]:
-    """The indices of the trees of each batch. Trees without nodes are left out."""
+    """The indices of the trees of each batch. A batch has at most ``tokens`` tokens, padding included.
+
+    Trees without nodes are left out. A tree with more tokens is a batch of its own.
+    """
     batch: list[int] = []
     prefix = nodes = 0
     for i, tree in enumerate(trees):

@@ -108,8 +108,9 @@ class Schedule:
 
     @property
     def constant_until(self) -> int:
-        """The number of steps before the warmdown. A run can go on from a checkpoint up to this step to another
-        horizon.
+        """The number of steps before the warmdown.
+
+        From a checkpoint up to this step, a run can go on to another horizon.
         """
         return math.floor(self.warmdown_start)
 

@@ -18,7 +18,7 @@ import numpy as np
 # A parabola has this many coefficients, so a fit needs at least this many points.
 _PARABOLA_POINTS = 3
 _POWER_LAW_POINTS = 2
-# Losses that bend by less than this fraction of the largest loss count as a straight line with rounding errors.
+# If the losses bend by less than this fraction of the largest loss, they count as a straight line with rounding errors.
 _STRAIGHT = 1e-9
 
 
@@ -163,7 +163,10 @@ def fit_laws(budgets: Sequence[IsoFlop]) -> ScalingLaws | None:
 
 
 def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Return ``y`` at ``x``, interpolated linearly in logarithms. ``x`` must lie within the measured range."""
+    """Return ``y`` at ``x``, interpolated between the points (xs, ys) linearly in logarithms.
+
+    ``x`` must lie between the smallest and the largest of ``xs``.
+    """
     order = np.argsort(xs)
     return math.exp(float(np.interp(math.log(x), np.log(xs)[order], np.log(ys)[order])))
 

@@ -150,7 +150,7 @@ def convert(source: UpstreamCheckpoint, config: ModelConfig) -> GPT:
 
 
 def upstream_name(name: str) -> str:
-    """Upstream's name of our parameter."""
+    """The name that our parameter ``name`` has in karpathy/nanochat."""
     if name in _NETWORK:
         return _NETWORK[name]
     table = re.fullmatch(r"value_embeddings\.(\d+)\.weight", name)

@@ -15,7 +15,7 @@ from jobs.train.upstream.checkpoint import SHAPE, upstream_name
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.tokenizer import Tokenizer
 
-# Upstream's name of the folder for the checkpoints of each stage.
+# Name of the folder in which karpathy/nanochat keeps the checkpoints of each stage.
 FOLDERS = {
     "base": "base_checkpoints",
     "sft": "chatsft_checkpoints",
