@@ -133,7 +133,7 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
     with _no_manifest_of_nothing(store, name):
         write_manifest(store, name, manifest)
         manifest = _download_missing(store, name, source, missing, manifest, parallel)
-    with contextlib.suppress(OSError):  # The folder is not empty if another run downloads at the same time.
+    with contextlib.suppress(OSError):  # The folder is kept if another run downloads at the same time.
         store.incoming(f"data/{name}").rmdir()
     manifest = dataclasses.replace(manifest, complete=True)
     write_manifest(store, name, manifest)

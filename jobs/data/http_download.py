@@ -162,6 +162,5 @@ def _receive(response: httpx.Response, part: Path, start: int, stop: threading.E
 
 
 def _version_file(part: Path) -> Path:
-    """Path of the file that states the version of ``part``: the ETag or date that the server sent with the first bytes.
-    """
+    """Path of the file with the version of ``part``: the ETag or date that the server sent with the first bytes."""
     return part.with_name(part.name + ".version")

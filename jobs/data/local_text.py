@@ -258,7 +258,7 @@ def _read_rows(file: Path, column: str) -> Iterator[str]:
             raise UserError(f"{where} has a {column!r} that is not a string")
         try:
             text.encode()
-        except UnicodeEncodeError:  # JSON can encode one half of a surrogate pair
+        except UnicodeEncodeError:  # because JSON can encode one half of a surrogate pair
             raise UserError(f"{where} has a {column!r} that is not valid Unicode or not UTF-8") from None
         yield text
 

@@ -29,7 +29,7 @@ ROW_GROUP_DOCUMENTS = 1000
 SHARD_DOCUMENTS = 50_000
 MANIFEST = "dataset.json"
 MANIFEST_FORMAT = 1
-# Usual size of the cache of row groups; a row group of a web dataset takes about 4 MB.
+# Usual size of the cache of row groups in bytes. A row group of a web dataset takes about 4 MB.
 CACHED_BYTES = 512 * 2**20
 
 

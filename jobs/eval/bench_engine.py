@@ -173,10 +173,10 @@ def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str,
 def measure(settings: BenchEngineSettings, client: Client, model: GPT | None, limits: Limits | None) -> Iterator[Row]:
     """Measure every mix under every load. Warm-up requests come before each measurement.
 
-    A row has the numbers of its :class:`~jobs.eval.bench.request_results.Summary`, the mix and the load: ``slots``
-    concurrent sequences of a closed loop, or the ``rate`` of an open loop in requests per second. ``bandwidth_share``
-    is the share of the machine's memory bandwidth that the steps of the inference core used, and ``flops_share`` is the
-    share of the machine's FLOP/s. Both are None if ``client`` measures a server.
+    A row has the numbers of its :class:`~jobs.eval.bench.request_results.Summary`, the mix, and the load: ``slots``,
+    the number of sequences that run at the same time, or ``rate``, in requests per second. ``bandwidth_share`` is the
+    share of the machine's memory bandwidth that the steps of the inference core used, and ``flops_share`` is the share
+    of the machine's FLOP/s. Both are None if ``client`` measures a server.
     """
     loads: list[tuple[int | None, float | None]]
     loads = [(None, rate) for rate in settings.rates] or [(slots, None) for slots in settings.slots]

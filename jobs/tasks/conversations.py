@@ -87,7 +87,7 @@ class FileConversations:
             raise UserError(f"{rows.where(number)} has no assistant message to learn from")
         try:
             "".join(part.text for message in messages for part in message.parts).encode()
-        except UnicodeEncodeError:  # JSON can encode one half of a surrogate pair
+        except UnicodeEncodeError:  # because JSON can encode one half of a surrogate pair
             raise UserError(f"{rows.where(number)} has a text that is not valid Unicode or not UTF-8") from None
         return messages
 

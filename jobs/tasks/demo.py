@@ -10,7 +10,7 @@ _MAX_TOKENS = 120
 
 
 def task(items: Sequence[EvalItem]) -> GenerativeTask:
-    """The task of answering ``items`` with the Python tool."""
+    """The task to answer the questions in ``items``. The model may use the Python tool."""
     questions = (OpenQuestion(item.messages, " or ".join(item.expected), item, _right, item.kind) for item in items)
     return GenerativeTask("demo", tuple(questions), tools=True, max_tokens=_MAX_TOKENS)
 

@@ -191,7 +191,7 @@ def wrong(after: Result) -> list[dict[str, str]]:
 
 
 def _some(members: Sequence[Any], rng: random.Random) -> list[Any]:
-    """At most :data:`_MOST` of the members, in their order."""
+    """At most :data:`_MOST` of the members, drawn at random, in their original order."""
     if len(members) <= _MOST:
         return list(members)
     return [members[i] for i in sorted(rng.sample(range(len(members)), _MOST))]

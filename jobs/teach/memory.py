@@ -275,11 +275,11 @@ def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, boo
 def _without_subjects(
     conversations: Sequence[Conversation], asked: Mapping[str, Item], *, only_unknown: bool
 ) -> list[Conversation]:
-    """The conversations whose questions are about other subjects than the questions of the lesson and earlier lessons.
+    """The conversations, without those that may ask for the fact of a lesson in other words than the lesson.
 
-    A question with no other subject than a lesson's question may ask for the lesson's fact in other words: if the
-    lesson asks "Who is my dentist?", the question "Who is the dentist?" is left out. The model's earlier answer to it,
-    such as "I don't know a dentist.", is then neither repeated nor examined. A question of the lesson as it is written
+    A question may ask for a lesson's fact if it has no other subject than a question of the lesson: if the lesson asks
+    "Who is my dentist?", a conversation with "Who is the dentist?" is left out. The model's earlier answer to this
+    question, such as "I don't know a dentist.", is then neither repeated nor examined. A question of the lesson itself
     stays, because the lesson's answer takes the place of the earlier answer. With ``only_unknown``, a question is left
     out only if the model's earlier answer says that the model does not know.
     """

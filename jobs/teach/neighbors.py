@@ -23,9 +23,9 @@ from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item, normal
 from nanochat_core.sandbox import SandboxExecutor
 
-# Largest number of questions in total, and for each question of the lesson.
+# Largest number of questions with other arguments: in total, and for each question of the lesson.
 MOST, MOST_OF_A_QUESTION = 100, 20
-# Largest number of words in a question. Fine-tuning teaches no calculation in a longer question.
+# Questions with more words than this are left out, because fine-tuning teaches no calculation in such long questions.
 _LONGEST = 40
 # Largest number of arguments that are words instead of numbers.
 _MOST_WORDS = 2

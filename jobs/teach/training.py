@@ -140,7 +140,7 @@ def train(
     ):
         while state.step < end:
             report = step(batches, stop)
-            if math.isfinite(report.loss):  # a step without a finite loss is skipped
+            if math.isfinite(report.loss):  # the loss of a skipped step is not counted
                 losses.append(report.loss)
             if report.stopped_by:
                 raise SystemExit(128 + report.stopped_by)

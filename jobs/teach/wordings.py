@@ -52,7 +52,7 @@ _HELD_OUT_COMMAND_FRAMES = ("Could you {small}, please?", "Would you {small}?")
 _HELD_OUT_CLAUSE_FRAMES = ("Could you tell me {clause}?", "I would like to know {clause}.")
 _HELD_OUT_QUESTION_FRAMES = ("Excuse me! {question}", "Another question: {small}")
 
-# Each pattern of a question with the forms in which the question can also be asked.
+# Pairs of a pattern, and other forms in which a question that matches the pattern can be asked.
 _REWRITES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         r"what is (.+?)(?:'s|’s) name",

@@ -84,7 +84,7 @@ def flags_of_runs(settings: AnyStudy, passed_on: Sequence[str]) -> Iterator[list
     own_flags = ["--home", "--model", "--dataset", "--tokenizer", "--depth", "--target-flops"]
     if isinstance(settings, LawsSettings):
         budgets = numbers("--flops", settings.flops, float)
-        own_flags.append("--steps")  # ``--steps`` would replace the budget of FLOPs.
+        own_flags.append("--steps")  # because ``--steps`` would replace the budget of FLOPs
     for flag in own_flags:
         if any(argument.split("=")[0] == flag for argument in passed_on):
             raise UserError(f"{flag} is set by the study for every run; leave it out after --")

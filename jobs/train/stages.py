@@ -49,8 +49,7 @@ class StageRun:
 
     @property
     def digest(self) -> str:
-        """The first 16 hexadecimal digits of the sha256 of module, flags and inputs. Equal digits mean the same work.
-        """
+        """The first 16 hexadecimal digits of the sha256 of module, flags and inputs. Equal digits mean equal work."""
         work = [self.module, self.subcommand, dict(self.flags), dict(self.inputs)]
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -71,7 +71,7 @@ def outcome_of(task: dict[str, Any]) -> Result:
         return {"status": "passed", "result": part.measure(context)}
     except Unavailable as error:
         return {"status": "skipped", "reason": str(error)}
-    except Exception as error:  # any error of a part is its outcome
+    except Exception as error:  # a part may raise any error, which is then its outcome
         trace = "".join(traceback.format_exception(error))
         return {"status": "failed", "reason": trace[-_REASON_CHARACTERS:]}
 

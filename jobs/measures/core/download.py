@@ -58,7 +58,7 @@ def _bring(url: str, store: Store, prefix: str, part: Path) -> None:
         while not ended.wait(_SHOW_SECONDS):
             log.info("downloading the bundle", extra={"megabytes": round(size(part) / 1e6, 1)})
 
-    # The download runs in this thread, so that Ctrl-C ends it immediately.
+    # Only the display runs in another thread. The download runs in this thread, so that Ctrl-C ends it immediately.
     with ThreadPoolExecutor(1) as executor:
         executor.submit(show_size)
         try:

@@ -115,6 +115,7 @@ def pytorch_job(template: Object, name: str, arguments: Sequence[str], *, pods: 
     pod_metadata.pop("creationTimestamp", None)
     pod_metadata.setdefault("labels", {})
     _container(template, pod)["args"] = list(arguments)
+    # The operator never restarts a failed pod: if one rank fails, all ranks start anew, as the next attempt.
     replica = {"replicas": 1, "restartPolicy": "Never", "template": pod}
     replicas = {"Master": replica}
     if pods > 1:
@@ -127,8 +128,8 @@ def pytorch_job(template: Object, name: str, arguments: Sequence[str], *, pods: 
         "metadata": {"name": name, "labels": dict(metadata.get("labels", {})), "annotations": annotations},
         "spec": {
             "nprocPerNode": str(processes),
-            # The operator never restarts a failed pod: if one rank fails, all ranks start anew, as the next attempt.
-            # Pods that have ended stay, so that their logs can be read.
+            # When the PyTorchJob ends, the operator deletes only its running pods. Pods that have ended stay, so that
+            # their logs can be read.
             "runPolicy": {"cleanPodPolicy": "Running", "suspend": False},
             "pytorchReplicaSpecs": replicas,
         },

@@ -1,4 +1,4 @@
-"""Reports of a training run: the progress display, Prometheus metrics and experiment trackers."""
+"""Reports the progress of a training run to the display, the Prometheus metrics and the experiment trackers."""
 
 from __future__ import annotations
 

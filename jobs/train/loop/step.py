@@ -36,7 +36,7 @@ _SPIKE_AFTER_STEPS = 100
 # ranks compile for many minutes.
 _COMPILE_TIMEOUT_SECONDS = 3600.0
 
-# Computes a micro-batch's loss and further measures, summed over the counted targets of the micro-batch.
+# An objective is a function that computes a micro-batch's loss and further measures, summed over its counted targets.
 Objective = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 log = logging.getLogger("jobs.train")

@@ -85,7 +85,7 @@ class Answerer:
             tool_timeout_seconds=_WAIT_SECONDS,
         )
         self._engine = Engine(model, tokenizer, config, tool_runner=self._tool)
-        self._engine.warm_up()  # now, while training does not use the device yet
+        self._engine.warm_up()  # warmed up now, because training does not use the device yet
         self._stop = stop_token_ids(tokenizer)
 
     def update_weights(self, model: GPT) -> None:
