@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 INK, FAINT, TRAIN, HELD_OUT = "#1f2933", "#d5dbe1", "#2f6fde", "#d9480f"
-# How far :func:`smoothed` looks to both sides: a share of all steps, or early in a run a share of the steps so far.
+# The steps that :func:`smoothed` uses on each side: a share of all steps, or at first a share of the steps so far.
 _REACH, _EARLY_REACH = 0.05, 0.3
 _STYLE: dict[Any, Any] = {
     "axes.titlecolor": INK,
@@ -108,9 +108,10 @@ def smoothed(steps: Sequence[float], values: Sequence[float]) -> list[float]:
     """The values without most of their noise: at each step, the local regression line (LOESS, Cleveland 1979).
 
     A running mean lags behind: while a loss falls, the mean is too high. A line through the values before and after a
-    step does not lag, and a straight line stays as it is. The line at a step is fitted to the values of the steps
-    near it. On each side, the line reaches as far as the fraction :data:`_REACH` of the whole run. At the beginning,
-    where a loss bends most, it reaches only as far as the fraction :data:`_EARLY_REACH` of the steps done so far.
+    step does not lag, and values on a straight line stay as they are. The line at a step is fitted to the values of the
+    steps near it. On each side, these are the steps within the fraction :data:`_REACH` of the whole run. At the
+    beginning, where a loss bends most, they are only the steps within the fraction :data:`_EARLY_REACH` of the steps
+    done so far.
 
     ``steps`` must increase.
     """

@@ -45,7 +45,7 @@ _ANSWERING_SNAPSHOTS = 10
 
 
 def render(report: Report, plots: Sequence[str] = ()) -> str:
-    """Return the page as Markdown. ``plots`` are files beside the page. A section without numbers is left out."""
+    """Return the page as Markdown. ``plots`` are files beside the page. A section without lines is left out."""
     sections = [_head(report)]
     for title, section in _SECTIONS.items():
         if lines := section(report):
@@ -156,7 +156,7 @@ def _unit(name: str) -> str:
 def _data_and_gradients(stages: Mapping[str, Report]) -> list[str]:
     """How often each stage saw its data, how much of the data was never seen, and the size of the gradients."""
     rows = []
-    # These figures may be missing, because a report of an earlier version does not have them.
+    # A report of an earlier version has neither ``data`` nor ``gradient_norm``, so ``get`` is used.
     for name, stage in stages.items():
         data, norm = stage.get("data", {}), stage.get("gradient_norm") or {}
         cut, left_out = data.get("cut"), data.get("left_out")

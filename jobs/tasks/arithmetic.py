@@ -1,4 +1,4 @@
-"""Arithmetic, to practice with reinforcement learning: squares, and longer numbers than fine-tuning teaches."""
+"""Arithmetic problems for reinforcement learning: squares, and longer numbers than fine-tuning teaches."""
 
 from jobs.demo_world.practice import practice
 from jobs.demo_world.seeding import generator

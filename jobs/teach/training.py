@@ -186,10 +186,10 @@ def go_back(
 ) -> float:
     """Move the weights toward the weights before the training until the model has forgotten little enough.
 
-    Weights between those of a model and its fine-tuned version have forgotten less than the fine-tuned version
-    (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models"). The weights move back in steps, as long as the
-    model stays sure of as many ``probes`` as before, and at most until they are at the share :data:`_NEAREST` of the
-    distance from ``start`` to the trained weights.
+    A model whose weights are between those of a model and its fine-tuned version has forgotten less than the fine-tuned
+    version (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models"). The weights move back in steps, as long as
+    the model stays sure of as many ``probes`` as before, and at most until they are at the share :data:`_NEAREST` of
+    the distance from ``start`` to the trained weights.
 
     Args:
         start: the parameters before the training, in the order of ``model.parameters()``.

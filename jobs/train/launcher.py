@@ -74,7 +74,7 @@ class Launcher:
     ) -> "subprocess.Popen[bytes] | PreloadedJob":
         """Start a process of a job in a process group of its own. ``alone`` says that the job has only this process.
 
-        Because of its group, the process does not get the SIGINT of Ctrl-C. This signal would print a traceback if it
+        Because of its group, the process does not get the SIGINT of Ctrl-C. This signal would cause a traceback if it
         arrived during imports or in the processes of torch's compiler.
         """
         python, option, module, *arguments = command

@@ -138,7 +138,7 @@ def _count_batches(loader: PackedLoader, epochs: float) -> int:
 
 
 def _held_out_batches(loader: PackedLoader) -> list[Batch]:
-    """The first batches of a loader: at most :data:`_HELD_OUT_BATCHES`, and at most about one pass over the documents."""
+    """The first batches of a loader: at most :data:`_HELD_OUT_BATCHES`, and at most about one pass."""
     batches: list[Batch] = []
     while loader.epoch < 1.0 and len(batches) < _HELD_OUT_BATCHES:
         batches.append(loader.next_batch())

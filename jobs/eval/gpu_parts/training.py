@@ -66,7 +66,7 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 
 def measure_training(context: Context, depth: int, precision: str) -> Result:
-    """Tokens per second, model FLOPs utilization (MFU) and memory of training.
+    """Measure tokens per second, model FLOPs utilization (MFU) and memory of training.
 
     The measured step has one micro-batch. A step on a larger batch adds up the gradients of several micro-batches, so
     the optimizer takes a smaller share of the step's time. ``tokens_per_second_global_batch`` is the speed with

@@ -101,7 +101,7 @@ class Evaluation:
     first: bool = False
 
     def is_due(self, step: int, last_step: int) -> bool:
-        """Whether to evaluate after ``step``. Step 0 means before the first step."""
+        """Whether to evaluate after ``step``. Step 0 asks whether to evaluate before the first step."""
         if step == 0:
             return self.first
         return step == last_step or bool(self.every and step % self.every == 0)

@@ -102,7 +102,7 @@ def read_upstream(folder: Path, step: int) -> UpstreamCheckpoint:
 
 
 def model_config(source: UpstreamCheckpoint) -> ModelConfig:
-    """The shape of the upstream model as our config.
+    """The shape of the upstream model as our :class:`ModelConfig`.
 
     Raises UserError if the meta file describes a model that our network cannot compute.
     """
