@@ -27,16 +27,18 @@ CONTEXT = FULL.prompt_tokens + FULL.output_tokens // 2
 
 INTRODUCTION = """
 `make docs` writes this page: the tables come from the formulas in `jobs/eval/bench/kernel_costs.py`, and the measured
-columns from the results of [`make gpu`](gpu.md) in `docs/gpu/`. A dash means that no such card has been measured. A
-kernel takes at least as long as its bytes need at the card's bandwidth, and as long as its FLOPs need at the card's
-peak in bf16: `seconds = max(bytes / bandwidth, FLOPs / peak)`. The kernels of a step run one after another, so the sum
-of these times is a lower limit of the step. The rates are from NVIDIA's data sheets: 989.4 TFLOP/s for both cards, and
-3.35 TB/s (H100) and 4.8 TB/s (H200). The models have a vocabulary of 32,768 and a context of 2,048.
+columns from the results of [`make gpu`](gpu.md) in `docs/gpu/`. A dash in such a column means that the card has not
+been measured. A kernel takes at least as long as its bytes need at the card's bandwidth, and as long as its FLOPs
+need at the card's peak in bf16: `seconds = max(bytes / bandwidth, FLOPs / peak)`. The kernels of a step run one after
+another, so the sum of their least times is a lower limit of the step's time. The rates of the cards are from NVIDIA's
+data sheets: 989.4 TFLOP/s for both cards, and 3.35 TB/s (H100) and 4.8 TB/s (H200). The models d12, d20 and d26 have
+12, 20 and 26 layers, a vocabulary of 32,768 and a context of 2,048.
 """
 CONCLUSIONS = (
     """
-- **Decoding one stream** of d20: a step reads for {alone:,.0f} µs on an H100, and the pauses between its {launches}
-launches add about {launches} µs. Weights in FP8 would halve the first number, and fewer kernels would lower the second.
+- **Decoding one stream** of d20: on an H100, a step needs {alone:,.0f} µs to read its data, and the pauses between its
+{launches} launches add about {launches} µs. Weights in FP8 would halve the first number, and fewer kernels would
+lower the second.
 """,
     """
 - **Decoding 64 streams** with contexts of {context:,} tokens: attention takes {attention} of the lower limit, because
