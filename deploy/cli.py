@@ -45,7 +45,8 @@ PROGRAMS = {
     "keys": ("services.gateway.keys", "Create, list, rotate and revoke API keys, and show their usage"),
 }
 COMPLETION = "completion"
-# Zsh first loads its emulation of bash's completion. Then both shells use the same function.
+# Lines in front of the completion script. Zsh first loads its emulation of bash's completion, so that the same script
+# works in both shells.
 COMPLETION_HEADER = {"bash": "", "zsh": "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"}
 COMPLETION_SCRIPT = """\
 _nanochat() {
@@ -110,7 +111,10 @@ def flags(module: str, name: str = "") -> Iterator[str]:
 
 
 def main() -> None:
-    """Replace this process by the program that the command line names. Raises UserError for an unknown name."""
+    """Replace this process by the program that the command line names, or print help or completions.
+
+    Raises UserError for an unknown name.
+    """
     arguments = sys.argv[1:] or ["--help"]
     if program := find_program(arguments):
         module, rest = program

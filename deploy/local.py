@@ -33,17 +33,17 @@ from nanochat_core.store import open_store
 
 HOST = "127.0.0.1"
 STOP_SECONDS = 15.0
-# After SIGTERM, a training stage finishes its step and writes a checkpoint before it ends.
+# Time that a training stage gets after SIGTERM to finish its step and write a checkpoint.
 TRAINING_STOP_SECONDS = 120.0
 # Time to read the last log lines of a service that has ended.
 LAST_WORDS_SECONDS = 1.0
-# A service that needs more restarts than this has a fault that a restart does not repair.
+# The program ends with an error if a service needs more restarts than this, because restarts do not repair its fault.
 RESTARTS_PER_MINUTE = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalSettings:
-    """Run sandbox, engine and gateway on this machine, and meanwhile train the model if it does not exist."""
+    """Run sandbox, engine, gateway and the teacher of lessons on this machine; train the model if there is none."""
 
     home: str = setting(".nanochat", "artifact store: a folder or s3://bucket/prefix", env="NANOCHAT_HOME")
     model: str = setting("demo", "model to serve; the demo model is trained if it does not exist", env="MODEL")
@@ -172,7 +172,7 @@ def say(text: str) -> None:
 
 
 def show(name: str, text: str) -> None:
-    """Print one line of the merged log."""
+    """Print a line of the log of the service ``name``, with the service's name in front."""
     say(f"{name:>8} | {text}")
 
 
@@ -208,7 +208,8 @@ async def run(settings: LocalSettings) -> int:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     sandbox, engine, gateway = free_port(), free_port(), free_port(settings.port)
-    # is_promoted() reads only one small file. Reading a checkpoint would import torch, which takes seconds.
+    # is_promoted() decides whether to train. It reads one small file, because reading a checkpoint would import torch,
+    # which takes seconds.
     learning = not is_promoted(settings)
     command = training_command(settings) if learning else []
     url = f"http://{HOST}:{gateway}"
@@ -341,7 +342,7 @@ def training_command(settings: LocalSettings) -> list[str]:
 
 
 def open_browser(settings: LocalSettings, url: str) -> None:
-    """Open the page if this program runs in a terminal on a desktop."""
+    """Open the page if the settings allow it and this program runs in a terminal on a desktop."""
     desktop = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if settings.browser and desktop and sys.stdout.isatty():
         webbrowser.open(url)

@@ -10,7 +10,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class EditableCommands(BuildHookInterface[Any]):
-    """Hatchling's build hook."""
+    """Build hook of Hatchling that keeps the ``nanochat`` command for editable installs only."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's interface
         """Drop the scripts unless ``version`` is ``editable``."""

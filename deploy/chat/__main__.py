@@ -36,7 +36,7 @@ class Chat:
     """A conversation on a terminal."""
 
     def __init__(self, client: ChatClient, config: ChatSettings) -> None:
-        """Raises UserError if the server has no model."""
+        """Raises UserError if the server does not answer or has no model."""
         self._client = client
         self._model = client.model()
         self._console, self._errors = Console(), Console(stderr=True, highlight=False)
@@ -160,7 +160,7 @@ def _read_line() -> str:
 def _history() -> Iterator[None]:
     """Loads the input lines of earlier conversations, so that the arrow keys recall them. At the end, saves all lines.
 
-    The file is in the user's state folder (``XDG_STATE_HOME``).
+    The lines are in the file ``nanochat/chat_history`` of the user's state folder (``XDG_STATE_HOME``).
     """
     folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "nanochat"
     path = folder / "chat_history"

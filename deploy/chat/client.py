@@ -21,7 +21,7 @@ class Piece:
 
 
 class ChatClient:
-    """A connection to a server."""
+    """A connection to a server that offers the OpenAI API."""
 
     def __init__(self, settings: ChatSettings) -> None:
         self._settings = settings
@@ -35,7 +35,7 @@ class ChatClient:
         self._http.close()
 
     def model(self) -> str:
-        """The model that will answer: the configured one, or the server's first one.
+        """The name of the model that will answer: the model of the settings, or the first model that the server lists.
 
         Raises UserError if the server does not answer, answers with an error, or has no model.
         """

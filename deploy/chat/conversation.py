@@ -1,4 +1,4 @@
-"""The conversation: its messages, and how it is saved."""
+"""A conversation in the terminal: its messages, and the file in which a person can save them."""
 
 import dataclasses
 import json

@@ -58,7 +58,7 @@ class AnswerView:
             self._console.out("")
 
     def text(self, piece: str) -> None:
-        """Adds text."""
+        """Adds text to the answer on the screen."""
         if self._live is None:
             self._console.out(piece, end="", highlight=False)
             return

@@ -11,7 +11,7 @@ class ChatSettings:
 
     prompt: str | None = setting(
         None,
-        "ask only this question and end, also -p; text on standard input is appended to the question",
+        "ask only this question and end (short form -p); text on standard input is appended to the question",
         positional=True,
     )
     address: str = setting("http://127.0.0.1:8000", "base address of the server, without /v1")
@@ -19,9 +19,12 @@ class ChatSettings:
     model: str = setting("", "name of the model; by default the first model that the server lists")
     system: str = setting("", "system message of the conversation")
     temperature: float | None = setting(
-        None, "sampling temperature, also -t; 0 is greedy; by default the server chooses it", minimum=0, maximum=2
+        None,
+        "sampling temperature (short form -t); 0 always takes the likeliest token; by default, the server chooses",
+        minimum=0,
+        maximum=2,
     )
-    top_k: int | None = setting(None, "number of most likely tokens to sample from, also -k", minimum=0)
+    top_k: int | None = setting(None, "number of most likely tokens to sample from (short form -k)", minimum=0)
     max_tokens: int | None = setting(None, "largest number of tokens in an answer", minimum=1)
     seed: int | None = setting(
         None, "seed of the sampling; the same seed gives the same answers again", minimum=0, maximum=2**63 - 1

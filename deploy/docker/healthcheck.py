@@ -14,7 +14,7 @@ TIMEOUT_SECONDS = 3
 
 
 def http_is_healthy(address: str, path: str) -> bool:
-    """Whether a GET of ``path`` is answered with 200."""
+    """Whether the server at ``address`` answers a GET of ``path`` with 200."""
     if os.environ.get("NANOCHAT_GATEWAY_HTTPS_CERTIFICATE"):
         # The certificate is not verified, because it names the address that clients use, not this loopback address.
         context = ssl._create_unverified_context()  # noqa: S323
@@ -33,7 +33,7 @@ def http_is_healthy(address: str, path: str) -> bool:
 
 
 def grpc_is_serving(address: str) -> bool:
-    """Whether the standard gRPC health service reports SERVING for the whole server."""
+    """Whether the standard gRPC health service at ``address`` reports SERVING for the whole server."""
     import grpc  # not at the top: this import is slow, and a check over HTTP does not need it
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 

@@ -2,5 +2,6 @@
 
 from nanochat_core.openmp import limit_spinning
 
-# This runs before any module imports torch, because the OpenMP libraries read their settings when they are loaded.
+# Threads that wait for each other may spin (check for new work in a loop) only for a short time. This limit is set
+# before any module imports torch, because torch loads an OpenMP library, which reads its settings when it is loaded.
 limit_spinning()

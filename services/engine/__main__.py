@@ -35,7 +35,8 @@ if __name__ == "__main__":
         run_main(main, PROGRAM)
     except SystemExit as end:
         if any(thread.name in (DAEMON_WORK, DEVICE_LOOP) for thread in threading.enumerate()):
-            # If a thread still computes, Python's normal exit ends the process with SIGABRT. ``os._exit`` does not.
+            # If a thread still computes, Python's normal exit would end the process with SIGABRT, so ``os._exit`` ends
+            # the process without Python's cleanup.
             logging.shutdown()
             os._exit(int(end.code or 0))
         raise

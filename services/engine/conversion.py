@@ -31,9 +31,9 @@ def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Reques
 
     The result has the id ``request_id`` instead of the id in ``request``, because two clients may send the same id.
 
-    The result contains a copy of the current context, to which ``request.caller`` is added: who sent the request, for
-    example the id of an API key. Therefore the request's Python calls are children of the current span in the trace,
-    and Python calls of different callers take turns in the sandbox.
+    The result also contains a copy of the current context (its context variables), in which ``current_caller`` is the
+    sender of the request, for example the id of an API key. The request's Python calls run in this copy. So they are
+    children of the current span in the trace, and Python calls of different callers take turns in the sandbox.
     """
     sampling, context = request.sampling, contextvars.copy_context()
     context.run(current_caller.set, request.caller)

@@ -68,24 +68,24 @@ class ModelHost:
 
     @property
     def training(self) -> TrainingWatch:
-        """Reader of the progress of the model's training. The training may go on while a model serves."""
+        """Reads from the store how far the model's training has come. It may go on while an earlier revision serves."""
         return self._loader.training
 
     def load(self) -> Load:
-        """The sum of the loads of all models' engines."""
+        """The load of this service: the loads of the engines of all models in memory, added up."""
         loads = [dataclasses.astuple(model.engine.load()) for model in self.models]
         return Load(*map(sum, zip(*loads, strict=True))) if loads else Load()
 
     def longest_step(self) -> float:
-        """Seconds since the start of the oldest step that is still running; 0 if no step is running."""
+        """Seconds since the start of the oldest engine step (computation of a batch) that still runs; 0 without one."""
         return max((model.engine.step_seconds() for model in self.models), default=0.0)
 
     async def follow(self, poll_seconds: float) -> None:
-        """Serve the configured or promoted revision once it exists, and every revision that is promoted later.
+        """Serve the promoted revision once it exists, and every revision that is promoted later, until canceled.
 
-        With the setting ``snapshots``, also serve the newest checkpoint of fine-tuning or reinforcement learning (a
-        snapshot) until a revision is promoted. A revision that :meth:`reload` has loaded serves until another revision
-        is promoted.
+        If the settings name a revision, serve only that revision. With the setting ``snapshots``, also serve the newest
+        checkpoint of fine-tuning or reinforcement learning (a snapshot) until a revision is promoted. A revision that
+        :meth:`reload` has loaded serves until another revision is promoted.
 
         While a model serves, errors are only logged. Before the first model serves, errors are raised, except for two:
         a failure of a store that has answered before, and a failure to load a snapshot. The store may answer again, and
@@ -98,8 +98,8 @@ class ModelHost:
             snapshot = False
             try:
                 ref = await run_in_daemon_thread(self._loader.wanted_ref)
-                # With a configured revision, wanted_ref() does not read the store, so its success does not show that
-                # the store answers.
+                # The success of wanted_ref() shows that the store answers only if no revision is configured, because
+                # wanted_ref() does not read the store otherwise.
                 store_answered = store_answered or not self._loader.revision
                 if ref is None and self._loader.snapshots:
                     ref = await run_in_daemon_thread(self._loader.newest_snapshot)
@@ -133,7 +133,7 @@ class ModelHost:
             await asyncio.sleep(poll_seconds)
 
     async def reload(self, revision: str) -> ServedModel:
-        """Serve ``revision`` (empty: the promoted revision). If that fails, the current model keeps serving."""
+        """Serve ``revision`` (empty: the promoted revision). If an error is raised, the current model keeps serving."""
         name = self._loader.model
         if revision:
             return await self.serve(CheckpointRef.parse(name, revision))
@@ -184,7 +184,7 @@ class ModelHost:
             model.engine.announce_draining()
 
     def with_weights(self, digest: str) -> ServedModel | None:
-        """The model in memory whose weights have this digest; None if there is none."""
+        """The model in memory whose weights file has the SHA-256 ``digest``; None if no model has it."""
         return next((model for model in reversed(self.models) if model.info.digests[WEIGHTS] == digest), None)
 
     async def drained(self) -> None:
@@ -194,7 +194,7 @@ class ModelHost:
         await asyncio.gather(*self._retirements)
 
     async def close(self) -> None:
-        """Stop the device loops. Running answers fail."""
+        """Stop the engines of all models, and stop loading models. Answers that still run end with an error."""
         for task in (*self._servings, *self._retirements):
             task.cancel()
         for model in self.models:
@@ -207,8 +207,8 @@ class ModelHost:
             await asyncio.wait_for(old.engine.drained(), seconds)
         except TimeoutError:
             log.warning("answers of a replaced model were ended", extra={"revision": revision, "seconds": seconds})
-        # This wait needs no time limit: the model stays in `models` until the device loop has ended, so longest_step()
-        # still shows a step that hangs.
+        # The wait for the engine's last step has no time limit. If the step hangs, longest_step() still reports it,
+        # because the model stays in `models` until the engine has stopped, and the process is then ended.
         await old.engine.stop(math.inf)
         self._replaced.remove(old)
         del old  # this is the last reference, so the next line can free the model's memory

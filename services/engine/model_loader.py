@@ -45,7 +45,7 @@ class ModelLoader:
         return promoted(self.store, self.model)
 
     def wanted_ref(self) -> CheckpointRef | None:
-        """The checkpoint of the configured revision, or the promoted checkpoint if no revision is configured."""
+        """The checkpoint of the configured revision. If no revision is configured, the promoted checkpoint or None."""
         return CheckpointRef.parse(self.model, self.revision) if self.revision else self.promoted_ref()
 
     def newest_snapshot(self) -> CheckpointRef | None:
@@ -62,7 +62,7 @@ class ModelLoader:
         return None
 
     def prepare(self) -> None:
-        """Compile the kernels that the first model needs, before somebody waits for this model."""
+        """Compile the kernels that a model needs on a CPU, before somebody waits for the first model."""
         if self.device.type == "cpu":
             load_kernels()
 
@@ -79,7 +79,8 @@ class ModelLoader:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
-        # The error's traceback refers to the tensors allocated so far, so memory can be freed only after this handler.
+        # Memory is freed only after the ``except`` block, because until then the error's traceback refers to the
+        # tensors that were allocated before the error.
         free_memory(self.device)
         beside = f" beside {serving.revision}, which serves" if serving else ""
         raise UserError(

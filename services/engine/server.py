@@ -17,8 +17,9 @@ from services.engine.settings import EngineSettings
 log = logging.getLogger("nanochat.engine")
 
 SERVICE = engine_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
-# A request contains a prompt, perhaps a JSON schema, and the earlier tokens of each continued choice. A token takes up
-# to 8 bytes. A reply may contain a tokenizer; as JSON, a tokenizer of 100,000 entries takes a few MiB.
+# Maximum sizes of a request and of a reply. A request contains a prompt, perhaps a JSON schema, and the earlier tokens
+# of each continued choice; a token takes up to 8 bytes. A reply may contain a tokenizer as JSON, which takes a few MiB
+# for 100,000 entries.
 _MAX_RECEIVE_BYTES, _MAX_SEND_BYTES = 16 << 20, 64 << 20
 _HANG_CHECK_SECONDS = 1.0
 EXIT_DEVICE_LOOP_DIED = 70
@@ -82,7 +83,7 @@ async def serve(settings: EngineSettings) -> int:
 
 
 async def _report_hang(host: ModelHost, hang_seconds: float, loop_died: asyncio.Event) -> None:
-    """Set ``loop_died`` once a step of the device loop has taken more than ``hang_seconds``.
+    """Set ``loop_died`` once an engine step has taken more than ``hang_seconds``; never if ``hang_seconds`` is 0.
 
     A step counts as hung if two checks in a row find it late. One check is not enough: if the whole process was paused,
     a step can look late although the device is about to finish it.

@@ -60,7 +60,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         model = await self._model_with_weights(request.weights_digest, context)
         await self._check_tokenizer(model, request.tokenizer_digest, context)
         started, tokens = time.monotonic(), 0
-        # Two clients may send the same id, but the core needs unique ids.
+        # A number is appended to the client's id, because two clients may send the same id, but the engine's core needs
+        # unique ids.
         request_id = f"{request.request_id or 'request'}#{next(self._numbers)}"
         try:
             stream = await model.engine.submit(core_request(request, request_id))

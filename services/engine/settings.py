@@ -13,7 +13,7 @@ from nanochat_core.store import DEFAULT_HOME
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings(EngineOptions, ListenSettings):
-    """gRPC service that continues token sequences with one model of the artifact store."""
+    """Serve one model of the artifact store over gRPC: continue sequences of tokens."""
 
     port: int = setting(50051, "port to serve gRPC on; 0 chooses a free port", minimum=0, maximum=65535)
     metrics_port: int = setting(
@@ -59,6 +59,6 @@ class EngineSettings(EngineOptions, ListenSettings):
             split_target(target)
 
     def engine_config(self) -> EngineConfig:
-        """The settings of the inference core."""
+        """Return the settings that concern the inference core."""
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineOptions)}
         return EngineConfig(**shared, kv_cache_bytes=self.kv_cache_mib << 20 or None)

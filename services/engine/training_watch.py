@@ -9,8 +9,9 @@ from nanochat_core.progress import read_progress, steps_done
 from nanochat_core.protos import engine_pb2
 from nanochat_core.store import LeaseWatch, Store
 
-# Folders of the store. While a program of a pipeline works, it holds a lease (a lock that expires) on the folder into
-# which it writes. The folder of the last program comes first, so this program is named if several programs work.
+# Folders of the store into which the programs of a pipeline write. While a program works, it holds a lease (a lock that
+# expires) on its folder. The folder of the pipeline's last program comes first, so that program is named if several
+# programs work at the same time.
 _MADE_IN = ("reports", "models", "tokenizers", "data")
 
 

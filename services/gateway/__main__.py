@@ -16,7 +16,8 @@ def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     config = settings.load(GatewaySettings, prefix="NANOCHAT_GATEWAY", program=_PROGRAM)
     logs.configure("gateway", config.log_level)
-    # uvicorn's other log events are not needed: the gateway logs its own start, and counts malformed requests.
+    # Of uvicorn's log events, only errors are logged, because the gateway itself logs its start and counts malformed
+    # requests.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     logging.getLogger(__name__).info("starting", extra={"settings": settings.describe(config)})
     allow_files(config.max_connections)

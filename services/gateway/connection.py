@@ -95,7 +95,7 @@ class Connection(H11Protocol):
             self._stall = self.loop.call_later(self._settings.stall_seconds, self._close, "stalled")
 
     def resume_writing(self) -> None:
-        """Continues the answer."""
+        """Continues the answer, because the client has read a part of it or is gone."""
         super().resume_writing()
         if self._stall is not None:
             self._stall.cancel()
@@ -177,5 +177,5 @@ class Connection(H11Protocol):
         self._closed.labels(reason).inc()
         self._request_arrived()
         self.connections.discard(self)
-        # abort() closes at once; close() would wait until the client has read everything.
+        # abort() is called instead of close(), which would wait until the client has read everything.
         self.transport.abort()

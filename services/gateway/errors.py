@@ -38,7 +38,8 @@ class ApiError(HTTPException):
 
         ``code`` is an error code that programs can compare. ``headers`` are added to the response.
         """
-        # These statuses mean that a later attempt may succeed. The gateway can't know when, so it names a fixed time.
+        # The statuses 429 and 503 mean that a later attempt may succeed. The gateway can't know when, so it names a
+        # fixed time.
         if headers is None and status in (429, 503):
             headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
         super().__init__(status, detail=message, headers=headers)
@@ -115,7 +116,7 @@ def unauthorized(message: str) -> ApiError:
 
 
 def not_allowed(scope: str) -> ApiError:
-    """Returns an error with status 403: the caller does not have this scope."""
+    """Returns an error with status 403: the caller lacks the ``scope`` (permission) that its request needs."""
     message = f"This caller may not do that: it needs an API key with the scope {scope}."
     return ApiError(403, message, code="missing_scope")
 

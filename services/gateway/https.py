@@ -8,7 +8,7 @@ from services.gateway.settings import HttpsSettings
 
 
 def https_context(settings: HttpsSettings) -> ssl.SSLContext | None:
-    """Returns the context of the server's connections; None if the settings name no certificate.
+    """Returns the TLS context of the server's connections; None if the settings name no certificate.
 
     A new connection uses the newest files. An open connection keeps the certificate that it began with.
 

@@ -63,7 +63,7 @@ class ListSettings(KeyStoreSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotateSettings(KeyStoreSettings):
-    """Give a key a new secret and print it; id, scopes, limits and usage stay."""
+    """Replace a key by a new key with the same id, scopes, limits and usage, and print the new key."""
 
     id: str = setting(help="id of the key", positional=True)
     keep_seconds: float = setting(0.0, "seconds for which the old key stays valid", minimum=0)
@@ -86,7 +86,7 @@ class UsageSettings(KeyStoreSettings):
 
 
 async def create(settings: CreateSettings, store: KeyStore) -> None:
-    """Creates a key."""
+    """Creates a key and prints it."""
     given = (settings.requests_per_minute, settings.tokens_per_minute, settings.parallel_answers)
     limits = None if given == (None, None, None) else Limits(*(limit or 0 for limit in given))
     expires = time.time() + settings.expires_days * 86400 if settings.expires_days else None
@@ -99,7 +99,7 @@ async def create(settings: CreateSettings, store: KeyStore) -> None:
 
 
 async def list_keys(settings: ListSettings, store: KeyStore) -> None:
-    """Prints all keys, oldest first."""
+    """Prints the records of all keys, the oldest key first."""
     now = time.time()
     keys = [key.public(now) for key in sorted((await store.load()).values(), key=lambda key: key.created)]
     for key in keys:
@@ -111,7 +111,7 @@ async def list_keys(settings: ListSettings, store: KeyStore) -> None:
 
 
 async def rotate(settings: RotateSettings, store: KeyStore) -> None:
-    """Gives a key a new secret."""
+    """Replaces a key by a new key with the same id, and prints the new key."""
     old = await _find(settings.id, store)
     if old.revoked is not None:
         raise UserError(f"the key {old.id} was revoked; create a new one")
@@ -166,7 +166,8 @@ async def run(command: Command, settings: KeyStoreSettings) -> None:
         )
     store: KeyStore
     if settings.redis_url:
-        # A request of a client must not wait long for Redis, but a person who manages keys may.
+        # The command waits longer for Redis than the gateway does: a client's request must not wait long, but a person
+        # who manages keys can.
         store = RedisStore(RedisLink(settings.redis_url, max(settings.redis_timeout_seconds, _PATIENCE_SECONDS)))
     else:
         store = FileStore(settings.keys_file)

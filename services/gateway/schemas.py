@@ -141,7 +141,7 @@ def _list_prompts(value: Any) -> Any:
 
 
 def _is_ids(value: Any) -> bool:
-    # set and min read long lists several times faster than a loop.
+    # The list is read by set() and min(), because a loop would take several times as long for a long list.
     return isinstance(value, list) and set(map(type, value)) == {int} and min(value) >= 0
 
 
@@ -421,8 +421,9 @@ def call_schema(tools: Sequence[FunctionTool]) -> dict[str, Any]:
     }
 
 
-# Keywords of JSON Schema whose values are data without references, and keywords whose values map names to schemas.
+# Keywords of JSON Schema whose values are data, in which "$ref" is no reference.
 _DATA_KEYWORDS = {"const", "default", "enum", "examples"}
+# Keywords of JSON Schema whose values map names to schemas.
 _NAMED_SCHEMAS = {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
 
 

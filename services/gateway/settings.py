@@ -9,13 +9,13 @@ from nanochat_core.settings import setting
 from nanochat_core.tls import TlsSettings
 from nanochat_core.tracing.tracer import TracingSettings
 
-# The arithmetic of the limits is exact up to this value (admission/buckets.py).
+# Largest limit that a caller may have. The arithmetic of the limits is exact up to this value (admission/buckets.py).
 MAX_LIMIT = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyStoreSettings:
-    """The place of API keys and their usage. The gateway and ``nanochat keys`` share these settings."""
+    """Settings that say where API keys and their usage are stored, for the gateway and for ``nanochat keys``."""
 
     redis_url: str = setting(
         "",
@@ -42,7 +42,7 @@ class KeyStoreSettings:
 
 @dataclasses.dataclass(frozen=True)
 class AdmissionSettings(KeyStoreSettings):
-    """The rights and limits of callers."""
+    """Settings that say what the callers of the gateway may do, and how much."""
 
     redis_failure: Literal["open", "closed"] = setting(
         "open",
@@ -80,7 +80,7 @@ class AdmissionSettings(KeyStoreSettings):
 
 @dataclasses.dataclass(frozen=True)
 class HttpsSettings:
-    """The files of the gateway's own certificate. Without them, clients connect without encryption."""
+    """Settings that name the files of the gateway's own certificate. Without a certificate, clients use plain HTTP."""
 
     https_certificate: str = setting(
         "", "PEM file with the certificate that clients see, and its chain; may be replaced while the gateway runs"
@@ -94,7 +94,7 @@ class HttpsSettings:
 
 @dataclasses.dataclass(frozen=True)
 class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSettings):
-    """Serves an OpenAI-style REST API and the chat page in front of one or more inference engines."""
+    """Serve an OpenAI-style REST API and the chat page in front of one or more inference engines."""
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "TCP port to listen on; 0 chooses a free port", minimum=0, maximum=65535)

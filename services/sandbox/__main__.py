@@ -77,7 +77,7 @@ async def _probe(service: GrpcService, executor: SandboxExecutor, seconds: float
     serving = True
     while True:
         await asyncio.sleep(seconds)
-        # A single failure may only mean that something killed the process of the test call.
+        # A failed test call is repeated once before it counts, because something may only have killed its process.
         problem = await _problem(executor) and await _problem(executor)
         if serving == bool(problem):
             serving = not problem

@@ -51,13 +51,13 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
     async def Execute(
         self, request: sandbox_pb2.ExecuteRequest, context: grpc.aio.ServicerContext
     ) -> sandbox_pb2.ExecuteReply:
-        """Run the code. If the client cancels the call, gRPC cancels this coroutine, which kills the code's process."""
+        """Run the request's code. If the client cancels the call, gRPC cancels this coroutine, which kills the code."""
         return await self._count(request, context)
 
     async def ExecuteStream(
         self, request: sandbox_pb2.ExecuteRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[sandbox_pb2.ExecuteEvent]:
-        """Run the code as :meth:`Execute` does, and send its output while it runs."""
+        """Run the request's code as :meth:`Execute` does, and send the code's output while the code runs."""
         events: asyncio.Queue[sandbox_pb2.ExecuteEvent | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -149,7 +149,7 @@ class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
     async def GetInfo(
         self, _request: sandbox_pb2.GetInfoRequest, _context: grpc.aio.ServicerContext
     ) -> sandbox_pb2.Info:
-        """Describe the isolation profile, the concurrency and the limits."""
+        """Describe the sandbox: its isolation profile, the number of calls that may run at once, and their limits."""
         config = self._executor.config
         return sandbox_pb2.Info(
             profile=self._executor.profile,

@@ -10,7 +10,7 @@ from nanochat_core.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class SandboxSettings(SandboxConfig, ListenSettings):
-    """gRPC service that runs Python code in isolation."""
+    """Serve the sandbox over gRPC: run Python code in isolation."""
 
     port: int = setting(50052, "port to serve gRPC on; 0 chooses a free port", minimum=0, maximum=65535)
     metrics_port: int = setting(

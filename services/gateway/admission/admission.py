@@ -142,8 +142,8 @@ class Admission:
         while True:
             await asyncio.sleep(_RENEW_SECONDS)
             limiter = self._limiters[0]
-            # An answer that began while Redis did not answer is counted only in this process, so Redis has no lease to
-            # renew.
+            # Answers that began while Redis did not answer are left out: only this process counts them, so Redis has no
+            # lease to renew.
             limited = [g for g in self._running if g.caller.limits.answers and g.is_counted_by(limiter)]
             with contextlib.suppress(Away):
                 await limiter.renew((grant.caller.id, grant.answer) for grant in limited)

@@ -2,4 +2,4 @@
 
 
 class Away(Exception):
-    """The store of the keys or of the counts did not answer. It may have executed the call nevertheless."""
+    """The store of the API keys, or the limiter's store, did not answer. It may have executed the call nevertheless."""

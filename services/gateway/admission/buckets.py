@@ -20,7 +20,8 @@ class Bucket:
     """The amount that a caller has spent and that the bucket has not leaked yet.
 
     Attributes:
-        spent: that amount, in units. It exceeds the size of the bucket while the caller is in debt.
+        spent: this amount in units (:data:`UNITS` for each request or token). It exceeds the size of the bucket while
+            the caller is in debt.
         at: time of the last change in microseconds.
     """
 
@@ -28,7 +29,7 @@ class Bucket:
     at: int = 0
 
     def leaked(self, limit: int, now: int) -> "Bucket":
-        """Returns the bucket at the time ``now``. Without a limit, the bucket is empty.
+        """Returns the bucket at the time ``now`` in microseconds. If ``limit`` is 0 (no limit), the bucket is empty.
 
         If the clock went back, the time counts as unchanged.
         """
@@ -48,9 +49,9 @@ class Bucket:
         return max(0, limit * UNITS - self.spent) // UNITS
 
     def empty_in(self, limit: int) -> int:
-        """Returns the microseconds until everything has leaked."""
+        """Returns the microseconds until the bucket is empty."""
         return -(-self.spent // limit) if limit else 0
 
     def room_in(self, limit: int, cost: int) -> int:
-        """Returns the microseconds until there is room for ``cost``. The cost must not exceed the limit."""
+        """Returns the microseconds until ``cost`` requests or tokens may pass. ``cost`` must not exceed ``limit``."""
         return max(0, -(-(self.spent + cost * UNITS - limit * UNITS) // limit))

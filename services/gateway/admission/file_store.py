@@ -105,7 +105,7 @@ def _usage_row(row: dict[str, Any]) -> tuple[tuple[str, str], Usage]:
 
 
 def _read(path: Path, form: str, parse: Callable[[dict[str, Any]], dict[Any, T]]) -> dict[Any, T]:
-    """Parses the file; the result is empty if there is no file. Raises Away if the file is unreadable or damaged."""
+    """Parses the file ``path``; empty if there is no such file. Raises Away if the file is unreadable or damaged."""
     try:
         value = json.loads(path.read_bytes())
         if not isinstance(value, dict) or value.get("format") != form:
@@ -120,7 +120,7 @@ def _read(path: Path, form: str, parse: Callable[[dict[str, Any]], dict[Any, T]]
 
 
 def _write(path: Path, form: str, name: str, rows: list[dict[str, Any]]) -> None:
-    """Replaces the whole file. If the machine stops during the call, the old file or the new file remains."""
+    """Replaces the file ``path`` as a whole. If the machine stops meanwhile, the old file or the new file remains."""
     new = path.with_name(path.name + ".new")
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         json.dump({"format": form, name: rows}, file, indent=1)

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 """Time between two checks of the store. A revoked key is refused after at most this time plus the time of a check."""
 FRESH_SECONDS = 2.0
-"""The keys are fresh if the store has confirmed them within this time."""
+"""The keys in memory count as fresh if the store has confirmed them within this time."""
 
 
 class Keyring:
@@ -44,7 +44,7 @@ class Keyring:
         return self._keys.get(key_id)
 
     def all(self) -> list[ApiKey]:
-        """Returns all records, oldest first."""
+        """Returns the records of all keys, the oldest key first."""
         return sorted(self._keys.values(), key=lambda key: (key.created, key.id))
 
     async def refresh(self) -> None:
@@ -60,7 +60,8 @@ class Keyring:
             try:
                 version = await self._store.version()
                 if version != self._version:
-                    # A key may change between version() and load(). The next check then finds another version.
+                    # The version is read before the keys, so that no change is missed: if a key changes between
+                    # version() and load(), the next check finds another version.
                     self._keys = await self._store.load()
                     self._version = version
             except (Away, StoreError) as error:

@@ -121,7 +121,7 @@ class ApiKey:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_json`. Raises ValueError if the object is no record of a key."""
+        """Returns the record that :meth:`to_json` has turned into ``value``. Raises ValueError if it is no record."""
         try:
             limits = value.get("limits")
             changes = {"scopes": parse_scopes(value["scopes"]), "limits": Limits(**limits) if limits else None}
@@ -165,7 +165,7 @@ def digest_of(secret: str) -> str:
 
 
 def id_of(secret: str) -> str | None:
-    """Returns the id in a key; None if the text does not have the form of a key."""
+    """Returns the id that the key ``secret`` contains; None if ``secret`` does not have the form of a key."""
     return secret.split("-")[1] if _FORM.fullmatch(secret) else None
 
 

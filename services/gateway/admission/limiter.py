@@ -73,7 +73,10 @@ class Limiter(abc.ABC):
 
     @abc.abstractmethod
     async def take(self, caller: str, limits: Limits, cost: Cost) -> Verdict:
-        """Counts the whole cost, or nothing if one of the limits has no room for it. A limit of 0 counts nothing."""
+        """Counts the whole ``cost`` of a request, or nothing if one of the caller's limits has no room for it.
+
+        A limit of 0 means no limit, and nothing is counted for it.
+        """
 
     @abc.abstractmethod
     async def settle(self, caller: str, limits: Limits, tokens: int, answer: str) -> None:

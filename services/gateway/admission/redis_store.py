@@ -19,7 +19,8 @@ class RedisStore(KeyStore):
 
     def __init__(self, link: RedisLink) -> None:
         self._link = link
-        # Each process numbers its own batches, so each process stores the number of its last batch under its own name.
+        # Name under which Redis keeps the number of this process's last batch of usage. Each process has its own name,
+        # because each process numbers its own batches.
         self._sender = f"nanochat:{{usage}}:sender:{secrets.token_hex(8)}"
 
     async def version(self) -> Hashable:

@@ -20,11 +20,11 @@ class KeyStore(abc.ABC):
 
     @abc.abstractmethod
     async def load(self) -> dict[str, ApiKey]:
-        """Returns all records by their ids."""
+        """Returns the records of all keys, by the ids of the keys."""
 
     @abc.abstractmethod
     async def replace(self, old: ApiKey | None, new: ApiKey) -> None:
-        """Writes a new record if ``old`` is None; otherwise replaces the record ``old``.
+        """Replaces the record ``old`` of a key by ``new``. If ``old`` is None, adds ``new`` as the record of a new key.
 
         Raises:
             StoreError: the record is no longer ``old``, there are too many keys, or the store is read-only.
@@ -40,10 +40,10 @@ class KeyStore(abc.ABC):
 
     @abc.abstractmethod
     async def usage(self, days: Sequence[str]) -> dict[tuple[str, str], Usage]:
-        """Returns the usage by day and key id. A day is in UTC, such as ``2026-11-29``."""
+        """Returns the usage on ``days``, by day and key id. A day is in UTC, such as ``2026-11-29``."""
 
     async def aclose(self) -> None:  # noqa: B027 - most stores have nothing to close
-        """Closes connections."""
+        """Closes the store's connections, if it has any."""
 
 
 class MemoryStore(KeyStore):

@@ -12,7 +12,7 @@ ANONYMOUS = "anonymous"
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Amounts of one key on one day.
+    """How much one key was used on one day, in requests and tokens.
 
     Attributes:
         requests: requests that the gateway accepted.
@@ -38,7 +38,7 @@ UsageTable = Mapping[tuple[str, str], Usage]
 
 
 def add_tables(*tables: UsageTable) -> dict[tuple[str, str], Usage]:
-    """Returns the sum of the tables."""
+    """Returns a table that has, for each day and key, the sum of the usage in ``tables``."""
     total: defaultdict[tuple[str, str], Usage] = defaultdict(Usage)
     for table in tables:
         for place, usage in table.items():
@@ -47,7 +47,7 @@ def add_tables(*tables: UsageTable) -> dict[tuple[str, str], Usage]:
 
 
 def of_days(table: UsageTable, days: Collection[str]) -> dict[tuple[str, str], Usage]:
-    """Returns the part of the table for these days."""
+    """Returns the entries of ``table`` for the days in ``days``."""
     return {place: usage for place, usage in table.items() if place[0] in days}
 
 

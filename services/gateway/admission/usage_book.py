@@ -17,7 +17,8 @@ class UsageBook:
     def __init__(self, store: KeyStore) -> None:
         self._store = store
         self._open: dict[tuple[str, str], Usage] = {}
-        # The batch that was sent to the store. If the call failed, nobody knows whether the store has added the batch.
+        # The batch that was sent to the store. If the store did not answer, it may have added the batch or not, so the
+        # batch stays here and is sent again.
         self._sent: UsageTable = {}
         self._batch = 0
         self._last_problem = ""
@@ -28,7 +29,7 @@ class UsageBook:
         self._open[day, key] = self._open.get((day, key), Usage()).plus(usage)
 
     async def flush(self) -> bool:
-        """Writes everything to the store, and returns whether that was possible.
+        """Writes all collected usage to the store, and returns whether that was possible.
 
         If the store fails, the next call begins with the same batch, because the store may already have this batch.
         """

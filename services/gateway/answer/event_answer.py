@@ -19,7 +19,7 @@ class EventAnswer(Answer):
 
     @abc.abstractmethod
     def write(self) -> AsyncGenerator[list[Event], None]:
-        """Yields all events of the answer. Events that come from the same delta are in one list."""
+        """Yields all events of the answer. Events that come from the same chunk of the engine are in one list."""
 
     @abc.abstractmethod
     def result(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Answer(abc.ABC):
         """Returns the response in one piece."""
 
     async def respond(self) -> Response:
-        """Returns the response, streamed if the request asks for that."""
+        """Returns the HTTP response, which is a stream of events if the request asks for a stream."""
         drain: Drain = self._request.app.state.drain
         if self.body.stream:
             heartbeat = self._pool.settings.heartbeat_seconds

@@ -10,8 +10,8 @@ import uuid
 
 from services.gateway.answer.choice_decoder import Call, Delta
 
-# The pattern matches only once the first character of the arguments has arrived. So an optional space before the
-# arguments is always a part of the match, however the text is cut into deltas.
+# The part of a call that precedes its arguments. The pattern matches only once the first character of the arguments has
+# arrived. So an optional space before the arguments is always a part of the match, however the text is cut into deltas.
 _HEAD = re.compile(r'\{"name": ?"([A-Za-z0-9_-]{1,64})", ?"arguments": ?(?=[^ ])')
 
 

@@ -51,7 +51,8 @@ class NewKey(_Body):
 
 @router.post("/keys", summary="Create an API key", status_code=201)
 async def create_key(body: NewKey, admission: AdmissionDep) -> dict[str, Any]:
-    """The field `key` of the answer contains the key. Only this answer shows it, because the server keeps a digest."""
+    """Create a key, which the field `key` of the answer contains. No later answer shows the key, because the server
+    stores only a digest of the key."""
     limits = Limits(**body.limits.model_dump()) if body.limits else None
     expires = time.time() + body.expires_in_seconds if body.expires_in_seconds else None
     try:
@@ -73,8 +74,8 @@ async def list_keys(admission: AdmissionDep) -> dict[str, Any]:
 async def rotate_key(
     key_id: str, admission: AdmissionDep, keep_seconds: Annotated[float, Query(ge=0, le=_MAX_SECONDS)] = 0.0
 ) -> dict[str, Any]:
-    """The id, scopes, limits and usage stay. The field `key` of the answer contains the new key. The old key stays
-    valid for `keep_seconds`."""
+    """Replace a key by a new key with the same id, scopes, limits and usage. The field `key` of the answer contains the
+    new key. The old key stays valid for `keep_seconds` seconds."""
     old = await _find(admission, key_id)
     if old.revoked is not None:
         raise ApiError(409, "This key was revoked; create a new one.", code="key_revoked")
@@ -84,7 +85,8 @@ async def rotate_key(
 
 @router.delete("/keys/{key_id}", summary="Revoke an API key")
 async def revoke_key(key_id: str, admission: AdmissionDep) -> dict[str, Any]:
-    """All gateways refuse the key within two seconds. Answers that are being written continue to their end."""
+    """Revoke a key. All gateways refuse the key within two seconds. Answers that are being written continue to their
+    end."""
     old = await _find(admission, key_id)
     return await _replace(admission, old, old.revoke())
 
@@ -93,7 +95,8 @@ async def revoke_key(key_id: str, admission: AdmissionDep) -> dict[str, Any]:
 async def usage(
     admission: AdmissionDep, days: Annotated[int, Query(ge=1, le=_MAX_DAYS)] = 7, key: str = ""
 ) -> dict[str, Any]:
-    """One row for each key and day in UTC. The key `anonymous` stands for all callers without a key."""
+    """Return the usage, one row for each key and day (in UTC). The key `anonymous` stands for all callers without a
+    key."""
     try:
         table = await admission.usage.read(last_days(days, time.time()))
     except Away as error:

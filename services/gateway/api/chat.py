@@ -27,7 +27,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, pool: Pool
 
     The model may run Python while it answers. `nanochat.tool_events` contains the code that ran and its output. If the
     request has `tools`, the answer may be a call of one of these tools, in `tool_calls`. If the oldest turns were left
-    out, `nanochat.left_out_turns` is their number.
+    out because of `truncation`, `nanochat.left_out_turns` is their number.
     """
     check_known(body, pool.settings)
     check_choices(body.n or 1, pool.settings)

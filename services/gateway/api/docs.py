@@ -23,13 +23,13 @@ th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.8rem 0.3rem 0;
 
 @router.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> HTMLResponse:
-    """Returns the page, which is made from the same document as `/openapi.json`."""
+    """Returns the page `/docs`, which is made from the same document as `/openapi.json`."""
     return HTMLResponse("".join(_page(request.app.openapi())))
 
 
 @router.get("/docs/style.css", include_in_schema=False)
 async def style() -> Response:
-    """Returns the page's style. It is a separate file, because the content security policy forbids styles in a page."""
+    """Returns the style of `/docs`. It is a separate file, because the security policy forbids styles in a page."""
     return Response(_STYLE, media_type="text/css")
 
 

@@ -17,8 +17,8 @@ from nanochat_core.fair_slots import FairSlots
 from services.gateway.admission.caller import Caller
 from services.gateway.errors import ClientGone, bad_request
 
-# Larger bodies are parsed in a thread. Parsing a body of this size takes at most about 2 ms, whatever it contains; a
-# body of 1 MB takes up to 25 ms.
+# A body of more bytes is parsed in a thread, so that it does not delay the event loop. Parsing a body of this size
+# takes at most about 2 ms, whatever the body contains; parsing 1 MB takes up to 25 ms.
 _INLINE_BYTES = 65_536
 # After each large body, the parsing thread rests for this many times the duration of the parsing.
 _REST = 9
@@ -49,8 +49,8 @@ class Parser:
     def _parse(self, body: bytes) -> Any:
         time.sleep(max(0.0, self._rest_ends - time.monotonic()))
         began = time.monotonic()
-        # The value may contain a million objects. The garbage collector would visit them many times during the parsing.
-        # Only this one thread switches the collector, so no other call switches it on again too early.
+        # The garbage collector is off during the parsing, because it would visit the parsed objects, perhaps a million,
+        # many times. Only this one thread switches the collector, so no other call switches it on again too early.
         gc.disable()
         try:
             return parse(body)

@@ -156,7 +156,8 @@ async def list_lessons(
     """List the lessons of a model without their details. `has_more` says whether more lessons follow the last one.
 
     `inside` contains the numbers of the lessons that the served revision has learned. `roll_back` is the last request
-    to roll back, with its `state`; null if there was none. `training.history` contains only its newest point.
+    to roll back, with its `state`; null if there was none. The `training.history` of each lesson is cut to its newest
+    point.
     """
     served = _served(pool, model)
 
@@ -207,8 +208,8 @@ async def roll_back(
     store: StoreDep,
     model: _Model = None,
 ) -> dict[str, Any]:
-    """Promote again the model as it was after this lesson, which must have been promoted. The number 0 stands for the
-    model before its first lesson."""
+    """Promote the model again as it was after the lesson with this `number`, which must have been promoted. The number
+    0 stands for the model before its first lesson."""
     name, who = _served(pool, model).info.name, _who(request, admission)
     return await _done(lambda: dataclasses.asdict(request_roll_back(store, name, number, who)))
 

@@ -32,7 +32,8 @@ async def version() -> dict[str, str]:
 
 @router.get("/readyz", summary="Does the gateway accept requests", responses=ERROR_RESPONSES)
 async def readyz(pool: PoolDep, drain: DrainDep) -> dict[str, Any]:
-    """The status is 200 until the shutdown begins, then 503. It is 200 even without an engine, because requests wait.
+    """The status is 200 until the shutdown begins, then 503. The status is 200 even without an engine, because requests
+    then wait for an engine.
 
     `models` lists the models that engines serve now. While the list is empty, `waits_for` says what is missing.
     """

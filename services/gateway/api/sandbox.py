@@ -30,7 +30,8 @@ router = APIRouter(tags=["Sandbox"], responses=ERROR_RESPONSES, route_class=Json
 _MAX_FILES, _MAX_ARGUMENTS, _MAX_NAME_CHARACTERS = 256, 1024, 256
 _MAX_BYTES = 2**63 - 1
 _FORMATS = {"repr": sandbox_pb2.RESULT_FORMAT_REPR, "str": sandbox_pb2.RESULT_FORMAT_STR}
-# This object knows only Python's own list of types, so that the answer does not depend on the machine's files.
+# Finds the media type of a file by its name. The object knows only Python's own list of types, so that the answer does
+# not depend on the lists in the machine's files.
 _media_types = mimetypes.MimeTypes()
 
 
@@ -85,7 +86,8 @@ class SandboxRequest(ApiModel):
 async def execute(
     body: SandboxRequest, request: Request, pool: PoolDep, drain: DrainDep, sandboxes: SandboxesDep
 ) -> Response:
-    """Run code in an isolated process of its own. If the code fails, the request succeeds, and ``status`` says so."""
+    """Run code in an isolated process of its own. If the code fails, the request still succeeds, and `status` in the
+    answer is not `ok`."""
     record, settings = request.state.record, pool.settings
     check_known(body, settings)
     if not settings.sandbox_addresses:

@@ -14,7 +14,7 @@ from services.gateway.metrics import Metrics
 
 router = APIRouter(tags=["Administration"], responses=ERROR_RESPONSES)
 
-# Metrics of the gateway that the page shows, by their names in the answer.
+# Maps the name of each counter in the answer of /admin/status to the name of the gateway's metric.
 _METRICS = {
     "requests_in_flight": "requests_in_flight",
     "queue_length": "queue_length",

@@ -29,7 +29,7 @@ async def tokenize(body: TokenizeRequest, pool: PoolDep) -> Response:
     if body.return_token_strs:
         decode = model.tokenizer.decode
         answer["token_strs"] = await off_loop(len(ids), lambda: [decode([token_id]) for token_id in ids])
-    # There may be a million tokens, and FastAPI's own encoder would take a second for them.
+    # orjson writes the answer, because FastAPI's own encoder would take a second for a million tokens.
     return Response(orjson.dumps(answer), media_type="application/json")
 
 

@@ -23,7 +23,8 @@ then load this address again.</p>
 </html>
 """
 
-# The name of each file in assets/ contains a hash of the content, so a file's content never changes.
+# Browsers may keep the files in assets/ for a year: the name of each file contains a hash of the content, so the
+# content of a name never changes.
 _ASSET_CACHE = "public, max-age=31536000, immutable"
 # For each other file, the browser asks every time whether it has changed. The usual answer is 304 (not modified).
 _CACHE = "no-cache"

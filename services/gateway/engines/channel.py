@@ -12,8 +12,8 @@ def open_channel(endpoint: Endpoint, settings: GatewaySettings, tls: TlsFiles | 
         # Keepalive pings detect a dead machine while the gateway waits for its answer.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
-        # By default, gRPC waits up to two minutes between attempts to connect. A restarted engine should not have to
-        # wait that long for its first request.
+        # The pauses between attempts to connect are short, so that a restarted engine soon gets requests. By default,
+        # gRPC waits up to two minutes between two attempts.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.min_reconnect_backoff_ms", int(settings.connect_timeout_seconds * 1000)),

@@ -34,7 +34,7 @@ class Reason(enum.StrEnum):
     """Why a request needs another engine. The values are labels of the metrics."""
 
     DIED = "died"  # the call ended with an error
-    HUNG = "hung"  # the engine sends neither chunks nor answers to health checks
+    HUNG = "hung"  # the engine sends no chunks and does not answer health checks
     DRAINS = "drains"  # the engine is shutting down
     FULL = "full"  # the engine had no room for the request, or ran out of memory
     OTHER_MODEL = "other_model"  # the engine has just changed its model
@@ -110,7 +110,7 @@ class Stream:
         return call.began if call is not None else None
 
     async def start(self) -> None:
-        """Waits for the first chunk.
+        """Sends the request to an engine, and waits for the first chunk of the answer.
 
         Raises:
             ApiError: the request doesn't fit the model, or no replica could begin the answer.
@@ -124,7 +124,7 @@ class Stream:
         self._pool.metrics.prompt_tokens.inc(self.prompt_tokens)
 
     async def read(self) -> engine_pb2.GenerateChunk | None:
-        """Returns the next chunk, or None after the last one.
+        """Returns the next chunk of the answer, or None after the last chunk.
 
         Raises:
             ApiError: the answer can't go on.
@@ -144,7 +144,7 @@ class Stream:
         self._said[index].finished = True
 
     def close(self) -> None:
-        """Cancels the stream's calls and its search for a place."""
+        """Cancels the stream's calls to engines and its search for another engine."""
         self._stop_search()
         for call in (self._successor, self._call):
             if call is not None:
@@ -188,7 +188,8 @@ class Stream:
         self._last_chunk, self._patience, self._fruitless = now, None, 0
         self._said[chunk.index].add(chunk)
         if chunk.HasField("usage"):
-            # The engine's count may include tokens of the answer, but the router needs the prompt's tokens only.
+            # The router needs the number of the prompt's cached tokens. The engine's count may include cached tokens of
+            # an answer that moved to this engine, so the count is limited to the length of the prompt.
             cached = min(chunk.usage.cached_prompt_tokens, self.prompt_tokens)
             self._pool.answered(call.place, self._wish, cached)
 
@@ -306,7 +307,10 @@ class Stream:
         return not fault or self._fruitless == 1 or self._pool.retries.spend()
 
     def _look(self, reason: Reason | None, stale: Replica | None = None) -> None:
-        """Begins a search for a place. If ``stale`` is given, first reads that replica's model again."""
+        """Begins a search for a place (reserved room at an engine). First reads the model of ``stale`` again, if given.
+
+        ``reason`` says why the stream leaves its call, or why its last call ended.
+        """
         self._stop_search()
         self._reason = reason
         self._search = asyncio.create_task(self._find_place(stale))
@@ -317,7 +321,7 @@ class Stream:
             await stale.refresh_model()
         if self._fruitless > 1:
             await asyncio.sleep(_PAUSE_SECONDS * 2.0 ** (self._fruitless - 2) * random.uniform(0.5, 1))  # noqa: S311
-        if self._call is not None:  # no time limit, because the call may still finish the answer
+        if self._call is not None:  # the search has no time limit, because the old call may still finish the answer
             return await self._pool.place(self._wish, self._ticket, None)
         now = time.monotonic()
         if self._patience is None:
@@ -330,7 +334,7 @@ class Stream:
             search.result().give_back()
 
     async def _begin_successor(self) -> None:
-        """Begins the call at the place that the search has found."""
+        """Begins a call to the engine at which the search has reserved room."""
         assert self._search is not None
         search, self._search = self._search, None
         try:

@@ -24,7 +24,7 @@ class ServedModel:
 
     @classmethod
     def load(cls, info: engine_pb2.ModelInfo) -> "ServedModel":
-        """Builds the tokenizer of the model. For a large vocabulary, this takes a while.
+        """Builds the object from an engine's description of its model. A large tokenizer makes this slow.
 
         Raises UserError if the tokenizer's JSON is damaged.
         """

@@ -45,7 +45,7 @@ class Wish:
     canary: bool | None = None
 
     def fits(self, model: ServedModel, aliases: Collection[str]) -> bool:
-        """Whether the model can answer the request."""
+        """Whether the model can answer the request. ``aliases`` are names that stand for every model."""
         if self.weights is not None:
             return self.weights != "" and model.weights == self.weights
         return not self.name or self.name in aliases or self.name == model.info.name
@@ -136,8 +136,8 @@ class EnginePool:
     def models(self) -> dict[str, ServedModel]:
         """Returns the models that engines serve now, by name.
 
-        If the engines serve several revisions of a model, the result has the revision that this gateway saw last. It
-        has the canary only if no engine serves another revision.
+        If the engines serve several revisions of a model, the result has the revision that this gateway saw last. The
+        result has the canary (a new revision on trial, :class:`Canary`) only if no engine serves another revision.
         """
         served = [replica.model for replica in self._replicas.values() if replica.up and replica.model]
         return {model.info.name: model for model in sorted(served, key=self._standing)}
@@ -205,16 +205,16 @@ class EnginePool:
         return sorted((each for each in self._replicas.values() if not each.leaving), key=lambda each: not each.up)
 
     def prompt(self, ids: Sequence[int]) -> Prompt:
-        """Returns the prompt with these token ids, for :class:`Wish`."""
+        """Returns the object that a :class:`Wish` needs for a prompt with the token ids ``ids``."""
         return self._router.prompt(ids)
 
     def ticket(self, wish: Wish, *, caller: str, priority: int) -> Ticket[Place]:
-        """Returns the ticket with which the request can wait in :meth:`place`."""
+        """Returns the ticket with which a request can wait in :meth:`place`."""
         take = functools.partial(self._take, wish)
         return Ticket(take, Place.give_back, caller=caller, priority=priority, cost=wish.sequences)
 
     async def place(self, wish: Wish, ticket: Ticket[Place], seconds: float | None) -> Place:
-        """Waits up to ``seconds`` for a replica with room for the request, and reserves the room.
+        """Waits up to ``seconds`` (None: without a limit) for a replica with room for the request; reserves the room.
 
         Raises:
             ApiError: 404 or 400 for the same reasons as in :meth:`model`; 429 if too many requests wait already; 503 if
@@ -241,7 +241,7 @@ class EnginePool:
         self._queue.served(ticket)
 
     def promising(self, wish: Wish) -> bool:
-        """Whether a search may succeed, because a known engine fits the wish or a fitting engine may still appear.
+        """Whether a search for an engine may succeed: a known engine fits the wish, or such an engine may still appear.
 
         If an engine has already failed on the request, engines whose model is unknown do not count.
         """
@@ -287,7 +287,7 @@ class EnginePool:
         return replica.model is not None and self._canary.serves(replica.model.identity)
 
     def outcome(self, model: ServedModel, seconds: float) -> None:
-        """Tells the canary how many seconds a request took to its first token; infinite if the engine failed."""
+        """Records for the trial of the canary the seconds from a request to its first token; infinite for a failure."""
         reason = self._canary.record(model.identity, seconds)
         if reason is not None:
             logger.error("canary returned", extra={"canary": self.settings.canary, "reason": reason})

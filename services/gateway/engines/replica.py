@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Connect = Callable[[Endpoint], ServiceChannel]
 
-# Clients wait while an engine is down, so the gateway should soon notice that the engine is back.
+# Pause between two checks of an engine that is down. The pause is short, because clients may wait for the engine.
 _DOWN_POLL_SECONDS = 0.5
 # The engine counts as hung after this many health checks in a row without an answer in time. A single late answer may
 # only mean that the processor is busy.
@@ -102,7 +102,7 @@ class Replica:
 
     @property
     def up(self) -> bool:
-        """Whether the engine is healthy and its model is known."""
+        """Whether the engine is healthy, its model is known, and discovery still finds the engine."""
         return self.why_down is None and self.model is not None and not self.leaving
 
     @property
@@ -195,11 +195,12 @@ class Replica:
         self._others = max(0, self._load.running + self._load.waiting + self._load.parked - self._own)
         self._full = False
         if self._limit is not None and self._limit != self._settings.max_engine_sequences:
-            self._limit += 1 + self._limit // 8  # the limit comes from a refusal, and the engine may have more room now
+            # A limit that comes from a refusal rises with each check, because the engine may have more room now.
+            self._limit += 1 + self._limit // 8
             if 0 < self._settings.max_engine_sequences < self._limit:
                 self._limit = self._settings.max_engine_sequences
         revision = self.model.info.revision if self.model else ""
-        changed = self._load.revision not in ("", revision)  # engines of earlier versions send no revision
+        changed = self._load.revision not in ("", revision)  # empty: engines of earlier versions send no revision
         if self.why_down is not None or self.model is None or changed or time.monotonic() >= self._next_model_check:
             await self._refresh_soon()
         if self.why_down is not None and self.model is not None:
@@ -235,7 +236,8 @@ class Replica:
 
     def _set_down(self, why: str) -> None:
         if why != self.why_down:
-            # An engine that never had a model is still starting, or waits for the training of its first model.
+            # That an engine without a model is down is no warning: the engine is still starting, or waits for the
+            # training of its first model.
             level = logging.INFO if self.model is None else logging.WARNING
             logger.log(level, "engine down", extra={"address": self.address, "reason": why})
         self.why_down = why
@@ -281,7 +283,7 @@ class Replica:
 
 
 class Call:
-    """A ``Generate`` call at a place. A task reads its chunks; :meth:`take` returns them without waiting.
+    """A ``Generate`` call to an engine. A task reads the answer's chunks; :meth:`take` returns them without waiting.
 
     Attributes:
         place: the reserved room in which the call runs.

@@ -27,7 +27,8 @@ from services.gateway.settings import GatewaySettings
 
 T = TypeVar("T")
 
-# Encoding this many characters, or decoding this many tokens, takes about as long as handing the work to a thread.
+# Work on at most this many characters or tokens is done without a thread, because handing work to a thread takes about
+# as long as encoding this many characters or decoding this many tokens.
 _INLINE_SIZE = 16_384
 # The engine reads counts as integers of 32 bits. No vocabulary has this many tokens, so the gateway may reduce a larger
 # top_k to this value.
@@ -90,7 +91,7 @@ class Turns:
         (self._instructions if leads else self._asked).append(text)
 
     def called(self, call_id: str, name: str) -> None:
-        """Records a call, so that its result can follow."""
+        """Records a call of a client's tool, so that the call's result can follow."""
         self._names[call_id] = name
 
     def result(self, call_id: str, text: str, param: str) -> None:
@@ -132,7 +133,8 @@ def ending(body: ChatRequest | TokenizeRequest, turns: Sequence[Message]) -> End
     """Returns how the prompt of a conversation ends.
 
     Raises:
-        ApiError: 400 if the request wants to continue a message that is not an assistant's.
+        ApiError: 400 if the request wants to continue a message that is not an assistant's, or wants the prompt both to
+            continue a message and to begin a new message.
     """
     continued, began = body.continue_final_message, body.add_generation_prompt
     answered = turns[-1].role == "assistant"
@@ -297,8 +299,9 @@ async def off_loop(size: int, work: Callable[[], T]) -> T:
 
 
 def _refuse_far_too_long(model: ServedModel, characters: int, param: str) -> None:
-    # Every character has at least one byte, so this quotient is a lower bound of the token count. The quotient is known
-    # before the text is encoded.
+    # Far too long texts are refused before they are encoded, because encoding them would take long. A text has at least
+    # as many tokens as its number of characters divided by the bytes of the longest token, because each character has
+    # at least one byte.
     at_least = characters // model.longest_token_bytes
     if at_least > model.context_length:
         raise _too_long(model, f"at least {at_least}", param)
@@ -312,8 +315,9 @@ def check_length(model: ServedModel, ids: list[int], param: str) -> list[int]:
 
 
 def _too_long(model: ServedModel, tokens: str, param: str) -> ApiError:
-    # litellm looks for these words of OpenAI's server, and langchain-openai for the code. Both then raise an error type
-    # of their own. Newer versions of OpenAI's client show only an error's message, so the message has the code too.
+    # The message has the words of OpenAI's server, and its code, because client libraries recognize the error by them:
+    # litellm by the words, and langchain-openai by the code. Newer versions of OpenAI's client library show only the
+    # message, so the message contains the code, too.
     code = "context_length_exceeded"
     message = (
         f"This model's maximum context length is {model.context_length} tokens, answer included. However, your "
@@ -324,7 +328,7 @@ def _too_long(model: ServedModel, tokens: str, param: str) -> ApiError:
 
 def most_answer_tokens(request: Body, model: ServedModel, prompt_tokens: int, settings: GatewaySettings) -> int:
     """Returns the largest number of tokens that one answer to a prompt of this length may have."""
-    # The engine writes at least one token. If the client wants no token, the gateway drops this one.
+    # A limit of 0 becomes 1, because the engine writes at least one token. The gateway then drops that token.
     limit = 1 if request.limit == 0 else request.limit
     room = model.context_length - prompt_tokens
     return min(limit or settings.default_max_tokens or room, room)

@@ -27,7 +27,8 @@ class Ticket(Generic[T]):
         take: reserves and returns the place that the request waits for, or returns None if no place is free now. An
             exception ends the wait.
         give_back: undoes ``take`` for a request that left the queue at the same moment.
-        kind: if ``take`` returns None, the same call of :meth:`FairQueue.serve` tries no other ticket of this kind.
+        kind: equal for tickets that the same places suit. If ``take`` of a ticket returns None, the same call of
+            :meth:`FairQueue.serve` tries no other ticket of this kind.
         caller: id of the caller that sent the request.
         priority: lower values go first.
         cost: number of sequences that the request needs.
@@ -41,16 +42,17 @@ class Ticket(Generic[T]):
     priority: int = 0
     cost: int = 1
     bounded: bool = True
-    start: float | None = None  # virtual start time; set when the ticket enters the queue for the first time
+    # Start in the virtual time of :class:`FairQueue`; set when the ticket enters the queue for the first time.
+    start: float | None = None
 
 
 class FairQueue(Generic[T]):
     """A bounded queue that is fair between callers: start-time fair queueing.
 
-    Each ticket has a virtual start time: the virtual time of the queue or the end of the caller's previous ticket,
-    whichever is later. A ticket ends ``cost`` after its start. The smallest start time goes first, so a caller with
-    many tickets and a caller with one ticket take turns. (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM
-    1996.)
+    The queue has a virtual time: the latest start time of the tickets on which an engine has begun to work. A new
+    ticket starts at the virtual time or at the end of the caller's previous ticket, whichever is later. A ticket ends
+    ``cost`` after its start. The smallest start time goes first, so a caller with many tickets and a caller with one
+    ticket take turns. (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996.)
 
     The owner calls :meth:`serve` whenever a ``take`` that returned None may now succeed. The owner calls :meth:`served`
     when an engine has begun to work on a ticket's request.

@@ -13,8 +13,8 @@ from services.gateway.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# Kubernetes, Prometheus and open chat pages request these paths every few seconds. Log events for them would hide the
-# other events.
+# Requests to these paths are logged only at the level debug and leave no trace. Kubernetes, Prometheus and open chat
+# pages send such requests every few seconds, so their log events would hide the other events.
 _QUIET_PATHS = frozenset({"/healthz", "/health", "/readyz", "/metrics", "/progress"})
 
 

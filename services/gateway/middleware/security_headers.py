@@ -14,7 +14,7 @@ _HEADERS = {
 
 
 class SecurityHeaders:
-    """ASGI middleware that adds the headers of ``_HEADERS`` to every response."""
+    """ASGI middleware that adds to every response the headers that restrict what a browser may do with a page."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -21,14 +21,16 @@ import random
 from collections.abc import Callable, Collection
 
 _WINDOW = 500  # latest outcomes that count
-_LEAST_OTHERS = 20  # with fewer outcomes of the other revisions, their percentile means little
+# The canary is judged only after this many outcomes of the other revisions, because the 95th percentile of fewer
+# outcomes means little.
+_LEAST_OTHERS = 20
 _QUANTILE = 0.95
 _SLOWER = 1.5
 _DEVIATIONS = 3.0
 
 
 class Canary:
-    """The share of one revision, and the outcomes of the requests for its model.
+    """The share of the requests that a new revision on trial gets, and the outcomes of the requests for its model.
 
     Attributes:
         percent: share of the requests that the revision gets, in percent; 0 after the share was taken back.

@@ -64,8 +64,8 @@ from services.gateway.routing.settings import RoutingSettings
 
 # Maximum number of replicas that are compared for a prompt. These comparisons take about as long as hashing the prompt.
 _MOST_COMPARED = 8
-# With more than twice this number of replicas, the number of sequences is estimated from a sample of the replicas. The
-# sample has between one and two times this size.
+# If there are more replicas than twice this number, the number of their sequences is estimated from a sample: at least
+# this number of replicas, and less than twice as many.
 _SAMPLE = 128
 # The use of the KV cache adds to the cost only above this share.
 _HIGH_KV_USE = 0.8

@@ -19,7 +19,8 @@ class RoutingSettings:
         report_seconds: time between two reports of a replica's load.
         cache_tokens: first estimate of the tokens that a replica's cache keeps. Answers correct it.
         max_age_seconds: time after which a cache counts as overwritten, even if this gateway sent the replica nothing.
-        max_entries: maximum number of pairs of a marked prefix and a replica that the router remembers.
+        max_entries: maximum number of entries in the index of prefixes. An entry says that a replica's cache holds a
+            certain prefix.
     """
 
     block_tokens: int = 16

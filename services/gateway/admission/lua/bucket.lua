@@ -14,7 +14,7 @@ local function leaked(key, name, limit, now)
   return {limit = limit, spent = math.max(0, spent - limit * math.max(0, now - at)), at = math.max(at, now)}
 end
 
--- Both numbers are below 2^53, so the division cannot be rounded up to a whole number.
+-- Divides whole numbers and rounds up. All numbers are below 2^53, so the inexact quotient has the right whole part.
 local function divided_up(number, divisor)
   return math.floor((number + divisor - 1) / divisor)
 end

@@ -1,5 +1,6 @@
 -- Corrects the tokens of a finished request and ends its answer.
--- KEYS: as in take.lua. ARGV: time, limit of tokens, used minus reserved tokens, id of the answer or ''.
+-- KEYS: the caller's buckets, the caller's running answers.
+-- ARGV: time in microseconds or -1 for Redis's clock, limit of tokens, used minus reserved tokens, id of the answer or ''.
 local limit, tokens = tonumber(ARGV[2]), tonumber(ARGV[3])
 if limit > 0 and tokens ~= 0 then
   local bucket = leaked(KEYS[1], 'tokens', limit, clock(tonumber(ARGV[1])))

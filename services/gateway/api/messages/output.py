@@ -11,7 +11,7 @@ from services.gateway.api.messages.schema import PYTHON_TOOL
 
 
 class Output:
-    """Turns the deltas of an answer into content blocks and events.
+    """Turns the deltas of an answer (the parts in which it arrives) into content blocks and events.
 
     The text before, between and after Python calls becomes text blocks. A Python call becomes a ``server_tool_use`` and
     a ``code_execution_tool_result``. A call of the client's tool becomes a ``tool_use``. The blocks do not depend on
@@ -28,7 +28,7 @@ class Output:
         self._arguments = ""  # JSON arguments of the call of the client's tool
 
     def add(self, delta: Delta) -> Iterator[Event]:
-        """Adds the next delta, and yields its events."""
+        """Adds the next delta of the answer, and yields the events that stream it."""
         for part in delta.in_order(self._length):
             if isinstance(part, str):
                 yield from self._write(part)

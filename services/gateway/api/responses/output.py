@@ -13,7 +13,7 @@ from services.gateway.answer.logprobs import chat_logprobs
 
 
 class Output:
-    """Turns the deltas of an answer into items and events.
+    """Turns the deltas of an answer (the parts in which it arrives) into output items and events.
 
     The text before, between and after Python calls becomes messages. A Python call becomes a ``code_interpreter_call``.
     A call of the client's tool becomes a ``function_call``. The items do not depend on how the answer is cut into
@@ -32,7 +32,7 @@ class Output:
         self._tokens: collections.deque[tuple[int, engine_pb2.Token]] = collections.deque()
 
     def add(self, delta: Delta, tokenizer: Tokenizer) -> Iterator[Event]:
-        """Adds the next delta, and yields its events, which have no sequence numbers yet."""
+        """Adds the next delta of the answer, and yields the events that stream it, without sequence numbers."""
         self._tokens.extend(zip(delta.offsets, delta.tokens, strict=True))
         for part in delta.in_order(self._length):
             if isinstance(part, str):

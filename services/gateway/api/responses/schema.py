@@ -58,7 +58,7 @@ def _list_items(value: Any) -> Any:
 
 
 def _nested_choice(value: Any) -> Any:
-    """Converts ``{"type": "function", "name": ...}`` to chat's form, which puts the name into an inner object."""
+    """Converts ``{"type": "function", "name": ...}`` to the form of chat completions, with the name in an object."""
     if isinstance(value, dict) and "function" not in value:
         return {"type": value.get("type"), "function": {"name": value.get("name")}}
     return value
@@ -140,7 +140,7 @@ class Tool(FunctionDefinition):
 
 
 class StreamOptions(ApiModel):
-    """Accepted and not used."""
+    """Options of a streamed response. They are accepted and not used."""
 
     include_obfuscation: bool | None = None
 
