@@ -4,7 +4,7 @@ import { brotliCompressSync, gzipSync } from "node:zlib";
 import type { Plugin } from "vite";
 import { defineConfig } from "vitest/config";
 
-// `npm run dev` serves the page and forwards its requests to a running gateway.
+// Address of the running gateway to which `npm run dev` forwards the requests of the page.
 const gateway = process.env.GATEWAY_URL ?? "http://127.0.0.1:8000";
 
 /** Copies the fonts' license into the build, because the license requires it. */
@@ -18,7 +18,7 @@ const fontLicenses: Plugin = {
   },
 };
 
-/** KaTeX names each font in three formats. Every browser that can show this page reads the first one. */
+/** Keeps only the first of the three formats of each KaTeX font, which every browser that can show this page reads. */
 const smallFontsOnly: Plugin = {
   name: "small-fonts-only",
   enforce: "pre",

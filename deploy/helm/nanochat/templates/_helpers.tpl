@@ -39,9 +39,8 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 
 {{/*
 "true" if the component's pods should run on one node, because they mount a claim that only one node can use at a time.
-An engine keeps the claim while it waits for the model. On another node, the training would wait for the claim, and the
-engine would wait for ever. Takes the arguments of
-nanochat.podDefaults.
+An engine mounts the claim while it waits for the model. If the training ran on another node, it could not mount the
+claim, and the engine would wait for ever. Takes the arguments of nanochat.podDefaults.
 */}}
 {{- define "nanochat.onOneNode" -}}
 {{- $root := index . 0 -}}
@@ -157,7 +156,7 @@ capabilities:
 {{- end -}}
 {{- end -}}
 
-{{/* Mount of a component's Secret. A mount without subPath follows changes of the Secret. */}}
+{{/* Mount of the Secret with a component's certificate, without subPath, so that it follows changes of the Secret. */}}
 {{- define "nanochat.tlsMount" -}}
 {{- if .Values.tls.enabled -}}
 - name: tls
@@ -187,7 +186,7 @@ metadata:
     {{- include "nanochat.labels" . | nindent 4 }}
 spec:
   secretName: {{ include "nanochat.tlsSecret" . }}
-  # Callers verify that the certificate contains the host name in their settings.
+  # The name of the component's service: callers verify that the certificate contains the host name in their settings.
   dnsNames: [{{ $name }}]
   usages: [client auth, server auth]
   issuerRef: {name: {{ $root.Values.tls.certManager.issuer }}, kind: {{ $root.Values.tls.certManager.kind }}}
@@ -340,7 +339,7 @@ spec:
 {{- default (printf "%s-store" (include "nanochat.fullname" .)) .Values.store.pvc.existingClaim -}}
 {{- end -}}
 
-{{/* Name of the Secret with the S3 keys; empty if the service account has the permission. */}}
+{{/* Name of the Secret with the S3 keys; empty if the service account itself has permission to use the store. */}}
 {{- define "nanochat.s3Secret" -}}
 {{- if .Values.store.s3.existingSecret -}}
 {{- .Values.store.s3.existingSecret -}}
@@ -462,7 +461,7 @@ volumes:
 {{- end -}}
 {{- end -}}
 
-{{/* Resources of the engine. Kubernetes expects GPUs under limits. */}}
+{{/* Resources of the engine, with its GPUs under limits, where Kubernetes expects them. */}}
 {{- define "nanochat.engineResources" -}}
 {{- $resources := deepCopy .Values.engine.resources -}}
 {{- if .Values.engine.gpu.count -}}

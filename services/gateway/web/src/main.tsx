@@ -32,7 +32,8 @@ function main(): void {
   effect(() => {
     document.title = app.active.value ? `${app.active.value.title.value} · nanochat` : "nanochat";
   });
-  // Firefox loses most of what a page stores in pagehide while its tab closes. The person may still stay on the page.
+  // Unfinished answers are stored in beforeunload already, because Firefox loses most of what a page stores in pagehide
+  // while its tab closes. Nothing more is done in beforeunload, because the person may still stay on the page.
   window.addEventListener("beforeunload", () => app.library.saveUnfinished());
   window.addEventListener("pagehide", () => app.library.close());
   window.addEventListener("online", () => void app.health.check());
@@ -58,7 +59,8 @@ function main(): void {
   });
   const key = computed(() => settings.value.apiKey);
   effect(() => {
-    // A new key may have other rights, and a server that has become ready may offer lessons.
+    // The lessons are requested after each change of the key or of the server's state: a new key may have other rights,
+    // and a server that has become ready may offer lessons.
     if (key.value !== null && app.health.state.value === "ready") void lessons.check();
   });
   const page = {

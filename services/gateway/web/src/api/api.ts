@@ -10,7 +10,7 @@ export interface Readiness {
   waitsFor: string | null;
 }
 
-/** Counts tokens while an answer is written, so that the page can show the rate. */
+/** Asks the server for token counts while it writes an answer, so that the page can show the rate. */
 const USAGE = { include_usage: true, continuous_usage_stats: true };
 
 /** The part of the gateway's REST API that this page needs. Addresses are relative to `base`. */

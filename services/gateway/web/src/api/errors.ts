@@ -31,7 +31,7 @@ export class ApiError extends Error {
     try {
       error = (JSON.parse(text) as { error?: typeof error }).error ?? {};
     } catch {
-      // This body is not JSON, so it comes from a proxy and not from the gateway. Only its status is used.
+      // A body that is not JSON comes from a proxy and not from the gateway. Only the response's status is used.
     }
     return new ApiError(
       typeof error.message === "string" ? error.message : `The server answered with status ${response.status}.`,

@@ -3,7 +3,7 @@ export type Report =
   | { kind: "report"; text: string; revision: string; served: string; picture: (name: string) => string | null }
   | { kind: "none"; why: string };
 
-// All files of a report are in one folder, so an address with another form is no picture of the report.
+// The address of a picture of the report has no folder, because all files of a report are in one folder.
 const PICTURE = /^[\w-]+\.png$/;
 
 /**

@@ -9,7 +9,7 @@ export interface ServerSentEvent {
 
 /**
  * Yields the events of a response body, however the network divides it into chunks.
- * The standard says to drop an incomplete event at the end of the stream. Comments yield nothing.
+ * Drops an incomplete event at the end of the stream, as the standard says. Comments yield nothing.
  * Throws ConnectionError when the connection breaks off, AbortError when the request was aborted.
  */
 export async function* serverSentEvents(body: ReadableStream<Uint8Array>): AsyncGenerator<ServerSentEvent> {
@@ -51,7 +51,7 @@ async function* lines(body: ReadableStream<Uint8Array>): AsyncGenerator<string> 
       if (done) return;
     }
   } finally {
-    // A reader that stops early closes the connection, which also stops the server.
+    // If the caller stops early, the connection is closed, so that the server stops too.
     reader.cancel().catch(() => undefined);
   }
 }

@@ -61,7 +61,7 @@ export interface ModelInfo {
 export type ChatPart =
   | { kind: "text"; text: string }
   | { kind: "tool"; event: ToolEvent }
-  /** The number of turns at the beginning that the model does not see. */
+  /** The number of turns at the beginning of the conversation that the model does not see. */
   | { kind: "left-out"; turns: number }
   | { kind: "finish"; reason: string }
   | { kind: "usage"; usage: Usage };

@@ -12,7 +12,7 @@ const FORMAT = "nanochat-archive";
 
 export interface Archive {
   conversations: StoredConversation[];
-  /** Unchecked; empty if the file has none. */
+  /** The settings in the file, not checked yet; empty if the file has none. */
   settings: Record<string, unknown>;
 }
 

@@ -27,7 +27,7 @@ export interface Toast {
 export class ChatApp {
   readonly library: Library;
   readonly conversations: ReadonlySignal<readonly Conversation[]>;
-  /** Null while the open chat is new and has no message yet. */
+  /** The id of the open conversation; null while the open chat is new and has no message yet. */
   readonly activeId = signal<string | null>(null);
   readonly active: ReadonlySignal<Conversation | null>;
   readonly models = signal<readonly ModelInfo[]>([]);
@@ -98,7 +98,7 @@ export class ChatApp {
     if (named) this.rename(conversation, titleOf(text));
   }
 
-  /** Shows this version of a message. */
+  /** Shows one version of a message instead of its other versions. */
   show(conversation: Conversation, version: Signal<Message>): void {
     conversation.choose(version.peek());
     this.library.saveHeader(conversation);

@@ -152,7 +152,7 @@ export class Conversation {
   }
 }
 
-/** The id of the message before this one, or "" for the first message. */
+/** The place that all versions of a message share in the tree: the id of the message before it, or "" for the first. */
 function placeOf(message: Message): string {
   return message.parent ?? "";
 }

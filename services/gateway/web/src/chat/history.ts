@@ -3,7 +3,8 @@ import type { Message } from "./message";
 import { withoutPictures } from "./pictures";
 import { finishedEvents } from "./segments";
 
-// Far more characters than a model's context, and well below the size of a request that the server accepts.
+// Largest number of characters in a request: far more than a model's context has room for, and well below the size of a
+// request that the server accepts.
 export const MOST_CHARACTERS = 200_000;
 const MOST_TURNS = 1_000;
 

@@ -61,7 +61,7 @@ export class Library {
     });
   }
 
-  /** Undoes a deletion. */
+  /** Undoes the deletion of conversations. */
   restore(conversations: readonly Conversation[]): void {
     batch(() => {
       for (const conversation of conversations) {

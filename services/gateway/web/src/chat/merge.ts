@@ -1,7 +1,7 @@
 /**
  * Merges two copies of a conversation, which come from two tabs or from a tab and a file.
  *
- * Each function below is the join of a semilattice: it is commutative, associative and idempotent. So all tabs reach
+ * Each merge function is the join of a semilattice: it is commutative, associative and idempotent. So all tabs reach
  * the same state, in whatever order and however often they receive each other's changes (Shapiro et al., "Conflict-free
  * Replicated Data Types", 2011). Messages are only ever added, and the state of an answer only moves forward: from
  * "streaming" to "interrupted" or "stopped", and then to "complete". So an answer that any tab has shown as complete
@@ -46,7 +46,7 @@ export function newHeader(id: string, title: string, now: number): Header {
   };
 }
 
-/** The new value. Its time is later than the time of `before`, even if the clock went back. */
+/** A register with the new value. Its time is later than the time of `before`, even if the clock went back. */
 export function changed<T>(before: Register<T> | undefined, value: T): Register<T> {
   return { value, at: Math.max(Date.now(), (before?.at ?? 0) + 1) };
 }

@@ -21,7 +21,10 @@ export function problemOf(error: unknown, begun: boolean): Problem {
   return { kind: "interrupted", detail };
 }
 
-/** Whether the last message alone is too long. The server already leaves out the oldest messages for this page. */
+/**
+ * Whether an error says that the last message alone is too long for the model. The server has already left out the
+ * oldest messages, because this page asks for that.
+ */
 function isTooLong({ code, status, message }: ApiError): boolean {
   return code === "context_length_exceeded" || status === 413 || (status === 400 && /context/i.test(message));
 }

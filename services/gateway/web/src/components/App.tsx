@@ -73,7 +73,7 @@ function useShortcuts() {
   }, []);
 }
 
-/** Moves the focus into the list when it opens, and back to the list's button when it closes. */
+/** Moves the focus into the list of conversations when the list opens, and back to the list's button when it closes. */
 function useSidebarFocus() {
   const { layout } = usePage();
   const open = layout.sidebarOpen.value;

@@ -16,7 +16,8 @@ export function Composer() {
   const running = conversation?.writing.value ?? false;
 
   const focus = () => {
-    // Focus would open a touch screen's keyboard, which covers half the page.
+    // Without a pointer, the field does not get the focus: it would open the keyboard on the screen, which covers half
+    // the page.
     if (window.matchMedia("(hover: hover)").matches) area.current?.focus();
   };
   useLayoutEffect(() => {

@@ -54,7 +54,7 @@ export function ConversationItem({ conversation }: { conversation: Conversation 
   );
 }
 
-/** `onDone` gets the new title, or null if the title does not change. */
+/** A field for a conversation's title. `onDone` gets the new title, or null if the title does not change. */
 function TitleField({ title, onDone }: { title: string; onDone: (title: string | null) => void }) {
   const field = useRef<HTMLInputElement>(null);
   useLayoutEffect(() => field.current!.select(), []);

@@ -7,7 +7,8 @@ export interface MenuItem {
   run: () => void;
 }
 
-// The same width as in sidebar.css, because a hidden popover cannot be measured.
+// The menu's width, which must be the same as in sidebar.css. It is repeated here, because a hidden popover cannot be
+// measured.
 const WIDTH_PX = 200;
 const ITEM_HEIGHT_PX = 36;
 const GAP_PX = 6;

@@ -68,7 +68,7 @@ export function Sidebar() {
   );
 }
 
-/** The conversations whose title or messages contain the words, newest first. */
+/** The conversations whose title or messages contain the text `query`, newest first. */
 function found(conversations: readonly Conversation[], query: string): Conversation[] {
   const needle = query.trim().toLowerCase();
   const matches = (text: string) => text.toLowerCase().includes(needle);

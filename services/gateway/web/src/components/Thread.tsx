@@ -15,7 +15,8 @@ export function Thread() {
   const conversation = app.active.value;
   const messages = conversation?.messages.value ?? [];
   const memoryStart = conversation?.memoryStart.value;
-  // Scrolls to the end when another conversation is opened and when this tab asks, but not when another tab changes it.
+  // Scrolls to the end when a conversation is opened, or when this tab asks a question in it, but not when another tab
+  // changes the conversation.
   useEffect(toEnd, [conversation, app.asked.value]);
   return (
     <div class="thread-frame">

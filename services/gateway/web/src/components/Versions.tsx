@@ -15,7 +15,7 @@ export function Versions({ conversation, message }: { conversation: Conversation
     const version = versions[index + step];
     if (version) app.show(conversation, version);
   };
-  // The ends are aria-disabled instead of disabled, so that the focus stays on the button.
+  // A button that leads no further is aria-disabled instead of disabled, so that the focus stays on the button.
   return (
     <span class="versions" role="group" aria-label="Versions" data-testid="versions">
       <IconButton label="Earlier version" aria-disabled={index === 0} onClick={() => go(-1)}>

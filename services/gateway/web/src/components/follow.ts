@@ -3,7 +3,7 @@ import type { RefObject } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 
 const ROUNDING_PX = 1; // at the end of the content, a distance of less than a pixel may remain
-const LET_GO_PX = 2; // more than ROUNDING_PX, so that the view is no longer at the end
+const LET_GO_PX = 2; // the page scrolls up this far to leave the end, which must be more than ROUNDING_PX
 
 export interface Following {
   scroller: RefObject<HTMLDivElement | null>;
@@ -27,7 +27,8 @@ export function useFollow(): Following {
     let lastTop = view.scrollTop;
     const onScroll = () => {
       const distance = view.scrollHeight - view.scrollTop - view.clientHeight;
-      // Growing content also increases the distance to the end, but only the person scrolls upward.
+      // Only a scroll upward stops the following, because only the person scrolls upward. A larger distance to the end
+      // is not enough: growing content increases it too.
       if (distance < ROUNDING_PX) atEnd.value = true;
       else if (view.scrollTop < lastTop) atEnd.value = false;
       lastTop = view.scrollTop;
@@ -40,7 +41,7 @@ export function useFollow(): Following {
       onScroll();
     };
     const observer = new ResizeObserver(() => {
-      // The person may have scrolled since the last scroll event.
+      // The position is read first, because the person may have scrolled since the last scroll event.
       onScroll();
       if (!atEnd.peek()) return;
       view.scrollTop = view.scrollHeight;

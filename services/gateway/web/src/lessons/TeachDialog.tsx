@@ -243,7 +243,7 @@ function Figures({ lesson }: { lesson: Lesson }) {
   );
 }
 
-/** Why a lesson was refused, and the answers that it changed. The page requests them when the person opens them. */
+/** Why a lesson was refused, and which answers it changed. These details are requested when the person opens them. */
 function Details({ number, open }: { number: number; open: boolean }) {
   const { lessons } = usePage();
   const shown = useSignal(open);

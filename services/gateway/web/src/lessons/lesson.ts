@@ -73,12 +73,12 @@ export function figuresOf({ before, after }: Lesson): { words: string; before: s
   }));
 }
 
-/** Appends to `list` the lessons of `known` that are older than all in `list`. These are done and do not change. */
+/** Appends to `list` those lessons of `known` that are older. Such old lessons are done and do not change any more. */
 export function withOlder(list: LessonList, known: LessonList | null): LessonList {
   const oldest = list.data.at(-1)?.number;
   if (!known || known.model !== list.model || oldest === undefined || !list.has_more) return list;
   const older = known.data.filter(({ number }) => number < oldest);
-  // Without a common lesson, lessons between the two lists could be missing.
+  // If the lists have no lesson in common, they are not joined, because lessons between them could be missing.
   if (older.length === 0 || older.length === known.data.length) return list;
   return { ...list, data: [...list.data, ...older], has_more: known.has_more };
 }

@@ -94,7 +94,8 @@ export class Lessons {
     try {
       const { data, has_more } = await this.api.lessons(last.number);
       const list = this.list.peek();
-      // A check may have replaced the list meanwhile. The older lessons then do not follow its last lesson.
+      // The older lessons are added only if the list still ends with the same lesson, because a check may have replaced
+      // the list meanwhile.
       if (list?.data.at(-1)?.number === last.number)
         this.list.value = { ...list, data: [...list.data, ...data], has_more };
     } catch (error) {

@@ -3,7 +3,8 @@ const LONG = 5_000; // characters; longer text fills the highest field, and meas
 /** Makes a text field as high as its text; the style sheet limits the height. */
 export function grow(area: HTMLTextAreaElement): void {
   const long = area.value.length > LONG;
-  // With dir=auto each paragraph has a direction of its own. In a long text, finding them would slow each key.
+  // With dir=auto, each paragraph has a direction of its own. A long text gets one direction, because finding the
+  // directions of its paragraphs would slow each key.
   area.style.unicodeBidi = long ? "isolate" : "";
   area.style.height = long ? "100vh" : "auto";
   if (!long) area.style.height = `${area.scrollHeight}px`;

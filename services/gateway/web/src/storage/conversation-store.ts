@@ -8,7 +8,8 @@ import { parseConversationV1, parseHeader, parseMessage } from "./stored-format"
 
 const HEADER = "nanochat.conversation.";
 const MESSAGE = "nanochat.message.";
-// While a deletion can be undone, messages that another tab still writes into the conversation must stay.
+// When a page loads, it removes the messages of conversations that were deleted longer ago than this. A more recent
+// deletion may still be undone in another tab, so the messages must stay.
 const FINAL_AFTER_MS = 3_600_000;
 const FORGET_AFTER_MS = 30 * 86_400_000; // after this time, probably no open tab writes into a deleted conversation
 

@@ -1,7 +1,7 @@
 import { effect, signal, type Signal } from "@preact/signals";
 import type { ChatRequest } from "../api/wire";
 
-/** How answers are sampled. `null` leaves the choice to the server. */
+/** The person's settings: the model, how its answers are sampled, and the API key. `null` lets the server choose. */
 export interface Settings {
   systemPrompt: string;
   temperature: number;
@@ -16,7 +16,7 @@ export interface Settings {
 
 export const DEFAULTS: Readonly<Settings> = {
   systemPrompt: "",
-  // Small models need a lower temperature than large ones.
+  // Lower than the usual 1, because small models need a lower temperature than large ones.
   temperature: 0.6,
   topK: 50,
   topP: 1,
@@ -26,7 +26,7 @@ export const DEFAULTS: Readonly<Settings> = {
   apiKey: "",
 };
 
-/** The ranges that the gateway accepts. */
+/** The ranges of the numbers in the settings. The gateway accepts every number in these ranges. */
 export const LIMITS = {
   temperature: { min: 0, max: 2, step: 0.05 },
   topP: { min: 0.05, max: 1, step: 0.05 },
@@ -45,7 +45,7 @@ export function storedSettings(storage: Storage | null): Signal<Settings> {
     try {
       storage?.setItem(KEY, text);
     } catch (error) {
-      // The conversation store reports a full storage; the settings last until the page is closed.
+      // If the storage is full, the settings last until the page is closed. The conversation store reports the problem.
       if (!(error instanceof DOMException)) throw error;
     }
   });

@@ -5,12 +5,12 @@ import { settled, type Message } from "../chat/message";
 
 const STATES = ["streaming", "interrupted", "stopped", "complete"];
 
-/** Throws if the text is not a header. */
+/** Reads the header of a conversation from JSON. Throws if the text is not a header. */
 export function parseHeader(text: string): Header {
   return checkHeader(JSON.parse(text));
 }
 
-/** Throws if the text is not a message. */
+/** Reads a message from JSON. Throws if the text is not a message. */
 export function parseMessage(text: string): Message {
   return checkMessage(JSON.parse(text));
 }
@@ -73,7 +73,7 @@ function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null;
 }
 
-/** Ids are parts of the storage's keys and of the page's address. */
+/** Whether a value can be an id. Ids are parts of the storage's keys and of the page's address. */
 function isId(value: unknown): value is string {
   return typeof value === "string" && /^[\w-]+$/.test(value);
 }

@@ -42,7 +42,8 @@ export interface Own {
  * or crashes, and only then. A tab that is busy, or whose timers the browser slows down, thus still counts as writing.
  * Browsers offer locks only to pages with HTTPS and to pages of this machine. Elsewhere, for example at
  * `http://192.168.0.2`, the tabs ask each other, and a tab that does not reply in time counts as closed. The other tabs
- * then show its answer as interrupted, until the answer is complete. Without a channel too, a tab acts as the only one.
+ * then show its answer as interrupted, until the answer is complete. A tab without locks and without a channel acts as
+ * if it were the only tab.
  */
 export class Tabs {
   private readonly replies = new Map<string, () => void>();
@@ -113,7 +114,7 @@ function lockOf(answer: string): string {
   return `nanochat.answer.${answer}`;
 }
 
-/** What this browser offers. A browser that blocks the storage may block the channel too. */
+/** The links between tabs that this browser offers. A browser that blocks the storage may block the channel too. */
 export function browserLinks(): TabLinks {
   const { locks } = navigator as { locks?: Locks };
   return { channel: browserChannel(), locks: locks ?? null };

@@ -14,7 +14,7 @@ export function storedTheme(storage: Storage | null, root: HTMLElement): Signal<
     try {
       storage?.setItem(KEY, theme.value);
     } catch (error) {
-      // The conversation store reports a full storage; the theme lasts until the page is closed.
+      // If the storage is full, the theme lasts until the page is closed. The conversation store reports the problem.
       if (!(error instanceof DOMException)) throw error;
     }
   });

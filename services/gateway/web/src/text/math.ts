@@ -32,7 +32,7 @@ function formula(type: string, match: RegExpExecArray | null): Tokens.Generic | 
   return match ? { type, raw: match[0], tex: (match[1] ?? match[2])!.trim() } : undefined;
 }
 
-/** Shows the source until `typeset` replaces it. */
+/** HTML of an element that shows the source of a formula until `typeset` replaces it. */
 function place(tag: string, { raw, tex }: Tokens.Generic, attributes: string): string {
   return `<${tag} class="math" data-tex="${escapeHtml(tex as string)}"${attributes}>${escapeHtml(raw.trim())}</${tag}>`;
 }

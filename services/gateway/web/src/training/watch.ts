@@ -43,7 +43,7 @@ export class TrainingWatch {
     }
     clearTimeout(this.timer);
     const known = this.progress.peek();
-    // After the promotion, the engine takes a moment to serve the promoted model.
+    // After the promotion, the page still checks often, because the engine takes a moment to serve the promoted model.
     const changing = this.seenRunning.peek() && known?.served !== known?.promoted;
     const soon = known ? isRunning(known) || changing : (this.options.waiting?.() ?? false);
     const retry = Math.min(SOON_MS * 2 ** Math.max(this.failures - 1, 0), LONGEST_RETRY_MS);
