@@ -15,7 +15,7 @@ from nanochat_core.errors import UserError, run_main
 
 ROOT = Path(__file__).parents[1]
 
-# The module and the help line of each program.
+# For each program, its module and its line in the help.
 PROGRAMS = {
     "run": ("deploy.local", "Train the demo model if there is none, then serve the chat page"),
     "chat": ("deploy.chat", "Chat in the terminal with a running server"),
@@ -45,8 +45,8 @@ PROGRAMS = {
     "keys": ("services.gateway.keys", "Create, list, rotate and revoke API keys, and show their usage"),
 }
 COMPLETION = "completion"
-# Lines in front of the completion script. Zsh first loads its emulation of bash's completion, so that the same script
-# works in both shells.
+# Lines in front of the completion script. Zsh must first load its emulation of bash's completion, so that the same
+# script works in both shells.
 COMPLETION_HEADER = {"bash": "", "zsh": "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"}
 COMPLETION_SCRIPT = """\
 _nanochat() {

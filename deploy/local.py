@@ -300,7 +300,8 @@ def owner_key(home: str) -> tuple[str, str] | None:
         if created.returncode:
             raise UserError(f"no key can be made in {keys}: {created.stderr.strip().rpartition(chr(10))[2]}")
         secret = created.stdout.strip()
-        # If this program is killed before the file ``owner`` is complete, its next run creates another key.
+        # The file ``owner`` appears only when it is complete. If this program is killed before, its next run creates
+        # another key.
         new = owner.with_suffix(".new")
         new.touch(mode=0o600)
         new.write_text(f"{secret}\n")
@@ -349,7 +350,7 @@ def open_browser(settings: LocalSettings, url: str) -> None:
 
 
 async def wait_until_answered(url: str, seconds: float, what: str) -> None:
-    """Wait until a GET of the URL is answered with 200, or raise a UserError after ``seconds``."""
+    """Wait until a GET of ``url`` is answered with 200. After ``seconds``, raise a UserError that names ``what``."""
     deadline = time.monotonic() + seconds
     while not await asyncio.to_thread(answers, url):
         if time.monotonic() > deadline:

@@ -179,7 +179,7 @@ class ModelHost:
         return self.current
 
     def announce_draining(self) -> None:
-        """Tell every running answer that this process is about to end."""
+        """Tell the clients of all running answers that this process is about to end."""
         for model in self.models:
             model.engine.announce_draining()
 

@@ -27,7 +27,7 @@ _MEDIA_TYPES = {
     ".gif": "image/gif",
     ".webp": "image/webp",
 }
-# The largest number of pictures of one call, and their largest total size in bytes. Further pictures are left out.
+# Largest number of pictures of one Python call, and their largest total size in bytes. Further pictures are left out.
 _MAX_PICTURES, _MAX_PICTURE_BYTES = 8, 2 << 20
 
 

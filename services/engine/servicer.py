@@ -53,7 +53,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         """Stream the continuation of a prompt. The prompt's sequences are freed even if the gRPC call is canceled."""
         span = current_span.get()
         if span and request.request_id:
-            span.request_id = request.request_id  # the request's headers may lack the id
+            span.request_id = request.request_id  # this id is used, because the call's metadata may lack the id
         if self._draining:
             self._metrics.refused("draining")
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "the engine is shutting down; use another replica")
@@ -148,7 +148,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         return await self._read(context, lambda: self._host.training.progress(served))
 
     async def _read(self, context: Context, read: Callable[[], T]) -> T:
-        """Read from the store on a thread. If this fails, end the call with the gRPC status that fits the error."""
+        """Read from the store on a thread. If ``read`` fails, end the call with the gRPC status that fits the error."""
         if not self._reads.acquire(blocking=False):
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "the store does not answer; try again later")
 
@@ -175,7 +175,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         return model
 
     async def _model_with_weights(self, digest: str, context: Context) -> ServedModel:
-        """Return the model in memory whose weights have this digest. An empty ``digest`` means the current model."""
+        """Return the model in memory whose weights have the SHA-256 ``digest``; the current model if it is empty."""
         current = await self._model(context)
         model = self._host.with_weights(digest) if digest else current
         if model is None:

@@ -154,7 +154,7 @@ def internal_error(request_id: str) -> ApiError:
 
 
 def from_rpc(error: grpc.aio.AioRpcError, *, started: bool, constraint: str | None = None) -> ApiError:
-    """Translates an engine's gRPC error.
+    """Translates an engine's gRPC error to the error that the client gets.
 
     ``started`` says whether the engine had already sent a part of the answer. ``constraint`` is the request's parameter
     that constrains the answer.
@@ -193,7 +193,7 @@ def is_caller_limit(error: grpc.aio.AioRpcError) -> bool:
 
 
 def _from_validation(error: RequestValidationError, content_type: str) -> ApiError:
-    """Translates the first error that pydantic found in a request body."""
+    """Translates the first error that pydantic found in a request body to the error that the client gets."""
     first = error.errors()[0]
     location = first["loc"][1:]
     if not location:

@@ -194,7 +194,7 @@ def refuse_unknown(body: ApiModel, known: Collection[str]) -> None:
 
 
 class TextPart(ApiModel):
-    """A part of a message's content."""
+    """A part of a message's content, which must be text."""
 
     type: Literal["text"]
     text: str
@@ -349,13 +349,13 @@ class FunctionTool(ApiModel):
 
 
 class NamedFunction(ApiModel):
-    """The name of a function."""
+    """The name of a function in `tools`."""
 
     name: str
 
 
 class NamedTool(ApiModel):
-    """The choice of one tool."""
+    """A value of `tool_choice` that makes the answer a call of one function."""
 
     type: Literal["function"] = "function"
     function: NamedFunction
@@ -451,7 +451,7 @@ Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES_OF_TEX
 
 
 class StructuredOutputs(ApiModel):
-    """vLLM's form of constraints. A request sets one of the fields."""
+    """vLLM's form of constraints on the answer. A request sets at most one of the fields."""
 
     json_: str | dict[str, Any] | None = Field(None, alias="json", description="a JSON schema")
     regex: str | None = Field(None, min_length=1, description="a regular expression")

@@ -98,7 +98,7 @@ def allow_files(connections: int) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a bound socket that doesn't accept connections yet, or raises a UserError if the address is unusable."""
+    """Returns a socket that listens on the address, or raises a UserError if the address is unusable."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

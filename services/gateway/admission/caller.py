@@ -48,7 +48,7 @@ class Callers:
         self._limits = limits
 
     async def identify(self, headers: Headers, address: str, *, need_fresh: bool) -> Caller:
-        """Returns the caller of a request with these headers from this IP address.
+        """Returns the caller of a request that has the ``headers`` and comes from the IP address ``address``.
 
         If the store does not answer at the moment, known keys are accepted unless ``need_fresh`` is true.
 
@@ -92,7 +92,7 @@ def _secret(headers: Headers) -> str:
 def _network(address: str) -> str:
     try:
         found = ipaddress.ip_address(address)
-    except ValueError:  # a test or a Unix socket has no address
+    except ValueError:  # a test or a Unix socket has no IP address
         return f"address:{address}"
     if found.version == 6:
         found = ipaddress.ip_network((int(found), _IPV6_PREFIX), strict=False).network_address

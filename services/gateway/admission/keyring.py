@@ -18,7 +18,7 @@ FRESH_SECONDS = 2.0
 
 
 class Keyring:
-    """All keys of the store. :meth:`watch` keeps them up to date."""
+    """The records of all API keys of a store, in memory. :meth:`watch` keeps the records up to date."""
 
     def __init__(self, store: KeyStore) -> None:
         self._store = store
@@ -65,7 +65,7 @@ class Keyring:
                     self._keys = await self._store.load()
                     self._version = version
             except (Away, StoreError) as error:
-                # An error without a message comes from RedisLink, which has logged it already.
+                # An error without a message is not logged here, because it comes from RedisLink, which has logged it.
                 if str(error) not in ("", self._last_problem):
                     logger.warning("keys cannot be read, the old ones stay in use", extra={"reason": str(error)})
                 self._last_problem = str(error)

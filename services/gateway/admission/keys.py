@@ -13,7 +13,7 @@ from typing import Any, Self
 from nanochat_core.redaction import API_KEY_FORM
 from services.gateway.settings import MAX_LIMIT
 
-MAX_KEYS = 10_000  # every gateway keeps all records in memory, about one kilobyte each
+MAX_KEYS = 10_000  # limited, because every gateway keeps all records in memory, about one kilobyte each
 MAX_NAME_CHARACTERS = 100
 
 _FORM = re.compile(API_KEY_FORM)
@@ -170,7 +170,7 @@ def id_of(secret: str) -> str | None:
 
 
 def parse_scopes(names: Iterable[str]) -> frozenset[Scope]:
-    """Returns the scopes with these names. Raises ValueError if a name is not the name of a scope."""
+    """Returns the scopes with the names ``names``. Raises ValueError if there is no scope of one of the names."""
     wrong = [name for name in names if name not in list(Scope)]
     if wrong:
         raise ValueError(f"there is no scope {wrong[0]!r}; scopes are {', '.join(Scope)}")

@@ -101,7 +101,7 @@ class _Caller:
     answers: set[str] = dataclasses.field(default_factory=set)
 
     def idle(self, now: int) -> bool:
-        """Whether the limiter may forget the caller."""
+        """Whether the limiter may forget the caller: its buckets are empty, and none of its answers is running."""
         requests, tokens = self.requests.leaked(self.limits.requests, now), self.tokens.leaked(self.limits.tokens, now)
         return not (requests.spent or tokens.spent or self.answers)
 

@@ -67,7 +67,7 @@ class AdmissionMiddleware:
             await self._app(scope, receive, send_observed)
         finally:
             await finish()
-            # These errors mean that Grant.charge() has refused the request.
+            # The two errors below mean that Grant.charge() has refused the request, so the refusal is counted.
             if record.error in ("rate_limit_exceeded", "admission_unavailable"):
                 self._count(record)
 

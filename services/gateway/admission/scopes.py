@@ -18,5 +18,5 @@ _PREFIXES = (
 
 
 def scope_of(path: str) -> Scope | None:
-    """Returns the scope that a request to this path needs; None if it needs none."""
+    """Returns the scope that a request to ``path`` needs; None if everyone may send such a request."""
     return next((scope for prefix, scope in _PREFIXES if path.startswith(prefix)), None)

@@ -36,7 +36,7 @@ class KeyStore(abc.ABC):
 
     @abc.abstractmethod
     async def has_batch(self, batch: int) -> bool:
-        """Whether this process's batch with this number, or a later batch, has been added."""
+        """Whether this process's batch with the number ``batch``, or a later batch, has been added."""
 
     @abc.abstractmethod
     async def usage(self, days: Sequence[str]) -> dict[tuple[str, str], Usage]:
@@ -91,5 +91,5 @@ def changed_meanwhile(key_id: str) -> StoreError:
 
 
 def too_many_keys() -> StoreError:
-    """Returns the error for a store that is full."""
+    """Returns the error for a new key in a store that already has :data:`MAX_KEYS` keys."""
     return StoreError(f"there are {MAX_KEYS} keys already, including revoked keys; the store accepts no more")

@@ -46,7 +46,7 @@ class UsageBook:
             try:
                 await self._store.add_usage(self._batch, self._sent)
             except Away as error:
-                # An error without a message comes from RedisLink, which has logged it already.
+                # An error without a message is not logged here, because it comes from RedisLink, which has logged it.
                 if str(error) not in ("", self._last_problem):
                     logger.warning("usage cannot be written, so it stays in memory", extra={"reason": str(error)})
                 self._last_problem = str(error)
@@ -55,7 +55,7 @@ class UsageBook:
         return True
 
     async def read(self, days: Sequence[str]) -> dict[tuple[str, str], Usage]:
-        """Returns the usage of the days, including usage that is not in the store yet.
+        """Returns the usage on ``days``, by day and key id, including usage that is not in the store yet.
 
         Raises Away if the store does not answer.
         """

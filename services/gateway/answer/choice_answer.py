@@ -37,7 +37,8 @@ class ChoiceAnswer(Answer):
         opening = self.opening()  # an iterator: the first delta consumes it, so the opening is sent once
         async with self.deltas() as deltas:
             async for index, delta in deltas:
-                # OpenAI's API sends ``"usage": null`` in every chunk except the last, if the request asks for counts.
+                # If the request asks for token counts, every chunk has the field ``usage``. As in OpenAI's API, it is
+                # null except in the last chunk, unless the request wants continuous counts.
                 tail = {"usage": self._usage() if continuous else None} if with_usage else {}
                 choices = itertools.chain(opening, self.pieces(index, delta))
                 events = [self._event(self._response(self.chunk_kind, index, [choice]) | tail) for choice in choices]

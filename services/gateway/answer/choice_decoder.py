@@ -156,14 +156,16 @@ class ChoiceDecoder:
         kind = event.WhichOneof("event")
         call_index = (event.call if kind == "call" else event.result).call_index
         offset = self._call_offsets[call_index] if call_index < len(self._call_offsets) else self._written
-        # OpenAI's client libraries join the entries of streamed lists by the field "index", so each event has its own.
+        # Each event has an index of its own, because OpenAI's client libraries join entries of streamed lists that have
+        # the same "index".
         shown: dict[str, Any] = {"index": self._event_count, "type": kind, "call_index": call_index}
         self._event_count += 1
         if kind == "call":
             shown |= {"code": event.call.code, "offset": offset}
         else:
             result = event.result
-            # The engine sends a float32. Without rounding, the JSON would show 0.002 as 0.0020000000949949026.
+            # The duration is rounded, because the engine sends a float32: the JSON would show 0.002 as
+            # 0.0020000000949949026.
             seconds = round(result.duration_seconds, 6)
             shown |= {"status": result.status, "output": result.output, "duration_seconds": seconds}
             if result.pictures:

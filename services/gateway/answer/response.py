@@ -128,7 +128,7 @@ class Answer(abc.ABC):
         return ids
 
     def model(self, index: int) -> ServedModel:
-        """Returns the model that writes the choice with this index."""
+        """Returns the model that writes the choice with the index ``index``."""
         return self._streams[index // self.n].model
 
     def _placed_at(self) -> float | None:

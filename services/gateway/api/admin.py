@@ -64,7 +64,7 @@ async def create_key(body: NewKey, admission: AdmissionDep) -> dict[str, Any]:
 
 @router.get("/keys", summary="List the API keys")
 async def list_keys(admission: AdmissionDep) -> dict[str, Any]:
-    """All keys, revoked ones included, oldest first."""
+    """List all keys, including revoked keys, the oldest key first."""
     await admission.keyring.refresh()
     now = time.time()
     return {"object": "list", "data": [key.public(now) for key in admission.keyring.all()]}

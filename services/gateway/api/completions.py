@@ -28,8 +28,8 @@ async def create_completion(body: CompletionRequest, request: Request, pool: Poo
     """Write the continuation of a text.
 
     A prompt of token ids is used unchanged. The token that begins documents is put in front of a text prompt. With
-    `echo` and `logprobs`, the answer contains the log probabilities of the prompt's tokens. With `max_tokens` 0, it
-    contains no continuation.
+    `echo` and `logprobs`, the answer contains the log probabilities of the prompt's tokens. With `max_tokens` 0, the
+    answer contains no continuation.
     """
     check_known(body, pool.settings)
     check_choices(body.n or 1, pool.settings)

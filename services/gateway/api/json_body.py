@@ -39,7 +39,7 @@ class Parser:
         self._rest_ends = 0.0  # on the monotonic clock
 
     async def parse(self, body: bytes, caller: str) -> Any:
-        """Parses a body of the caller with this id. Returns the values and raises the errors of :func:`parse`."""
+        """Parses a body that the caller with the id ``caller`` sent. Result and errors are those of :func:`parse`."""
         await self._turn.acquire(caller)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._parse, body)

@@ -52,7 +52,7 @@ _DETAILS = ("conflicts", "wrong", "lost", "decision")
 
 
 class NewLesson(ApiModel):
-    """Body of `POST /v1/lessons`: `items`, or the `text` of a file."""
+    """Body of `POST /v1/lessons`. The lesson is either a list of `items` or the `text` of a file."""
 
     model_config = ConfigDict(
         json_schema_extra={

@@ -22,7 +22,7 @@ async def list_models(pool: PoolDep) -> dict[str, Any]:
 
 @router.get("/v1/models/{model:path}", summary="Describe a model")
 async def retrieve_model(model: str, pool: PoolDep) -> dict[str, Any]:
-    """One model, by its name or an alias."""
+    """Describe the model with this name or alias."""
     served = pool.models()
     if model in served or (served and model in pool.settings.model_aliases):
         return _describe(_named(model, served), model)
@@ -31,7 +31,7 @@ async def retrieve_model(model: str, pool: PoolDep) -> dict[str, Any]:
 
 
 def _named(name: str, served: Mapping[str, ServedModel]) -> ServedModel:
-    """Returns the model with this name. An alias stands for the first served model."""
+    """Returns the model that ``name`` stands for. An alias stands for the first served model."""
     return served[name] if name in served else next(iter(served.values()))
 
 

@@ -1,4 +1,4 @@
-"""`/progress`: the progress of the model's training. An engine reads it from the artifact store."""
+"""`/progress`: the progress of the model's training, which an engine reads from the artifact store."""
 
 import asyncio
 import json
@@ -18,7 +18,8 @@ router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 _TIMEOUT_SECONDS = 5.0
 # For this time, all open pages get the same answer, so that many pages cause no more reads than one page.
 _FRESH_SECONDS = 1.0
-_NOT_FOUND = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)  # engines of earlier versions lack this call
+# UNIMPLEMENTED is the answer of engines of earlier versions, which lack the call GetProgress.
+_NOT_FOUND = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
 
 
 class ProgressReader:

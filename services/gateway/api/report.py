@@ -1,4 +1,4 @@
-"""`/report`: the served model's report. The engine reads it from the artifact store."""
+"""`/report`: the report on the served model, which an engine reads from the artifact store."""
 
 import grpc
 from fastapi import APIRouter, Response
@@ -24,9 +24,9 @@ async def page(pool: PoolDep) -> Response:
 
 @router.get("/report/{file}", summary="The model's report", response_class=Response)
 async def report_file(file: str, pool: PoolDep, model: str = "") -> Response:
-    """`report.md` (Markdown) or one of its pictures. The headers `nanochat-model` and `nanochat-report-revision` name
-    the model and the revision that the report describes; `nanochat-served-revision` names the revision that serves
-    now."""
+    """Send a file of the report: `report.md` (Markdown) or one of its pictures. The headers `nanochat-model` and
+    `nanochat-report-revision` name the model and the revision that the report describes. The header
+    `nanochat-served-revision` names the revision that serves now."""
     replica, served = pool.pick(model)
     try:
         report = await replica.stub.GetReport(engine_pb2.GetReportRequest(file=file), timeout=_TIMEOUT_SECONDS)
@@ -51,7 +51,7 @@ def _api_error(error: grpc.aio.AioRpcError) -> ApiError:
     code = error.code()
     if code is grpc.StatusCode.NOT_FOUND:
         return _no_report(f"There is no such report: {error.details()}.")
-    if code is grpc.StatusCode.UNIMPLEMENTED:  # engines of earlier versions have no reports
+    if code is grpc.StatusCode.UNIMPLEMENTED:  # the answer of engines of earlier versions, which send no reports
         return _no_report("This engine is of an earlier version and sends no reports.")
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         return ApiError(500, f"The report cannot be sent: {error.details()}.", code="report_too_large")

@@ -48,7 +48,7 @@ class ExecutionLimits(ApiModel):
 
 
 class InputFile(ApiModel):
-    """A file that the code finds in its folder."""
+    """A file that the code finds in the folder in which it runs."""
 
     name: str = Field(description="path in the folder, such as `data/numbers.csv`")
     data: str = Field(description="the content in base64")
@@ -188,7 +188,7 @@ def _execution(reply: sandbox_pb2.ExecuteReply) -> dict[str, Any]:
         "result": reply.result if reply.HasField("result") else None,
         "error": reply.error,
         "truncated": reply.truncated,
-        # The sandbox sends float32. Without rounding, the JSON would show 0.002 as 0.0020000000949949026.
+        # The times are rounded, because the sandbox sends float32: the JSON would show 0.002 as 0.0020000000949949026.
         "usage": {
             "wall_seconds": round(usage.wall_seconds, 6),
             "cpu_seconds": round(usage.cpu_seconds, 6),

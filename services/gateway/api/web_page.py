@@ -58,7 +58,10 @@ class WebPage(StaticFiles):
         """Accepts a missing folder, because a later build may create it."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """Returns the file at ``path``, or raises an HTTPException with status 404 or 405."""
+        """Returns the file at ``path``, or raises an HTTPException with status 404 or 405.
+
+        While there is no ``index.html``, the path of the chat page returns build instructions with status 404.
+        """
         if scope["method"] not in ("GET", "HEAD"):
             raise _no_endpoint(path, scope, file=self.lookup_path(path)[1] is not None)
         try:
@@ -77,7 +80,7 @@ class WebPage(StaticFiles):
         scope: Scope,
         status_code: int = 200,
     ) -> Response:
-        """Returns a file, or 304 if the browser has it already."""
+        """Returns a file or its compressed copy, or 304 if the browser has the file already."""
         for coding in _accepted(scope):
             compressed = f"{os.fspath(full_path)}{_CODINGS[coding]}"
             try:

@@ -83,7 +83,7 @@ class Stream:
         self._encoded_for: ServedModel | None = None
         self._request = engine_pb2.GenerateRequest()
         self._said = [Said() for _ in range(self._wish.sequences)]
-        self._first: engine_pb2.GenerateChunk | None = None  # the first chunk until :meth:`read` has returned it
+        self._first: engine_pb2.GenerateChunk | None = None  # the first chunk, kept until :meth:`read` returns it
         self._begun = False  # whether any chunk has arrived
         self._last_chunk = 0.0
         self._deadline: float | None = None  # latest time for the end of the answer; set by the first call
@@ -317,7 +317,7 @@ class Stream:
         self._search.add_done_callback(lambda _: self._wake.set())
 
     async def _find_place(self, stale: Replica | None) -> Place:
-        if stale is not None and not stale.leaving:  # the connection to an engine that leaves may be closed
+        if stale is not None and not stale.leaving:  # a leaving engine is not asked: its connection may be closed
             await stale.refresh_model()
         if self._fruitless > 1:
             await asyncio.sleep(_PAUSE_SECONDS * 2.0 ** (self._fruitless - 2) * random.uniform(0.5, 1))  # noqa: S311

@@ -82,7 +82,7 @@ class EnginePool:
         )
 
     async def aclose(self) -> None:
-        """Stops watching and closes all connections."""
+        """Stops watching the engines, and closes the connections to all engines."""
         tasks = [self._discovery, *self._watches.values(), *self._closing]
         for task in tasks:
             task.cancel()
@@ -166,7 +166,7 @@ class EnginePool:
         )
 
     def model(self, name: str | None) -> ServedModel | None:
-        """Returns a model that answers requests with this name, or None while no known engine serves such a model.
+        """Returns a model that answers requests for ``name``, or None while no known engine serves such a model.
 
         If engines serve several revisions of the model, the result is the revision that :meth:`models` describes.
 

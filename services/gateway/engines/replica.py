@@ -200,7 +200,8 @@ class Replica:
             if 0 < self._settings.max_engine_sequences < self._limit:
                 self._limit = self._settings.max_engine_sequences
         revision = self.model.info.revision if self.model else ""
-        changed = self._load.revision not in ("", revision)  # empty: engines of earlier versions send no revision
+        # An empty revision is no change, because engines of earlier versions send no revision.
+        changed = self._load.revision not in ("", revision)
         if self.why_down is not None or self.model is None or changed or time.monotonic() >= self._next_model_check:
             await self._refresh_soon()
         if self.why_down is not None and self.model is not None:

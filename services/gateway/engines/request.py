@@ -95,13 +95,13 @@ class Turns:
         self._names[call_id] = name
 
     def result(self, call_id: str, text: str, param: str) -> None:
-        """Adds a tool's result. If no call has this id, raises an :class:`ApiError` that names ``param``."""
+        """Adds a tool's result. Raises an :class:`ApiError` that names ``param`` if no call has the id ``call_id``."""
         if call_id not in self._names:
             raise invalid_value(f"{param} names no call of an assistant message before it.", param)
         self._asked.append(f"{self._names[call_id]} returned: {text}")
 
     def answer(self, parts: tuple[Part, ...], *, joined: bool = False) -> None:
-        """Adds an assistant message. If ``joined``, it follows a previous assistant message without a blank line."""
+        """Adds an assistant message. With ``joined``, no blank line separates it from an assistant message before it."""
         self._end_question()
         if self._turns and self._turns[-1].role == "assistant":
             between = () if joined else (Part("text", _SEPARATOR),)
@@ -327,7 +327,7 @@ def _too_long(model: ServedModel, tokens: str, param: str) -> ApiError:
 
 
 def most_answer_tokens(request: Body, model: ServedModel, prompt_tokens: int, settings: GatewaySettings) -> int:
-    """Returns the largest number of tokens that one answer to a prompt of this length may have."""
+    """Returns the largest number of tokens that one answer to a prompt of ``prompt_tokens`` tokens may have."""
     # A limit of 0 becomes 1, because the engine writes at least one token. The gateway then drops that token.
     limit = 1 if request.limit == 0 else request.limit
     room = model.context_length - prompt_tokens

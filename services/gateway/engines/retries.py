@@ -15,7 +15,7 @@ class RetryBudget:
         self._left = _BURST
 
     def earn(self) -> None:
-        """Records a request."""
+        """Records a request, which adds a fifth of a retry to the budget."""
         self._left = min(self._left + _SHARE, _BURST)
 
     def spend(self) -> bool:

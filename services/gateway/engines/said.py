@@ -42,7 +42,7 @@ class Said:
 
 
 def continuations(choices: Sequence[Said]) -> list[engine_pb2.Continuation]:
-    """Returns the entries for ``GenerateRequest.continued``. A choice without tokens needs no entry."""
+    """Returns the entries for ``GenerateRequest.continued``. A choice that has not begun yet needs no entry."""
     return [
         engine_pb2.Continuation(index=index, finished=True)
         if said.finished

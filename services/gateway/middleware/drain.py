@@ -1,4 +1,4 @@
-"""Runs answers, and lets running answers finish before the gateway ends."""
+"""Runs the tasks that write answers, and lets running answers finish before the gateway ends."""
 
 import asyncio
 from collections.abc import Coroutine

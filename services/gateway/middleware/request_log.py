@@ -13,7 +13,7 @@ from services.gateway.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# Requests to these paths are logged only at the level debug and leave no trace. Kubernetes, Prometheus and open chat
+# Requests to these paths are logged only at the level debug, and are not traced. Kubernetes, Prometheus and open chat
 # pages send such requests every few seconds, so their log events would hide the other events.
 _QUIET_PATHS = frozenset({"/healthz", "/health", "/readyz", "/metrics", "/progress"})
 

@@ -35,7 +35,9 @@ _DECREASE = 0.9
 
 
 class CacheClock:
-    """Measures the age of a replica's cache in written tokens. Clocks are compared and hashed by identity.
+    """A replica's clock, which counts the tokens written to its cache: the measure of the age of the cache's contents.
+
+    Two clocks are equal only if they are the same object.
 
     Attributes:
         name: the replica's name.
@@ -70,7 +72,7 @@ class CacheClock:
         self._written += tokens
 
     def holds(self, reading: float, now: float) -> bool:
-        """Returns whether the cache still has a prefix that was last used at this reading of the clock."""
+        """Returns whether the cache still has a prefix that was last used when the clock showed ``reading``."""
         return self.present and self.read(now) - reading <= _MARGIN * self.capacity
 
     def learn(self, distance: float, found: bool) -> None:
@@ -128,7 +130,7 @@ class PrefixIndex:
         return self._entries
 
     def marks(self, hashes: Sequence[int]) -> list[Mark]:
-        """Returns the stored marks among the prefixes with these hashes, the longest first."""
+        """Returns the stored marks among the prefixes of a prompt with the hashes ``hashes``, the longest first."""
         size, find = self._block_tokens, self._holders.get
         return [
             (blocks * size, hashes[blocks - 1], holders)
@@ -158,7 +160,7 @@ class PrefixIndex:
         return found
 
     def use(self, replica: CacheClock, hashes: Sequence[int], now: float) -> None:
-        """Records that the replica has the prefixes with these hashes in its cache from now on."""
+        """Records that the replica has the prefixes with the hashes ``hashes`` in its cache from now on."""
         reading = replica.read(now)
         # The longest prefix comes first and is therefore dropped first, as in the engine's cache.
         for blocks in _marked_blocks(len(hashes)):

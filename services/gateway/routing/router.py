@@ -189,7 +189,7 @@ class Router:
         self._index.use(known, hashes, now)
 
     def joined(self, replica: str, now: float) -> None:
-        """Adds a replica with an empty cache. A replica of this name that is already there counts as restarted."""
+        """Adds a replica with an empty cache. If a replica with the same name is there already, it has restarted."""
         self.left(replica)
         self._replicas[replica] = _Replica(replica, now, self._settings)
 
@@ -199,7 +199,7 @@ class Router:
             self._replicas.pop(replica).present = False
 
     def _marks(self, prompt: Prompt) -> list[Mark]:
-        """Returns the known prefixes of the prompt without its last token, which is always computed."""
+        """Returns the stored prefixes of the prompt. They exclude its last token, which is always computed."""
         return self._index.marks(prompt.hashes[: (len(prompt) - 1) // self._settings.block_tokens])
 
     def _candidates(

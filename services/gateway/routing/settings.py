@@ -17,7 +17,8 @@ class RoutingSettings:
         free_sequences: number of sequences that a replica may always have, even if the mean is low.
         warm_up_seconds: time in which a new replica rises to its full share of the load.
         report_seconds: time between two reports of a replica's load.
-        cache_tokens: first estimate of the tokens that a replica's cache keeps. Answers correct it.
+        cache_tokens: first estimate of the tokens that a replica's cache keeps. The replica's answers correct the
+            estimate.
         max_age_seconds: time after which a cache counts as overwritten, even if this gateway sent the replica nothing.
         max_entries: maximum number of entries in the index of prefixes. An entry says that a replica's cache holds a
             certain prefix.

@@ -98,7 +98,7 @@ class InputItem(ApiModel):
 
 
 class TextFormat(ApiModel):
-    """The form of the answer. It has the fields of chat's ``response_format``, but without an inner object."""
+    """The form of the answer. Its fields are those of chat completions' `response_format`, without the inner object."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str = Field("answer", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="letters, digits, `_` and `-`, up to 64")
@@ -121,7 +121,7 @@ class TextFormat(ApiModel):
 
 
 class TextConfig(ApiModel):
-    """The form of the answer's text."""
+    """The parameter `text`, whose field `format` is the form of the answer."""
 
     format: TextFormat | None = None
 
