@@ -49,7 +49,7 @@ class LocalSettings:
     model: str = setting("demo", "model to serve; the demo model is trained if it does not exist", env="MODEL")
     data: str = setting(
         "",
-        "text to train a missing model other than demo on: a file, a folder or a pattern",
+        "text on which a missing model other than demo is trained: a file, a folder or a pattern",
         env="DATA",
     )
     port: int = setting(

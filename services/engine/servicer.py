@@ -175,7 +175,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         return model
 
     async def _model_with_weights(self, digest: str, context: Context) -> ServedModel:
-        """Return the model in memory whose weights have the SHA-256 ``digest``; the current model if it is empty."""
+        """Return the model in memory whose weights have the SHA-256 ``digest``. Without a digest: the current model."""
         current = await self._model(context)
         model = self._host.with_weights(digest) if digest else current
         if model is None:

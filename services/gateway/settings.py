@@ -56,15 +56,22 @@ class AdmissionSettings(KeyStoreSettings):
     )
     requests_per_minute: int = setting(
         0,
-        "requests per minute of each caller (a key, or the address of a client without a key); 0 sets no limit",
+        "limit on the requests per minute of each caller (a key, or the address of a client without a key); 0 sets no "
+        "limit",
         minimum=0,
         maximum=MAX_LIMIT,
     )
     tokens_per_minute: int = setting(
-        0, "tokens of prompts and answers per minute of each caller; 0 sets no limit", minimum=0, maximum=MAX_LIMIT
+        0,
+        "limit on the tokens of prompts and answers per minute of each caller; 0 sets no limit",
+        minimum=0,
+        maximum=MAX_LIMIT,
     )
     parallel_answers: int = setting(
-        0, "answers that each caller may get at the same time; 0 sets no limit", minimum=0, maximum=MAX_LIMIT
+        0,
+        "limit on the answers that each caller may get at the same time; 0 sets no limit",
+        minimum=0,
+        maximum=MAX_LIMIT,
     )
 
     def __post_init__(self) -> None:
@@ -138,7 +145,7 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         minimum=1024,
     )
     max_header_bytes: int = setting(
-        16_384, "largest accepted request line and headers of a request, in bytes", minimum=1024
+        16_384, "largest accepted size of a request's first line and headers together, in bytes", minimum=1024
     )
     max_connections: int = setting(
         4096,

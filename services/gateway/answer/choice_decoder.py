@@ -164,8 +164,8 @@ class ChoiceDecoder:
             shown |= {"code": event.call.code, "offset": offset}
         else:
             result = event.result
-            # The duration is rounded, because the engine sends a float32: the JSON would show 0.002 as
-            # 0.0020000000949949026.
+            # The duration is rounded, because the engine sends it as float32. Without rounding, the JSON would show
+            # 0.002 as 0.0020000000949949026.
             seconds = round(result.duration_seconds, 6)
             shown |= {"status": result.status, "output": result.output, "duration_seconds": seconds}
             if result.pictures:

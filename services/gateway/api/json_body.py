@@ -17,8 +17,8 @@ from nanochat_core.fair_slots import FairSlots
 from services.gateway.admission.caller import Caller
 from services.gateway.errors import ClientGone, bad_request
 
-# A body of more bytes is parsed in a thread, so that it does not delay the event loop. Parsing a body of this size
-# takes at most about 2 ms, whatever the body contains; parsing 1 MB takes up to 25 ms.
+# A body of more bytes than this is parsed in a thread, so that it does not delay the event loop. Parsing a body of this
+# size takes at most about 2 ms, whatever the body contains; parsing 1 MB takes up to 25 ms.
 _INLINE_BYTES = 65_536
 # After each large body, the parsing thread rests for this many times the duration of the parsing.
 _REST = 9

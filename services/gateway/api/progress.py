@@ -16,7 +16,7 @@ from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc, no_engi
 router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 
 _TIMEOUT_SECONDS = 5.0
-# For this time, all open pages get the same answer, so that many pages cause no more reads than one page.
+# For this many seconds, all open pages get the same answer, so that many pages cause no more reads than one page.
 _FRESH_SECONDS = 1.0
 # UNIMPLEMENTED is the answer of engines of earlier versions, which lack the call GetProgress.
 _NOT_FOUND = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)

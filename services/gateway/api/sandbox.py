@@ -188,7 +188,8 @@ def _execution(reply: sandbox_pb2.ExecuteReply) -> dict[str, Any]:
         "result": reply.result if reply.HasField("result") else None,
         "error": reply.error,
         "truncated": reply.truncated,
-        # The times are rounded, because the sandbox sends float32: the JSON would show 0.002 as 0.0020000000949949026.
+        # The times are rounded, because the sandbox sends them as float32. Without rounding, the JSON would show 0.002
+        # as 0.0020000000949949026.
         "usage": {
             "wall_seconds": round(usage.wall_seconds, 6),
             "cpu_seconds": round(usage.cpu_seconds, 6),

@@ -237,7 +237,7 @@ class Replica:
 
     def _set_down(self, why: str) -> None:
         if why != self.why_down:
-            # That an engine without a model is down is no warning: the engine is still starting, or waits for the
+            # There is no warning if the down engine has had no model yet: it is still starting, or waits for the
             # training of its first model.
             level = logging.INFO if self.model is None else logging.WARNING
             logger.log(level, "engine down", extra={"address": self.address, "reason": why})

@@ -101,7 +101,7 @@ class Turns:
         self._asked.append(f"{self._names[call_id]} returned: {text}")
 
     def answer(self, parts: tuple[Part, ...], *, joined: bool = False) -> None:
-        """Adds an assistant message. With ``joined``, no blank line separates it from an assistant message before it."""
+        """Adds an assistant message. With ``joined``, no blank line separates it from the assistant message before."""
         self._end_question()
         if self._turns and self._turns[-1].role == "assistant":
             between = () if joined else (Part("text", _SEPARATOR),)

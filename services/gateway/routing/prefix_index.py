@@ -181,7 +181,7 @@ class PrefixIndex:
 
 
 def held_tokens(replica: CacheClock, marks: Sequence[Mark], now: float) -> int:
-    """Returns the number of tokens of the longest mark that is still in the replica's cache; 0 if none is."""
+    """Returns the number of tokens of the longest mark that is still in the replica's cache; 0 if no mark is there."""
     for tokens, _, holders in marks:
         if replica in holders and replica.holds(holders[replica], now):
             return tokens

@@ -104,7 +104,7 @@ class _Replica(CacheClock):
         self._sent_at = now
 
     def sent_lately(self, now: float, period: float) -> float:
-        """Returns the sum of the uncached tokens sent so far. It decays with the time constant ``period`` (seconds)."""
+        """Returns the sum of the uncached tokens sent so far, decayed with the time constant ``period`` (seconds)."""
         return self._sent * math.exp((self._sent_at - now) / period)
 
 
