@@ -53,7 +53,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         """Stream the continuation of a prompt. The prompt's sequences are freed even if the gRPC call is canceled."""
         span = current_span.get()
         if span and request.request_id:
-            span.request_id = request.request_id  # this id is used, because the call's metadata may lack the id
+            span.request_id = request.request_id  # the trace needs the id, which the call's metadata may lack
         if self._draining:
             self._metrics.refused("draining")
             await _abort(context, grpc.StatusCode.UNAVAILABLE, "the engine is shutting down; use another replica")

@@ -52,7 +52,7 @@ class Answer(abc.ABC):
         # The engine always gets a seed, so that a second replica that repeats or continues an answer writes the same
         # tokens as the first replica would.
         self._seed = secrets.randbits(64) if body.seed is None else body.seed
-        self._streams: dict[int, Stream] = {}  # by the prompt's index
+        self._streams: dict[int, Stream] = {}  # the stream of each prompt, by the prompt's index
 
     @abc.abstractmethod
     def events(self) -> AsyncGenerator[bytes, None]:

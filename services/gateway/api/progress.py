@@ -23,7 +23,7 @@ _NOT_FOUND = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
 
 
 class ProgressReader:
-    """Reads the progress from an engine, at most once in :data:`_FRESH_SECONDS`."""
+    """Reads the progress of the training from an engine, at most once in :data:`_FRESH_SECONDS`."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()

@@ -23,4 +23,4 @@ class HeadRequests:
         try:
             await self._app(scope, receive, send_headers)
         finally:
-            scope["method"] = "HEAD"  # for the request log
+            scope["method"] = "HEAD"  # so that the request log shows the client's own method
