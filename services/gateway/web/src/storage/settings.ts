@@ -9,7 +9,7 @@ export interface Settings {
   topP: number;
   maxTokens: number | null;
   seed: number | null;
-  /** Empty: the first model that the server offers. */
+  /** The id of the model that answers; empty for the first model that the server offers. */
   model: string;
   apiKey: string;
 }
