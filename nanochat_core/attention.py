@@ -14,16 +14,16 @@ from torch import Tensor
 
 from nanochat_core.errors import UserError
 
-# Smallest number of queries in a block. Smaller blocks compute fewer scores that the mask hides; larger blocks have
-# larger and faster matrix products.
+# Smallest number of queries in a block of :func:`blockwise_attention`. A small block computes few scores that the mask
+# hides, but a large block multiplies matrices faster.
 BLOCK_ROWS = 64
 # A row is divided into at most this many blocks. Longer rows have larger blocks, so that the compiled code stays small.
 BLOCKS = 8
 # Longest row, in tokens, that is computed in blocks. The backward pass stores the attention weights of all blocks, so
 # its memory grows with the square of the row's length.
 BLOCKWISE_TIME = 512
-# For each flash-attn package, fastest first: its module, and the lowest and the highest compute capability that it
-# supports. FlashAttention 3 runs only on Hopper.
+# The packages of FlashAttention, fastest first. Each line has the package's module, and the lowest and the highest
+# compute capability that the package supports. The first module is FlashAttention 3, which runs only on Hopper GPUs.
 FLASH_PACKAGES = (("flash_attn_interface", (9, 0), (9, 9)), ("flash_attn", (8, 0), (99, 9)))
 
 
@@ -141,14 +141,15 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     time = q.size(1)
     if window >= time - 1 or not torch.compiler.is_compiling():
         return sdpa_attention(q, k, v, window)
-    # This import loads torch's compiler and takes as long as importing the rest of torch. Serving does not need the
-    # compiler.
+    # This import is not at the top of the file, because it loads torch's compiler, which serving does not need. Loading
+    # the compiler takes as long as importing the rest of torch.
     from torch.nn.attention import flex_attention as flex
 
     def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row) & (row - column <= window)
 
-    # This is cheap: in compiled code, a few small kernels build the mask, once for all layers with the same window.
+    # Every call can build its mask, because this is cheap: in compiled code, a few small kernels build the mask, once
+    # for all layers with the same window.
     mask = flex.create_block_mask(visible, None, None, time, time, device=q.device)
     grouped = q.size(2) != k.size(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -178,7 +179,8 @@ def flash_attention(device: torch.device, dtype: torch.dtype) -> Attention | Non
 def _attention_of(kernel: Callable[..., Any]) -> Attention:
     def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         y = kernel(q, k, v, causal=True, window_size=(window, 0))
-        # Early versions of FlashAttention 3 also return the logarithms of the softmax's sums.
+        # The result is a tuple in early versions of FlashAttention 3, which also return the logarithms of the softmax's
+        # sums.
         output: Tensor = y[0] if isinstance(y, tuple) else y
         return output
 

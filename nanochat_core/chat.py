@@ -172,7 +172,7 @@ class AssistantStream:
         return rest
 
     def finish(self) -> list[Part]:
-        """Returns the part whose bytes were held back until now, if there are any; call this after the last token."""
+        """Returns the part whose bytes were held back until now, or an empty list. Call this after the last token."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return [Part(self._type, text)] if text else []

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# The role of each speaker that ShareGPT's files name.
+# Maps the names of speakers in ShareGPT's files to the roles of the chat API.
 _SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -15,7 +15,8 @@ _SPEAKERS = {
     "assistant": "assistant",
     "model": "assistant",
 }
-# Names of three fields: the question, further input to the question, and the answer. A row may leave the input out.
+# The names of three fields, one line for each form of row: the question, further input to the question, and the answer.
+# A row may leave the input out; an empty name means that the form has no input.
 _ALPACA_FIELDS = (
     ("instruction", "input", "output"),  # Alpaca
     ("instruction", "context", "response"),  # Dolly
@@ -25,7 +26,7 @@ _ALPACA_FIELDS = (
 
 
 def row_messages(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The conversation of a row in one of these forms.
+    """The messages of a row's conversation. The row has one of three forms:
 
     - ``{"messages": [{"role": "user", "content": …}, …]}``, as in the chat API;
     - ``{"conversations": [{"from": "human", "value": …}, …]}``, as in ShareGPT's files;

@@ -67,7 +67,10 @@ def softcapped_cross_entropy(
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str) -> Tensor:
-    """The loss without its gradients. For ``none``, autograd can differentiate the loss, but then stores all logits."""
+    """The loss without its gradients.
+
+    With the reduction ``none``, autograd can differentiate the loss, but it then stores the logits of all tokens.
+    """
     head = weight[:vocab_size].to(hidden.dtype)
     size = chunk_tokens(hidden, weight)
     losses = torch.cat(

@@ -3,9 +3,10 @@
 Problem: which library multiplies matrices faster depends on the processor, the version of torch, the shape and the
 number of threads. A rule that was found on one machine may be wrong on another machine.
 
-Idea: the first process that has to choose measures all candidates, which takes a fraction of a second. The answer is
-kept in a file beside the compiled kernels, one file for each processor and version of torch. All later processes of
-this user on this machine read the same answer, so repeated runs compute the same bits.
+Idea: the first process that has to choose measures all candidates, which takes a fraction of a second. The name of the
+fastest candidate, the *answer*, is stored in a file beside the compiled kernels, one file for each processor and
+version of torch. All later processes of this user on this machine read the same answer, so repeated runs compute the
+same bits.
 """
 
 import contextlib
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 # A candidate that is not the default must save at least this share of the default's time. Smaller differences are
 # mostly noise.
 LEAST_GAIN = 0.05
-# The candidates run in turn until each has run _LEAST_RUNS times, and _SECONDS for each candidate have passed. The
-# fastest run of a candidate counts.
+# The candidates run in turn until each has run _LEAST_RUNS times, and until _SECONDS times the number of candidates
+# have passed. The fastest run of a candidate counts.
 _LEAST_RUNS, _SECONDS = 4, 0.1
 
 
@@ -44,7 +45,7 @@ class Answer:
 def fastest(
     question: str, candidates: Mapping[str, Callable[[], object]], equal: Callable[[], bool] | None = None
 ) -> str:
-    """The name of the fastest candidate, from the kept answers. A new question is answered by measuring the candidates.
+    """The name of the fastest candidate. Only a new question is measured; later calls read the stored answer.
 
     Args:
         question: describes the computation, including the shape and the number of threads. Equal questions have equal
@@ -88,12 +89,12 @@ def measure(candidates: Mapping[str, Callable[[], object]]) -> Answer:
 
 
 def answers() -> dict[str, Answer]:
-    """All answers that are kept for this processor and version of torch."""
+    """The stored answers for this processor and this version of torch, by question."""
     return _read(answers_path())
 
 
 def forget() -> None:
-    """Delete the kept answers, so that the next processes measure again."""
+    """Delete the stored answers for this processor and version of torch, so that the next processes measure again."""
     answers_path().unlink(missing_ok=True)
 
 
@@ -103,7 +104,10 @@ def answers_path() -> Path:
 
 @contextlib.contextmanager
 def _kept_answers() -> Iterator[dict[str, Answer]]:
-    """Yield the kept answers, and then store the added answers. Only one process at a time runs the ``with`` block."""
+    """Yield the stored answers, by question. After the ``with`` block, store the answers that the block has added.
+
+    Only one process at a time runs the ``with`` block.
+    """
     path = answers_path()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with path.with_suffix(".lock").open("a") as lock:
@@ -136,7 +140,8 @@ def _identity() -> str:
         first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:
         first = ""
-    # Other lines are left out, because some of them, such as the frequency, change while the machine runs.
+    # The other lines of /proc/cpuinfo are left out, because some of them, such as the frequency, change while the
+    # machine runs.
     fixed = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features", "CPU part")
     lines = [line for line in first.splitlines() if line.partition(":")[0].strip() in fixed]
     return hashlib.sha256("\n".join([*lines, torch.__version__]).encode()).hexdigest()[:16]

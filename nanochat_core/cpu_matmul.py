@@ -100,7 +100,7 @@ linear.register_autograd(_backward, setup_context=_save)
 
 
 class FastLinear(nn.Module):
-    """A linear layer without bias for fp32 training, whose products use the faster library."""
+    """A linear layer without bias for fp32 training. Each product uses the library that :func:`library_for` names."""
 
     weight: nn.Parameter
 
@@ -114,7 +114,9 @@ class FastLinear(nn.Module):
 
 
 def use_faster_products(module: nn.Module) -> None:
-    """Lets oneDNN multiply where it is faster. The parameters stay the same objects and keep their names.
+    """Replaces the linear layers of ``module`` for which oneDNN is faster by :class:`FastLinear`.
+
+    The parameters stay the same objects and keep their names.
 
     A layer stays unchanged if torch's default library is faster both for the layer's output and for the gradient of the
     layer's input.

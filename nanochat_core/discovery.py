@@ -99,8 +99,9 @@ async def watch_endpoints(
         except Exception as error:
             if name not in failing:
                 reason = str(error) or "the name server does not answer"
-                # Any other error is a mistake in the code, so its traceback is logged. OSError includes TimeoutError,
-                # an impossible name raises UnicodeError, and a thread that cannot start raises RuntimeError.
+                # Three errors are expected: OSError, which includes TimeoutError; UnicodeError, for an impossible name;
+                # and RuntimeError, if a thread cannot start. Any other error is a mistake in the code, so its traceback
+                # is logged.
                 unexpected = not isinstance(error, OSError | UnicodeError | RuntimeError)
                 facts = {"host": name, "reason": reason, "kept": known[name]}
                 log.warning("lookup failed", exc_info=unexpected, extra=facts)

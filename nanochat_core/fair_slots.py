@@ -5,9 +5,9 @@ import collections
 
 
 class FairSlots:
-    """Lets at most ``slots`` calls run at once. Waiting calls with different keys take turns.
+    """Lets at most ``slots`` calls run at once. The callers of waiting calls take turns; a call's key names its caller.
 
-    Calls with the same key are served in the order of their arrival. A caller with many calls therefore delays another
+    The calls of one caller are served in the order of their arrival. A caller with many calls therefore delays another
     caller by at most one call for each slot.
     """
 
@@ -21,7 +21,7 @@ class FairSlots:
         return self._free == 0
 
     async def acquire(self, key: str) -> None:
-        """Wait for a slot. The caller must call :meth:`release` when it no longer needs the slot."""
+        """Wait for a slot for a call of the caller ``key``. When the call has ended, call :meth:`release`."""
         if self._free:
             self._free -= 1
             return

@@ -98,8 +98,8 @@ class _Method:
     def __call__(self, request: Any = None, *, metadata: Iterable[tuple[str, str]] = (), **options: Any) -> Any:
         """Start a call and return the call object of :mod:`grpc.aio`, to which ``options`` are passed.
 
-        The call's headers are those of the current span, and ``metadata``. If both have a header, ``metadata`` takes
-        precedence.
+        The call's headers are those of the current span, and ``metadata``. If both contain the same header, the value
+        in ``metadata`` takes precedence.
         """
         connection = self._channel.connection()
         method = connection.methods.get(self._name)

@@ -83,7 +83,7 @@ class GrpcService:
         reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
 
     async def start(self, registry: CollectorRegistry) -> None:
-        """Open the ports and publish the metrics of ``registry``. Health reports NOT_SERVING at first.
+        """Open the ports and publish the metrics of ``registry``. The service is reported as NOT_SERVING at first.
 
         Raises UserError if the service cannot listen on an address.
         """

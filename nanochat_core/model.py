@@ -199,7 +199,7 @@ class GPT(nn.Module):
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         x = x + (self.smear_scale * gate).to(x.dtype) * F.pad(x[:, :-1], (0, 0, 1, 0))
         x0, middle = x, x
-        # The scales stay fp32. Near 1, bf16 is too coarse for the small change of a scale in one training step.
+        # The scales stay fp32, because near 1, bf16 is too coarse for the small change of a scale in one training step.
         residual_scales, skip_scales = self.residual_scales, self.skip_scales
         value_tables = self.value_tables
         for layer, block in enumerate(self.layers):

@@ -35,7 +35,10 @@ def limit_spinning(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def loaded_libraries() -> list[str]:
-    """Paths of the OpenMP libraries in this process; more than one would mean several pools of threads. Linux only."""
+    """Paths of the OpenMP libraries that this process has loaded; always empty on systems other than Linux.
+
+    More than one library would mean several pools of threads.
+    """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

@@ -29,8 +29,8 @@ _HEALTH_SECONDS, _POLL_SECONDS = 3.0, 0.5
 _PATIENCE_SECONDS = 2.0
 # The code of a call may kill every sandbox that runs it, so the number of attempts has a limit.
 _MAX_ATTEMPTS = 3
-# These errors mean that the sandbox may have died or may be shutting down. The code can safely run again, because it
-# cannot change anything outside of its process.
+# The gRPC errors after which another sandbox repeats a call, because the first sandbox may have died or may be shutting
+# down. The code can safely run again, because it cannot change anything outside of its process.
 _LOST_CODES = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
@@ -38,7 +38,7 @@ _LOST_CODES = (
     grpc.StatusCode.UNKNOWN,
 )
 _CHANNEL_OPTIONS = [
-    # There is no limit here, because the settings of a sandbox limit the size of its replies.
+    # A reply may have any size here, because the settings of each sandbox limit the size of its replies.
     ("grpc.max_receive_message_length", -1),
     # By default, gRPC waits up to two minutes between attempts to connect. A restarted sandbox must be used sooner.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -150,13 +150,14 @@ class Sandboxes:
     async def _choose(
         self, request: sandbox_pb2.ExecuteRequest, excluded: "set[_Sandbox]", patience: float
     ) -> "_Sandbox | None":
-        """Return the healthy sandbox with the fewest calls. Among equals, return the least recently used sandbox.
+        """Choose a healthy sandbox that is not in ``excluded``. Wait for one up to ``patience`` seconds.
 
-        The sandbox of a session depends only on the session and the addresses of the healthy sandboxes (rendezvous
-        hashing). All clients therefore choose the same sandbox, and few sessions change their sandbox when a sandbox
-        joins or leaves.
+        A request without a session goes to the sandbox with the fewest calls, or, among equals, to the least recently
+        used one. The sandbox of a session depends only on the session and the addresses of the healthy sandboxes
+        (rendezvous hashing). All clients therefore choose the same sandbox for a session, and few sessions change their
+        sandbox when a sandbox joins or leaves.
 
-        If no sandbox is healthy, wait up to ``patience`` seconds for one.
+        Returns None if there is still no such sandbox.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
@@ -208,7 +209,8 @@ class Sandboxes:
                     raise TimeoutError from error
                 if code not in _LOST_CODES:
                     raise
-                # The next health check finds out whether the sandbox has died or still finishes its running calls.
+                # The sandbox counts as not serving for now. The next health check finds out whether the sandbox has
+                # died or still finishes its running calls.
                 sandbox.set_state(reason=f"{code.name}: {error.details()}")
             finally:
                 call.cancel()

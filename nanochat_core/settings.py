@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
-# Largest whole number of a setting without a maximum: torch and numpy compute with 64 bits.
+# The maximum of a whole number whose setting declares no maximum, because torch and numpy compute with 64 bits.
 _LARGEST = 2**63 - 1
-# Name of the arguments that belong to no flag, in the parser's result.
+# The name under which the parser's result has the arguments that belong to no flag.
 _WORDS = "words"
 
 

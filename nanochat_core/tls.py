@@ -21,7 +21,7 @@ from nanochat_core.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class TlsSettings:
-    """The files of mutual TLS; without them, services talk in plain text. All services have the same settings."""
+    """The settings that name the files of mutual TLS. Every service has them; without files, it talks in plain text."""
 
     tls_ca: str = setting(
         "",
@@ -39,7 +39,7 @@ class TlsSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """The contents of the three PEM files. They belong together."""
+    """The contents of PEM files that fit together: CA certificates, a service's certificate, and its private key."""
 
     ca: bytes
     certificate: bytes
@@ -50,7 +50,7 @@ class TlsFiles(RotatingFiles[Identity]):
     """The files of :class:`TlsSettings`, read again when they change. The methods may be called on any thread."""
 
     def __init__(self, settings: TlsSettings) -> None:
-        """Raises UserError if a file cannot be read, or if the three files do not belong together."""
+        """Raises UserError if a file cannot be read, or if the certificate does not fit the private key or the CA."""
         paths = (settings.tls_ca, settings.tls_certificate, settings.tls_key)
         super().__init__("TLS", paths, functools.partial(_read, paths))
 
@@ -71,7 +71,7 @@ class TlsFiles(RotatingFiles[Identity]):
 
 
 def _read(paths: tuple[str, str, str]) -> Identity:
-    """Returns the contents of the files if they belong together; otherwise raises UserError."""
+    """Returns the contents of the three files. Raises UserError if the certificate does not fit the key or the CA."""
     contents = read_files("TLS", paths)
     _check(*paths)
     if read_files("TLS", paths) != contents:
@@ -103,7 +103,7 @@ def _configuration(identity: Identity) -> Any:
 
 
 def _check(ca: str, certificate: str, key: str) -> None:
-    """Let a client and a server, both with these files, shake hands in memory. Raises UserError if they cannot.
+    """Let a client and a server, both with the given files, shake hands in memory. Raises UserError if this fails.
 
     This check finds a key that does not fit the certificate, a CA that has not signed the certificate, a certificate
     that is out of date or not made for both roles, and half-written files.

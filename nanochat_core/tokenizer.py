@@ -42,8 +42,8 @@ SPECIAL_TOKENS = (
     OUTPUT_END,
 )
 
-# GPT-4's pattern, except that it splits numbers into groups of at most two digits. Groups of three digits would take a
-# thousand entries of a small vocabulary.
+# The regular expression that splits text before merging. It is GPT-4's, except that it splits numbers into groups of at
+# most two digits. Groups of three digits would take a thousand entries of a small vocabulary.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -185,8 +185,8 @@ class Tokenizer:
 def _may_have_long_run(text: str) -> bool:
     """Whether ``text`` may have a run of more than MAX_WHITESPACE_RUN whitespace characters.
 
-    This test is fast for any text. The text is cut into blocks of half this length, so a longer run fills at least one
-    block.
+    This test is fast for any text. It cuts the text into blocks of half of MAX_WHITESPACE_RUN characters, so a run of
+    more than MAX_WHITESPACE_RUN characters fills at least one block.
     """
     block = MAX_WHITESPACE_RUN // 2
     return any(text[start : start + block].isspace() for start in range(0, len(text) - block, block))

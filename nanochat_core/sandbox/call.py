@@ -39,7 +39,11 @@ _NO_INPUTS = Inputs()
 
 
 class _StopReason(enum.Enum):
-    """A reason why the executor stopped watching a call. The code cannot forge any of these reasons."""
+    """Why the executor stopped watching a call: a claim arrived, the worker ended or hung, or a limit was exceeded.
+
+    The executor observes the reason itself. Code can forge what a claim says, but it cannot hide, for example, that it
+    has exceeded a limit.
+    """
 
     CLAIMED = enum.auto()
     EXITED = enum.auto()
@@ -307,7 +311,8 @@ def _classify_exit(ended: Exit, usage: Usage, limits: Limits, out_of_memory: boo
     if ended.signal == signal.SIGKILL and out_of_memory:
         return Status.MEMORY, "killed by the kernel because the call, the container or the machine ran out of memory"
     if ended.signal == signal.SIGKILL:
-        # Nobody in the sandbox can send this signal, and the executor has not sent it.
+        # No process in the sandbox can send SIGKILL, and the executor has not sent it, so a process outside has done
+        # so.
         raise WorkerFailed("the process of the call was killed from outside of the sandbox")
     if ended.signal == signal.SIGSYS:
         return Status.DENIED, "killed for entering the kernel through a foreign system call interface"

@@ -65,8 +65,8 @@ class Cgroups:
         except FileNotFoundError:
             pass
         except OSError as error:
-            # The process may not have left the cgroup yet. At the start of an executor, the process may belong to an
-            # earlier executor that was killed just now.
+            # The cgroup is removed later, because its process may not have left it yet. At the start of an executor,
+            # the process may belong to an earlier executor that was killed just now.
             log.debug("a cgroup is still in use", extra={"cgroup": str(path), "error": str(error)})
             self._left.append(path)
 

@@ -235,12 +235,14 @@ class SandboxExecutor:
 
     @property
     def _most_bytes(self) -> int:
-        # Files occupy whole blocks, so they may have only half as many bytes as the scratch folder.
+        # Files occupy whole blocks, which may be larger than the bytes of the files. The limit is therefore half of the
+        # scratch folder's size.
         return min(self.config.max_file_bytes, self.config.scratch_bytes // 2)
 
     @property
     def _most_files(self) -> int:
-        # The limit ``scratch_files`` also counts folders, and the name of a file has up to 16 parts (is_file_name).
+        # The limit ``scratch_files`` also counts folders, and the name of a file has up to 16 parts (is_file_name). A
+        # sixteenth of that limit therefore always fits.
         return min(self.config.max_files, self.config.scratch_files // 16)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
@@ -270,7 +272,8 @@ class SandboxExecutor:
         most, least = self.config.concurrency, self.config.warm
         if self._scratch.places is not None:
             # Idle workers occupy scratch folders, and so does an examination (a pair of workers) while it waits for its
-            # second worker. Together they must leave one folder free, so that at least one call or examination can run.
+            # second worker. Idle workers and waiting examinations must together leave one folder free, so that at least
+            # one call or examination can run.
             share = (self._scratch.places - 1) // 2
             most, least = min(most, share), min(least, share)
             self._pairs = asyncio.Semaphore(max(1, share))
@@ -304,7 +307,8 @@ class SandboxExecutor:
         """Fork a worker. If this fails, try again with a new fork server and, if needed, new scratch folders.
 
         If somebody is still removing the scratch folders during the second attempt, a third attempt is needed. A fork
-        server that ended while it started is replaced too. One that was late is not: its successor would be late too.
+        server that ended while it started is replaced too. A fork server that was not ready in time is not replaced,
+        because the next one would not be ready in time either.
         """
         for attempt in range(1, _ATTEMPTS + 1):
             server: ForkServer | None = None
@@ -462,7 +466,7 @@ class SandboxExecutor:
 
     @contextlib.contextmanager
     def _cancelled_at_the_end(self) -> Iterator[None]:
-        """Let the end of the executor cancel the current call, which then raises WorkerFailed."""
+        """Cancel the current call if the executor closes in the ``with`` block. The call then raises WorkerFailed."""
         call = asyncio.current_task()
         assert call is not None
         self._calls.add(call)
@@ -499,7 +503,8 @@ class SandboxExecutor:
                 for peers in ((to_judge, from_judge), (to_candidate, from_candidate)):
                     workers.append(await self._start_worker(peers))
             finally:
-                # Only the workers keep the pipes open, so each worker notices when the other worker ends.
+                # The executor closes its own copies of the pipes, so that each worker notices when the other worker
+                # ends.
                 for fd in (to_judge, from_candidate, to_candidate, from_judge):
                     os.close(fd)
             for worker, source in zip(workers, (judge, candidate), strict=True):

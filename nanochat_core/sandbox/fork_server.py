@@ -26,24 +26,26 @@ from nanochat_core.sandbox.worker import protocol
 log = logging.getLogger("nanochat.sandbox")
 
 START_SECONDS = 20.0  # a worker must start within this time
-# A fork server must start within this time. It also imports packages, perhaps from a busy disk.
+# A fork server must start within this time. The time is longer than a worker's, because a fork server also imports
+# packages, perhaps from a busy disk.
 _SERVER_START_SECONDS = 60.0
 _EXIT_SECONDS = 1.0
 # Longest wait until all processes have closed the standard error of a server that has ended.
 _LAST_WORDS_SECONDS = 0.2
-# A kill counts as recent for this long. The time is not shorter, because the kernel may kill several processes at once,
-# and the executor then determines the results of their calls one after the other.
+# For this long, the kernel's killing of a process for lack of memory counts as recent. The time is not shorter, because
+# the kernel may kill several processes at once, and the executor then determines the results of their calls one after
+# the other.
 _OOM_SECONDS = 5.0
 _MESSAGE_BYTES = 1 << 16
 _SEND_BUFFER_BYTES = 1 << 20
-# Space for a descriptor, and for the process id, user and group of the sender.
+# Space in a message for a descriptor, and for the process id, user and group of the sender.
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(12)
 
 
 class OomKills:
-    """Tells whether the kernel has recently killed a process for lack of memory. Only the kernel's counter shows this.
+    """Tells, from a counter of the kernel, whether the kernel has recently killed a process for lack of memory.
 
-    There is one counter for the whole machine, so the kill of a process outside of the sandbox counts, too.
+    The kernel has one counter for the whole machine, so a process outside of the sandbox that was killed counts, too.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,7 @@ class OomKills:
         self._changed = -math.inf
 
     def recent(self) -> bool:
-        """Whether there was a kill in the last ``_OOM_SECONDS``. If the kernel has no counter, the answer is True."""
+        """Whether the kernel killed a process in the last ``_OOM_SECONDS``; also True if the kernel has no counter."""
         count = _oom_kills()
         if count != self._count:
             self._count, self._changed = count, time.monotonic()
@@ -93,10 +95,11 @@ class ForkServer:
 
     The kernel kills the server when that thread ends, and the workers when the server ends. The server has ended when
     its process has ended or its socket is closed. Neither sign suffices: a child of a killed process may keep the
-    socket open for a while, and a launcher ends later than its server.
+    socket open for a while, and a launcher (bubblewrap) ends later than its server.
 
     Attributes:
-        private: whether each worker has its own scratch file system. Otherwise, each worker needs a folder.
+        private: whether each worker has its own scratch file system. Otherwise, each worker needs a scratch folder on
+            the host.
         pid: process id of the server or of its launcher.
         forks: number of workers that the server was asked to fork.
         thread_requests: the workers' requests to start threads; ``None`` if they cannot have threads.
@@ -209,7 +212,8 @@ class ForkServer:
             self._fail(f"its socket failed: {error}")
             raise WorkerFailed("the sandbox's fork server has ended") from error
         except asyncio.CancelledError:
-            # The caller no longer wants the worker, which ends by itself when its pipes are closed.
+            # The caller no longer wants the worker, so the worker's pidfd is closed as soon as it arrives. The worker
+            # ends by itself when its pipes are closed.
             started.add_done_callback(_close_result)
             raise
 
@@ -239,7 +243,8 @@ class ForkServer:
             log.warning("a sandbox fork server did not end by itself", extra={"pid": self.pid})
             signal.pidfd_send_signal(self._handle, signal.SIGKILL)
             await wait_for_fd(loop.add_reader, loop.remove_reader, self._handle)
-        # A launcher that was killed while it started its server may have left a child that waits for it for ever.
+        # The whole process group is killed, because a launcher that was killed while it started its server may have
+        # left a child that waits for ever.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
@@ -269,7 +274,7 @@ class ForkServer:
         for waiting in self._starting.values():
             if not waiting.done():
                 waiting.set_exception(WorkerFailed(f"the sandbox's fork server cannot fork: {reason}"))
-                waiting.exception()  # if nobody waits any more, asyncio would log that nobody has read the exception
+                waiting.exception()  # marks it as read; otherwise asyncio logs it if nobody waits any more
         for ended in self._running.values():
             if not ended.done():
                 ended.set_result(None)
@@ -316,7 +321,7 @@ class ForkServer:
                 self._close_if_idle()
 
     def _process_ended(self) -> None:
-        """The server's process has ended. Handle what it has sent before."""
+        """Handle the messages that the server's process sent before its end, and then the end itself."""
         self._receive()
         self._server_ended()
 

@@ -22,7 +22,8 @@ USE_SCRATCH = (
 MINIMUM_ABI = 3
 """The first version of Landlock that controls truncation of files."""
 
-# For each version of Landlock that added rights, the number of rights that this version has in total.
+# The number of rights that Landlock controls, by version, for each kind of right: on files, on the network, and scopes.
+# Only the versions that added rights of a kind are listed.
 _FS_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
 _NET_RIGHTS = {4: 2}
 _SCOPES = {6: 2}
@@ -30,7 +31,7 @@ _SCOPES = {6: 2}
 
 @dataclasses.dataclass(frozen=True)
 class PathRule:
-    """Allows ``access`` on ``path`` and, if it is a folder, on everything inside it."""
+    """Allows the rights ``access`` (a bit mask) on ``path`` and, if the path is a folder, on everything inside."""
 
     path: str
     access: int

@@ -1,8 +1,8 @@
 """The isolation profiles: how a fork server is started and which rights its workers give up.
 
-In the profile ``pod``, a worker applies Landlock, a system-call filter and resource limits to itself. This needs no
-other program. In the profile ``bwrap``, a worker applies the same layers inside namespaces that bubblewrap creates. In
-the profile ``gvisor``, these namespaces are those of gVisor's kernel.
+In the profile ``pod``, which needs no other program, a worker applies Landlock, a system-call filter and resource
+limits to itself. In the profile ``bwrap``, a worker applies the same layers inside namespaces that bubblewrap creates.
+The profile ``gvisor`` is like ``bwrap``, but the namespaces are those of gVisor's kernel.
 """
 
 import abc
@@ -35,7 +35,8 @@ class Profile(abc.ABC):
 
     Attributes:
         name: name in settings, results and metrics.
-        mounts: where the scratch file systems come from: ``MOUNTS_EXIST`` or ``MOUNTS_IF_ALLOWED`` of the protocol.
+        mounts: where workers get scratch file systems from, as a constant of the worker's module ``protocol``:
+            ``MOUNTS_EXIST`` or ``MOUNTS_IF_ALLOWED``.
         hides_files: whether the profile hides from code that other files exist.
         leaves_network: whether the fork server itself moves to an empty network namespace.
         landlock_abi: Landlock version in use; 0 if the profile works without Landlock.
@@ -60,8 +61,8 @@ class Profile(abc.ABC):
 
         If workers cannot mount file systems, they use the folders of ``scratch``.
         """
-        # A mapping keeps the space of a removed file allocated, and the executor cannot measure this space. If no file
-        # system limits the scratch space, code may therefore not map files.
+        # A memory mapping keeps the space of a removed file allocated, and the executor cannot measure this space. Code
+        # may therefore not map files if no file system limits the scratch space.
         measured = not scratch.sized
         alone, shared = file_rules(self.interpreter, packages_hidden=True), file_rules(self.interpreter)
         packages = self.config.packages_dir
@@ -233,8 +234,8 @@ def file_rules(interpreter: Interpreter, packages_hidden: bool = False) -> list[
         rules = [PathRule(path, landlock.READ_TREE) for path in trees]
     else:
         rules = [PathRule(path, landlock.READ_TREE) for path in interpreter.readable()]
-    # An import lists the folders of the standard library. The files of installed packages in these folders stay
-    # unreadable.
+    # Code may list the folders of the standard library, because an import lists them. The files of installed packages
+    # in these folders stay unreadable.
     rules += [PathRule(folder, landlock.READ_DIR) for folder in interpreter.stdlib]
     rules += [PathRule(path, landlock.READ_FILE | landlock.WRITE_FILE) for path in _DEVICES]
     if os.path.isdir(_ZONEINFO):
@@ -252,7 +253,8 @@ def namespace_options(program: str, forbid_more: bool = True, share_network: boo
     options += ["--share-net"] if share_network else []
     options += ["--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
     options += ["--setenv", "LD_BIND_NOW", "1"]  # see ForkServer.start
-    # The fork server needs this capability to mount scratch file systems. Its workers give up the capability.
+    # The fork server keeps the capability CAP_SYS_ADMIN to mount scratch file systems. Its workers give up the
+    # capability.
     options += ["--cap-add", "CAP_SYS_ADMIN"]
     if forbid_more and "--disable-userns" in _help_of(program):
         options.append("--disable-userns")

@@ -33,7 +33,7 @@ class ScratchRoot:
     mount_point: str
 
     def __init__(self, parent: str) -> None:
-        """Create the folder in ``parent``. Raises OSError if ``parent`` is not a writable folder."""
+        """Create the private folder in ``parent``. Raises OSError if ``parent`` is not a writable folder."""
         self._parent = parent = os.path.abspath(parent)  # absolute, because fork servers have another current folder
         self._lock = -1
         self._mounted: dict[str, int] = {}
@@ -51,7 +51,7 @@ class ScratchRoot:
     def make(self) -> None:
         """Create the private folder, for the first time or after somebody has removed it.
 
-        Raises OSError if this is impossible.
+        Raises OSError if the folder cannot be created.
         """
         self._remove_private()
         _remove_abandoned(self._parent)
@@ -72,7 +72,7 @@ class ScratchRoot:
 
     @property
     def intact(self) -> bool:
-        """Whether the folders still exist. For example, a program that cleans temporary folders may remove them."""
+        """Whether the private folder still exists. A program that cleans temporary folders may have removed it."""
         return os.path.isdir(self.mount_point)
 
     async def take(self) -> str:
@@ -103,7 +103,8 @@ class ScratchRoot:
             reusable = folder in self._mounted or os.path.dirname(folder) == self.path
         if reusable:
             self._free.append(folder)
-        # A mounted folder that is lost is not replaced, because a plain folder would have no limit.
+        # If a mounted folder cannot be used again, its place stays taken. No plain folder replaces it, because nothing
+        # would limit the size of a plain folder.
         if reusable or not self.sized:
             self._places.release()
 

@@ -42,14 +42,14 @@ OWN_PROCESS = """
     restart_syscall:219:128 set_robust_list:273:99 set_tid_address:218:96 rseq:334:293 exit:60:93 exit_group:231:94
     getrandom:318:278
 """
-# These system calls are allowed only if all files outside of the scratch folder are on read-only mounts. There are two
+# System calls that are allowed only if all files outside of the scratch folder are on read-only mounts. There are two
 # reasons: Landlock does not control modes and times, and the executor must not meet symbolic links when it works in a
 # scratch folder on the host.
 OWN_FILES = """
     chmod:90:- fchmod:91:52 fchmodat:268:53 utime:132:- utimes:235:- futimesat:261:- utimensat:280:88
     symlink:88:- symlinkat:266:36
 """
-# The filter answers these calls with "not supported", as a file system without extended attributes does.
+# System calls that the filter answers with "not supported", as a file system without extended attributes does.
 UNSUPPORTED = """
     listxattr:194:11 llistxattr:195:12 flistxattr:196:13
 """
@@ -101,13 +101,14 @@ _ADVICE = (0, 1, 2, 3, 4, 8, 14, 15)
 # FUTEX_WAIT, WAKE, REQUEUE, CMP_REQUEUE, WAKE_OP, WAIT_BITSET and WAKE_BITSET, each with FUTEX_PRIVATE_FLAG.
 _FUTEX_OPERATIONS = tuple(128 | operation for operation in (0, 1, 3, 4, 5, 9, 10))
 _FUTEX_CLOCK_REALTIME = 256
-# pthread_join waits in this way, with a shared futex: FUTEX_WAIT_BITSET with FUTEX_CLOCK_REALTIME.
+# The operation by which pthread_join waits on a shared futex: FUTEX_WAIT_BITSET with FUTEX_CLOCK_REALTIME.
 _FUTEX_JOIN = 9 | _FUTEX_CLOCK_REALTIME
 _CLONE_THREAD = 0x10000
 # The flags with which glibc starts a thread: CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID and
 # CHILD_CLEARTID. A thread has the filters, the file rules and the limits of its process.
 _THREAD_FLAGS = 0x3D0F00
-# CLOCK_REALTIME to CLOCK_TAI. Excluded: negative numbers (the CPU time of another process, or a device's clock).
+# The clocks that code may read: CLOCK_REALTIME to CLOCK_TAI. Excluded are negative numbers, which mean the CPU time of
+# another process or the clock of a device.
 _CLOCKS = tuple(range(12))
 _SOCKET_FLAGS = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_WAITALL | socket.MSG_NOSIGNAL
 

@@ -18,14 +18,14 @@ _CONTINUE = 1
 
 
 class ThreadRequests:
-    """Answers requests of a fork server's workers to start threads. The kernel sends them to the filter's descriptor.
+    """Answers requests of a fork server's workers to start threads, which arrive at the filter's descriptor.
 
     The threads of a worker are counted before a new one starts. Threads that start at the same moment can therefore
     exceed the limit, but at most to twice the limit.
     """
 
     def __init__(self, fd: int, limit: int) -> None:
-        """``limit`` is the number of threads of a worker beside its main thread."""
+        """``fd`` is the filter's descriptor. A worker may have ``limit`` threads beside its main thread."""
         self.fd, self._limit = fd, limit
 
     def answer(self) -> bool:

@@ -5,7 +5,7 @@ import os
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
-# These functions are looked up once here, so that no worker has to look them up.
+# The functions of libc are looked up once here, so that no worker has to look them up.
 _capset, _mount, _syscall = _libc.capset, _libc.mount, _libc.syscall
 # Calls through this object do not release Python's global lock, because a forked process could not acquire it again.
 _libc_locked = ctypes.PyDLL(None, use_errno=True)
@@ -24,7 +24,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_REC, _MS_PRIVATE = 1, 2, 4, 
 _CLONE, _SECCOMP = (56, 317) if os.uname().machine == "x86_64" else (220, 277)
 _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_NEW_LISTENER = 1, 8
 _M_ARENA_MAX = -8
-# These system calls have the same numbers on every machine type.
+# Numbers of the system calls for Landlock and for mounts, which are the same on every machine type.
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_RULE_PATH_BENEATH = 1
 _MOUNT_SETATTR = 442
@@ -55,8 +55,8 @@ class FilterProgram(ctypes.Structure):
         super().__init__(len(instructions) // 8, instructions)
 
 
-# These objects are made once, in the fork server: for each object that a worker makes, the kernel may have to copy
-# memory pages.
+# The arguments of capset are made once, in the fork server, because the kernel may have to copy memory pages for each
+# object that a worker makes.
 _NO_CAPABILITIES = (_CapabilityData * 2)()
 _CAPABILITY_HEADER = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
 

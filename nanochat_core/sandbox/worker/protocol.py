@@ -2,10 +2,10 @@
 
 The executor and the fork server exchange frames over a socket that keeps message boundaries. A frame is a list of byte
 fields. The first frame is the *setup*; the server answers ``READY``. Each further frame of the executor asks for one
-worker (number, scratch folder) and carries the descriptors of its pipes. The worker answers ``STARTED`` with a pidfd of
-itself, before it applies the last layer of its isolation, the system-call filter. The kernel adds the worker's process
-id to this message. If the server cannot fork, it answers ``FAILED`` with a reason. When a worker has ended, the server
-sends ``EXITED`` with the wait status and the CPU seconds.
+worker. The frame has a number for the worker and the path of its scratch folder, and carries the descriptors of its
+pipes. The worker answers ``STARTED`` with a pidfd of itself, before it applies the last layer of its isolation, the
+system-call filter. The kernel adds the worker's process id to this message. If the server cannot fork, it answers
+``FAILED`` with a reason. When a worker has ended, the server sends ``EXITED`` with the wait status and the CPU seconds.
 
 The server adds a descriptor to ``READY`` on which the executor decides whether a worker may start a thread. Without the
 descriptor, workers cannot start threads.
@@ -22,12 +22,12 @@ READY = b"+"
 BEGUN = b"*"
 STARTED, FAILED, EXITED = b"s", b"f", b"x"
 
-# Where the scratch file systems of workers come from: the launcher has made a mount namespace in which workers can
-# mount them; or the fork server makes such a namespace if it is allowed to, and otherwise workers get folders; or
-# workers get folders in any case.
+# Where the scratch file systems of workers come from. With MOUNTS_EXIST, workers mount them in a mount namespace that
+# the launcher has made. With MOUNTS_IF_ALLOWED, the fork server makes such a namespace if the kernel allows it;
+# otherwise, workers get folders. With NO_MOUNTS, workers get folders in any case.
 MOUNTS_EXIST, MOUNTS_IF_ALLOWED, NO_MOUNTS = b"e", b"a", b"n"
 
-# The first byte of a claim is one of these kinds.
+# The kinds of claims. The first byte of a claim is its kind.
 VALUE, NOTHING, ERROR, MEMORY, DENIED, FILE_SIZE, NO_SPACE = _KINDS = tuple(bytes([byte]) for byte in b"vnemdsf")
 
 _CLAIM_HEADER = struct.Struct("!cH")

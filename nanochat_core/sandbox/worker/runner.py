@@ -20,10 +20,12 @@ import protocol
 _REQUESTS, _RESULT = 0, 3
 _PyCF_ONLY_AST, _PyCF_ALLOW_TOP_LEVEL_AWAIT, _CO_COROUTINE = 0x400, 0x2000, 0x80
 _NAME = "<code>"
-# Without a limit, printing the traceback of an endless recursion can take longer than the call itself.
+# Most frames in a printed traceback. Without this limit, printing the traceback of an endless recursion can take longer
+# than the call itself.
 _SHOWN_FRAMES = 1100
 _Module = type(sys)
-# Smaller than the default size of a stack, because the stacks of all threads count as memory of the call.
+# Size of a thread's stack. It is smaller than the default, because the stacks of all threads count as memory of the
+# call.
 _THREAD_STACK_BYTES = 4 << 20
 # Address space that is freed when memory runs out, so that the report can be made. No code uses its pages, so they take
 # no physical memory.
@@ -136,8 +138,8 @@ def _evaluate(code: str, namespace: dict[str, object]) -> object:
 
     Outside of functions, the code may use ``await``, ``async for`` and ``async with``.
     """
-    # Tracebacks show lines of the code from this cache. With the modification time None, the cache keeps the entry
-    # although there is no such file.
+    # The code is stored in linecache's cache, from which tracebacks show lines. With the modification time None, the
+    # cache keeps the entry although there is no such file.
     linecache.cache[_NAME] = len(code), None, [line + "\n" for line in code.split("\n")], _NAME
     tree = compile(code, _NAME, "exec", _PyCF_ONLY_AST | _PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     last = None
