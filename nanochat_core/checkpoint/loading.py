@@ -73,7 +73,7 @@ class Checkpoint:
         return TRAINER_STATE in self.manifest.files
 
     def build_model(self, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32) -> GPT:
-        """Builds the model with these weights, in evaluation mode.
+        """Builds the model with the checkpoint's weights, in evaluation mode.
 
         Raises UserError if the weights do not fit the config.
         """
@@ -111,7 +111,8 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
             f"{ref.prefix}: the tokenizer has {tokenizer.vocab_size} ids but the model has {config.vocab_size}; "
             "they do not belong together"
         )
-    # Checkpoints of earlier versions do not say which tokenizer they were trained with.
+    # Checkpoints of earlier versions do not say which tokenizer they were trained with, so their tokenizer is not
+    # checked.
     if meta.get("tokenizer_digest", tokenizer.digest) != tokenizer.digest:
         raise UserError(
             f"{ref.prefix}: tokenizer.json is not the tokenizer that the model was trained with; "
@@ -253,7 +254,7 @@ class TrainerState:
         return parts[0][2] if len(parts) == 1 else torch.cat([tensor for _, _, tensor in parts])
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Fetches and verifies every file that has rows of these tensors."""
+        """Fetches and verifies every file that has rows of the tensors ``names``."""
         wanted = set(names)
         for file, tensors in self._index.items():
             if wanted & tensors.keys():

@@ -9,7 +9,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.paths import check_name
 from nanochat_core.store import Store
 
-# This file of a checkpoint is written last. A checkpoint without this file is incomplete.
+# The file of a checkpoint that is written last. A checkpoint without this file is incomplete.
 MANIFEST = "MANIFEST.json"
 STAGES = ("base", "sft", "rl")
 # The stage of checkpoints that lessons made. A lesson trains a promoted model on questions, answers and texts that a

@@ -13,7 +13,7 @@ def promote(store: Store, ref: CheckpointRef) -> None:
 
 
 def withdraw(store: Store, model: str) -> None:
-    """Withdraws a promotion because the promoted checkpoint no longer exists.
+    """Withdraws the promotion of ``model``, whose promoted checkpoint no longer exists.
 
     An engine that already serves the checkpoint continues to serve it.
     """

@@ -10,8 +10,9 @@ from nanochat_core.constraints.constraint import Constraint, ConstraintError, Co
 _REPETITION = re.compile(r"\\.|\{(?P<least>\d+)(?:,(?P<most>\d*))?\}|(?P<other>[*+?])", re.DOTALL)
 # Keywords of JSON schema whose value is a number of repetitions.
 _COUNTS = ("maxItems", "minItems", "maxLength", "minLength", "maxProperties", "minProperties")
-# The advice for a schema names the first of these causes: the worst pattern, if it has at least _LARGE repetitions or a
-# count of at least _LARGE; the keyword with the highest count, if this count is at least _LARGE; the schema's size.
+# The advice for a schema names the first cause that applies: the worst pattern, if it has at least _LARGE repetitions
+# or a count of at least _LARGE; the keyword with the highest count, if this count is at least _LARGE; the schema's
+# size.
 _LARGE = 100
 
 
@@ -70,7 +71,7 @@ def schema_nodes(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def schema_patterns(nodes: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, str]]:
-    """Yield the path and the text of each regular expression of these objects.
+    """Yield the path and the text of each regular expression of ``nodes``, the result of :func:`schema_nodes`.
 
     A schema may use the same keys for other purposes, so some of the texts may not be regular expressions.
     """

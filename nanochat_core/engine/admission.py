@@ -112,7 +112,7 @@ class Admission:
                 raise UserError(f"{name} has token {token}, which is outside the vocabulary of {vocab_size}")
 
     def _check_continued(self, request: Request) -> None:
-        """Check limits of ``continued``. :func:`~nanochat_core.engine.continuation.replay` checks tokens and events."""
+        """Check the choices that another engine began. ``continuation.replay`` later checks their tokens and events."""
         most = self._max_length(request) - len(request.prompt)
         seen = set[int]()
         for said in request.continued:

@@ -200,7 +200,8 @@ class AsyncEngine:
         if engine is not None:
             engine.close()
             engine.tools.on_completed = lambda: None  # removes the reference to this object
-        # Commands that were not run refer to the engine, and would keep the model in memory.
+        # The queue is replaced, because commands that were not run refer to the engine and would keep the model in
+        # memory.
         self._inbox = queue.SimpleQueue()
         return True
 
@@ -261,9 +262,8 @@ class AsyncEngine:
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)
-            # A new request may use the id of a canceled request, and the last outputs of the canceled request may
-            # arrive after that. The engine accepts the new request only later, so outputs before its acceptance are
-            # ignored.
+            # A new request may have the id of a canceled request whose last outputs arrive only now. The engine accepts
+            # the new request after it has sent these outputs, so outputs before the acceptance are ignored.
             if stream and stream.accepted.done():
                 if output.error:
                     stream.fail(output.error)

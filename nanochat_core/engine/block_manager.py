@@ -72,9 +72,9 @@ class BlockManager:
 
         ``prefix`` is the result of :meth:`find_prefix`. If the prefix ends inside a block, ``seq`` cannot share that
         block, because ``seq`` continues it with other tokens. The next step must copy the block instead. The copied
-        tokens count as computed only after that step. The step must make all copies before it writes any key or value,
-        in the order in which the sequences were admitted. The source of a copy is not reserved: meanwhile it may be
-        allocated to another sequence, or to ``seq`` as the target of the copy.
+        tokens count as computed only after that step. Before the step writes any key or value, it must make all copies,
+        in the order in which the sequences were admitted. The source of a copy is not reserved: before the copy is
+        made, the source may be allocated to another sequence, or to ``seq`` as the target of the copy.
 
         The result lists, for each group, the id of the block to copy. The list is empty if no block must be copied.
         """

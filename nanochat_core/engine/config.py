@@ -53,9 +53,9 @@ class EngineOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig(EngineOptions):
-    """Limits of one engine. Invalid values raise a :class:`UserError`.
+    """The configuration of one engine. Invalid values raise a :class:`UserError`.
 
-    ``block_size`` is a power of two up to 512. Sequences that wait for a tool count as running. The
+    ``block_size`` is a power of two up to 512. ``max_running`` also counts sequences that wait for a tool. The
     :class:`~nanochat_core.engine.request.ToolPolicy` of a request can override the limits on the number of its tool
     calls and on their output.
     """

@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 # Maximum total size in bytes of the grammars and refusals that are kept for later requests.
 CACHE_BYTES = 64 << 20
-# A smaller entry counts as this many bytes. The size of smaller entries cannot be measured, because the operating
-# system counts a process's memory in steps of 256 KiB.
+# Every grammar or refusal counts as at least this many bytes. The size of smaller ones cannot be measured, because the
+# operating system counts a process's memory in steps of 256 KiB.
 LEAST_BYTES = 512 << 10
 
 

@@ -72,7 +72,7 @@ class _Replay:
         return None, self._tools.observe(seq)
 
     def _read_output(self, call: ToolCall) -> End | None:
-        """Append the output of a call. Returns None if the first engine sent all of it and the choice goes on."""
+        """Append the output of a call. Returns None if the client has all of the output and the choice goes on."""
         seq = self._seq
         if not self._events:
             return End(call=call)

@@ -262,7 +262,7 @@ class Engine:
         self.blocks.forget()
 
     def warm_up(self) -> None:
-        """Run a large and a small step, so that the first requests are as fast as later ones. Call this before them."""
+        """Run a large and a small step before the first request, so that it is as fast as later requests."""
         with self._on_device():
             self.runner.warm_up()
         smallest = min(group.num_blocks for group in self.blocks.groups)

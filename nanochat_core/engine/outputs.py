@@ -18,7 +18,7 @@ class StepOutputs:
         return outputs
 
     def add_result(self, seq: Sequence, result: ToolResult, forced: list[Token]) -> None:
-        """Add a tool's result and the tokens that show it to the model."""
+        """Add a tool's result and ``forced``, the tokens that show the result to the model."""
         output = self.for_tokens(seq)
         output.tool_events.append(result)
         output.tokens += forced
@@ -47,7 +47,10 @@ class StepOutputs:
 
 
 def finish_reason(seq: Sequence) -> FinishReason | None:
-    """Return why ``seq`` ends after its last token; None if it continues. Also advance its matcher, if any."""
+    """Return why ``seq`` ends after its last token, or None if the sequence continues.
+
+    If the sequence has a constraint, this function also advances the constraint's matcher by that token.
+    """
     matcher, stops = seq.matcher, seq.request.sampling.stop_token_ids
     token, full = seq.tokens[-1], len(seq.tokens) >= seq.max_length
     if token in stops:

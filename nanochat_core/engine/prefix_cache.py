@@ -2,7 +2,8 @@
 
 The keys and values of a token depend on that token and on all tokens before it. A full block is therefore identified by
 a hash chain: the hash of its tokens together with the hash of its parent, the block before it. Two sequences that begin
-with the same tokens compute the same hashes and share the blocks. This is safe, because a full block never changes.
+with the same tokens compute the same hashes and share the blocks. Sharing a block is safe, because a full block never
+changes.
 
 After the shared blocks, a sequence's next block may begin with the same tokens as a computed block and then differ. The
 sequence then copies that computed block and replaces the tokens that differ. For each parent, one block is offered for

@@ -12,7 +12,7 @@ from nanochat_core.constraints.constraint import Constraint
 from nanochat_core.errors import UserError
 
 MAX_LOGPROBS = 128
-# These limits keep adjusted logits far inside the range of float32.
+# Limits of sampling parameters that keep adjusted logits far inside the range of float32.
 MAX_BIAS = 1000.0
 REPETITION_PENALTIES = 0.01, 100.0
 MAX_TEMPERATURE = 1000.0

@@ -152,7 +152,7 @@ class Sampler:
             z.index_put_((rows, tokens), z.new_tensor(float("-inf")))
 
     def _constrain(self, z: Tensor, sequences: Items[Sequence], rows: Items[int]) -> None:
-        """Set to -inf, in place, the logits of all tokens that the constraints of these rows forbid."""
+        """Set to -inf, in place, the logits of all tokens that the constraints of the given rows forbid."""
         packed = np.empty((len(rows), -(-self._vocab_size // 32)), np.int32)
         for mask, row in zip(packed, rows, strict=True):
             matcher = sequences[row].matcher
@@ -225,8 +225,8 @@ class Sampler:
     def filter(self, z: Tensor, params: Items[SamplingParams]) -> Tensor:
         """Set to -inf the logits of tokens that top-k, top-p or min-p excludes.
 
-        The filters apply in this order, each to the tokens that are left. ``z`` (rows, n) fp32 has the logits of all
-        tokens, or only of candidates. The method may change ``z``.
+        Top-k applies first, then top-p, then min-p, each to the tokens that the filters before it have left. ``z``
+        (rows, n) fp32 has the logits of all tokens, or only of candidates. The method may change ``z``.
         """
         top_k = [p.top_k or self._vocab_size for p in params]
         limited = _rows(params, lambda p: 0 < p.top_k < self._vocab_size)
@@ -314,9 +314,9 @@ def _top_p_threshold(z: Tensor, top_p: Tensor) -> Tensor:
         best = z.topk(candidates).values
         weights = (best - highest).to(precise).exp()
         sums = weights.cumsum(dim=-1)
-        # If top-k has left at most TOP_P_CANDIDATES tokens of a row, the total is the sum of their sorted weights. This
-        # sum has the same bits in every batch. The other rows of the batch decide whether ``weights`` also contains
-        # tokens that top-k has removed, but their weights are 0.
+        # The total weight of a row's tokens must have the same bits in every batch. For a row with at most
+        # TOP_P_CANDIDATES tokens left, it is therefore the sum of the row's sorted weights. The other rows of the batch
+        # change only the number of removed tokens at the end of ``weights``, and removed tokens have the weight 0.
         total = torch.where(left <= TOP_P_CANDIDATES, sums[:, -1:], whole)
         kept = (sums - weights < top_p * total).sum(dim=-1, keepdim=True).clamp_(min=1)
         if candidates == z.size(1) or bool((kept < candidates).all()):

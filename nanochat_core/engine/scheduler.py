@@ -66,8 +66,8 @@ class Scheduler:
     """Shares the token budget of each step among sequences.
 
     Running sequences come first. Waiting sequences follow while there is token budget, ``max_running`` is not reached
-    and cache blocks are free. Within both kinds, the order is (priority, arrival). If the blocks run out, the last
-    sequence in this order, called the youngest, loses its blocks (preemption).
+    and cache blocks are free. Running sequences, and likewise waiting sequences, have the order (priority, arrival). If
+    the blocks run out, the last sequence in this order, called the youngest, loses its blocks (preemption).
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Scheduler:
         return chunks
 
     def computed(self, chunks: list[Chunk]) -> None:
-        """Record that the keys and values of these chunks are in the cache, or will be after the step.
+        """Record that the keys and values of ``chunks`` are in the cache, or will be after the step.
 
         Drafted tokens do not count, because it is not known yet whether they are right. Sequences that have finished in
         the meantime are ignored.

@@ -14,8 +14,9 @@ log = logging.getLogger(__name__)
 
 # The engine gives up after the smallest possible step has failed this many times in a row, because no step will fit.
 MOST_FAILURES = 3
-# The limits double after this many successful steps. If the larger step fails, the engine loses one step and computes
-# half a batch again. That is little compared to this many steps.
+# After this many successful steps, the scheduler's limits (running sequences and tokens per step) double. If the larger
+# step fails, the engine loses one step and computes half a batch again, which is little work compared to this many
+# steps.
 STEPS_UNTIL_MORE = 500
 
 

@@ -10,9 +10,9 @@ the result is exactly the tokens that would have been sampled one by one.
 # A draft copies the tokens that followed the latest earlier occurrence of the last n tokens. The larger n is tried
 # first, because its drafts are right more often.
 NGRAMS = (4, 2)
-# ``right_share`` is the share of right guesses, an exponential moving average with this decay. Drafting pauses while
-# ``right_share`` is below _LEAST_RIGHT. Guesses are still made and checked, so drafting resumes when the text begins to
-# repeat itself.
+# ``right_share`` is the share of right guesses, an exponential moving average with the decay _DECAY. Drafting pauses
+# while ``right_share`` is below _LEAST_RIGHT. Guesses are still made and checked, so drafting resumes when the text
+# begins to repeat itself.
 _DECAY = 0.85
 _LEAST_RIGHT = 0.35
 # ``right_share`` of a new sequence. It is high enough that the first few guesses become drafts.

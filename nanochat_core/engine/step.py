@@ -60,7 +60,7 @@ class TokenBatch:
 
 
 class LaunchedStep:
-    """The chunks of a started step that sample tokens, and these tokens. The device may still be sampling them.
+    """The chunks of a started step that sample tokens, and the sampled tokens, which may not be ready yet.
 
     The next step may use ``tokens`` (rows,) int64 on the device before the host reads them.
     """
@@ -75,7 +75,10 @@ class LaunchedStep:
 
     @property
     def can_be_overtaken(self) -> bool:
-        """Whether the next step can start before these tokens are read; false with drafts, penalties or constraints."""
+        """Whether the next step can start before this step's tokens are read.
+
+        It cannot if a sequence of this step has a draft, penalties or a constraint.
+        """
         return all(chunk.seq.is_memoryless and not chunk.draft for chunk in self.chunks)
 
     def read(self) -> list[tuple[Chunk, list[Token]]]:

@@ -1,8 +1,12 @@
 """Lessons in the store: ``lessons/<model>/<n>/`` with ``items.jsonl`` and ``lesson.json``.
 
-Programs that add or cancel lessons, or request a roll-back, such as the gateway, write only below ``lessons/``: a new
-lesson, the request that added the lesson (in ``lessons/<model>/requests/``), the file ``CANCEL`` in the folder of a
-lesson, and ``lessons/<model>/roll_back.json``. The gateway therefore needs rights only for this folder of the store.
+Programs such as the gateway add lessons, cancel lessons and request roll-backs. They write only below ``lessons/``, so
+they need rights only for this folder of the store:
+
+- a new lesson;
+- the request that added the lesson, in ``lessons/<model>/requests/``;
+- the file ``CANCEL`` in the folder of a lesson that somebody has canceled;
+- the request for a roll-back, ``lessons/<model>/roll_back.json``.
 """
 
 from __future__ import annotations
@@ -118,7 +122,7 @@ class Lesson:
         training: the number of ``steps``, the ``seconds``, and the points of the ``history``. They are updated
             during the training.
         before, after: the number of questions ``asked`` and the number of ``right`` answers in each group of
-            :mod:`examination`, before and after the lesson.
+            :mod:`jobs.teach.examination`, before and after the lesson.
         wrong: the lesson's questions that the taught model answers wrongly.
         lost: questions that the model answered rightly before the lesson and wrongly after it.
         decision: the decision of the promotion gate, as reports show it.
@@ -257,7 +261,7 @@ def items_digest(items: Sequence[Item]) -> str:
 
 
 def write_lesson(store: Store, lesson: Lesson) -> None:
-    """Store the lesson. Once it is in the queue, only the process that holds the lease on its model may call this.
+    """Store the lesson. Once the lesson is in the queue, only the holder of the lease on its model may call this.
 
     Raises UserError for a damaged lesson: its file stays as it is, so that a person can repair it.
     """
@@ -379,8 +383,8 @@ def request_roll_back(store: Store, model: str, number: int, who: str) -> RollBa
         version: str | None = None
         with contextlib.suppress(FileNotFoundError):
             version = store.read_version(key)[1]
-        # In a FolderStore, finish_roll_back() compares the version and then writes. A plain write, which takes no lock,
-        # could happen between these two steps, and would be lost.
+        # Store.replace is used, because a plain write takes no lock. In a FolderStore, a plain write could happen while
+        # finish_roll_back() has compared the version but not yet written, and would be lost.
         if store.replace(key, _json(asked), version) is not None:
             return asked
 

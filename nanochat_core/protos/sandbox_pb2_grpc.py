@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class SandboxStub(object):
-    """Runs untrusted Python. Each call runs in a new process, and nothing of this process remains after the call.
+    """Runs untrusted Python. Each call runs in a new process. After the call, nothing of this process remains, except the
+    files of a session.
     """
 
     def __init__(self, channel):
@@ -53,7 +54,8 @@ class SandboxStub(object):
 
 
 class SandboxServicer(object):
-    """Runs untrusted Python. Each call runs in a new process, and nothing of this process remains after the call.
+    """Runs untrusted Python. Each call runs in a new process. After the call, nothing of this process remains, except the
+    files of a session.
     """
 
     def Execute(self, request, context):
@@ -105,7 +107,8 @@ def add_SandboxServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Sandbox(object):
-    """Runs untrusted Python. Each call runs in a new process, and nothing of this process remains after the call.
+    """Runs untrusted Python. Each call runs in a new process. After the call, nothing of this process remains, except the
+    files of a session.
     """
 
     @staticmethod

@@ -13,7 +13,7 @@ from nanochat_core.tracing.span import Span, current_span
 
 @dataclasses.dataclass(frozen=True)
 class TracingSettings:
-    """The destination of traces. All services have the same setting."""
+    """The setting that names the destination of traces. Every service has it."""
 
     otlp_endpoint: str = setting(
         "",
@@ -27,7 +27,7 @@ class Tracer:
     """Makes and exports the spans of one service."""
 
     def __init__(self, service: str, settings: TracingSettings, ratio: float = 0.0) -> None:
-        """A trace that begins in this service is exported with probability ``ratio``. Callers decide on other traces.
+        """A trace that begins in this service is exported with probability ``ratio``. For other traces, callers decide.
 
         Raises UserError if traces are to be exported and the packages for that are not installed.
         """

@@ -389,8 +389,8 @@ void square(const Batch &b, T *x, int64_t n) {
 
 // Finishes a transformer block and begins the next one. First x becomes x + y * dim / square_sum(x), where y is the
 // result of an MLP whose input was not normalized. Then x becomes the next block's input, residual * x + skip * x0, and
-// b.scale receives the scale of its norm. If y is null, the first part is left out. If x0 is null, the second part is
-// left out. `kept`, unless null, receives x after the first part.
+// b.scale receives the scale of its norm. If y is null, the first change of x is left out. If x0 is null, the second
+// change is left out. `kept`, unless null, receives x after the first change.
 template <typename T>
 void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *x0, float residual, float skip) {
   const int n = s.dim;

@@ -140,7 +140,7 @@ class CpuNetwork(ServingWeights):
     ) -> Tensor:
         """See :meth:`~nanochat_core.engine.backends.torch.network.TorchNetwork.hidden`.
 
-        ``attend`` tells where the keys and values of these tokens are in the cache. ``wanted``, if given, has the
+        ``attend`` tells where the keys and values of the tokens ``ids`` are in the cache. ``wanted``, if given, has the
         indices of all tokens whose logits are needed.
         """
         kernels, shape, layers, tokens = self._kernels, byref(self._shape), self._layers, ids.numel()
@@ -160,7 +160,8 @@ class CpuNetwork(ServingWeights):
             place = byref(attend.layer(index, qkv.size(1), self._value_tables.get(index), self._value_table.size(1)))
             kernels.nanochat_prepare(shape, batch, place, qkv.data_ptr())
             if wanted is not None and index == len(layers) - 1:
-                # No later layer needs the other tokens.
+                # The last layer computes only keys and values of the other tokens, because no later layer needs these
+                # tokens.
                 if not len(wanted):
                     return x[:0]
                 x, middle, queries = (each.index_select(0, wanted) for each in (x, middle, queries))

@@ -21,7 +21,7 @@ _MOST_UNMEASURED = 2**14
 # Products with weights of more numbers than this are not measured either. oneDNN computes them, because measuring would
 # take seconds at each start of a new container.
 _MOST_MEASURED = 2**22
-# Numbers of rows in the measured products. They stand for twelve steps that decode and one step that computes a prompt.
+# Numbers of rows in the measured products. They imitate twelve steps that decode and one step that computes a prompt.
 _MEASURED_ROWS = (*(1, 8, 32) * 4, 256)
 
 

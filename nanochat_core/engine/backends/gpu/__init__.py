@@ -1,9 +1,10 @@
 """The engine's own kernels for GPUs. Small steps run as CUDA graphs.
 
 Reading weights and starting kernels take most of the time of a small step. PyTorch's operators start about forty
-kernels per layer and copy the keys and values of every sequence. Here a layer needs four matrix products and five
-kernels, and attention reads keys and values directly from the cache. A step of few tokens is one CUDA graph: one
-call starts all its kernels. Without Triton, or with an unusual head size, the engine uses PyTorch's operators.
+kernels per layer and copy the keys and values of every sequence. With the engine's own kernels, a layer needs four
+matrix products and five kernels, and attention reads keys and values directly from the cache. A step of few tokens is
+one CUDA graph: one call starts all its kernels. Without Triton, or with an unusual head size, the engine uses PyTorch's
+operators.
 """
 
 import importlib.util

@@ -272,7 +272,7 @@ class GpuNetwork(ServingWeights):
             causal=True,
             window_size=(cache.windows[group], 0),
         )
-        # Early versions return a tuple of the result and the log-sum-exp of the scores.
+        # Early versions of FlashAttention 3 return a tuple of the result and the log-sum-exp of the scores.
         mixed: Tensor = y[0] if isinstance(y, tuple) else y
         return mixed
 

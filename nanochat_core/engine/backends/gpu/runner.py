@@ -106,8 +106,8 @@ class GpuRunner:
         with torch.cuda.stream(stream):
             compute()  # compiles kernels and initializes libraries; a graph cannot record such work
         graph = torch.cuda.CUDAGraph()
-        # Another thread may still serve requests with the previous model. In this mode, that thread's allocations do
-        # not stop the recording.
+        # Another thread may still serve requests with the previous model. With the capture mode ``thread_local``, that
+        # thread's allocations do not stop the recording.
         with RECORDING, torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             logits = compute()
 

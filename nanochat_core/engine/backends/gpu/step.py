@@ -53,7 +53,7 @@ class Step:
         return self.ids.numel()
 
     def only(self, wanted: Tensor) -> "Step":
-        """The step reduced to the tokens with these indices (int64). Attention is then computed token by token."""
+        """The step reduced to the tokens with the indices ``wanted`` (int64), which are attended one by one."""
         return dataclasses.replace(
             self,
             ids=self.ids.index_select(0, wanted),
@@ -86,7 +86,7 @@ class StepInputs:
         self._steps: dict[int, Step] = {}
 
     def fill(self, chunks: Items[Chunk], batch: TokenBatch, tokens: int, *, in_pieces: bool) -> Step:
-        """Copy this batch to the device, padded to ``tokens`` tokens.
+        """Copy ``batch``, the tokens of ``chunks``, to the device, padded to ``tokens`` tokens.
 
         If ``in_pieces`` is set, ``Step.pieces`` is filled too, and attention then processes successive tokens together.
         """
@@ -192,7 +192,7 @@ class _HostBuffer:
             self._copied.record(torch.cuda.current_stream(device.device))
 
     def write_tables(self, row: int, tables: list[list[int]]) -> None:
-        """Write the block tables of a sequence to this row. Only new entries are written."""
+        """Write the block tables of a sequence to the row ``row`` of this buffer. Only new entries are written."""
         written = self._written[row]
         for g, table in enumerate(tables):
             length = len(table)

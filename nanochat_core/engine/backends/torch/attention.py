@@ -31,8 +31,8 @@ from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import GPT, QK_SCALE
 
 KEY_MULTIPLE = 16
-# Chunks share a padded batch if their contexts round up to the same power of two. A shorter context counts as this many
-# tokens.
+# Chunks share a padded batch if the lengths of their contexts lie between the same two successive powers of two. A
+# context of fewer tokens than this counts as this many.
 SMALLEST_BUCKET = 256
 
 

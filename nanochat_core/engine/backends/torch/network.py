@@ -13,9 +13,9 @@ class Attend(Protocol):
     """Causal attention of one layer. The implementation stores the keys and values of earlier tokens.
 
     ``q`` has shape (tokens, n_head, head_dim); ``k`` and ``v`` have shape (tokens, n_kv_head, head_dim) and belong to
-    the tokens of this batch. If :meth:`TorchNetwork.hidden` gets a number of wanted tokens, ``q`` contains only these
-    last tokens in the last layer. The result has the shape of ``q``. ``q`` and ``k`` are unit vectors; a score is their
-    product times ``QK_SCALE ** 2 * sqrt(head_dim)``.
+    the tokens of this batch. If :meth:`TorchNetwork.hidden` gets a number of wanted tokens, then in the last layer,
+    ``q`` contains only that number of last tokens. The result has the shape of ``q``. ``q`` and ``k`` are unit vectors;
+    a score is their product times ``QK_SCALE ** 2 * sqrt(head_dim)``.
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
