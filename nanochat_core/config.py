@@ -86,7 +86,8 @@ class ModelConfig:
     def windows(self) -> tuple[int, ...]:
         """For each layer, the number of earlier tokens that a token attends to.
 
-        A short window is a quarter of the context. The last layer always attends to the whole context.
+        A short window is a quarter of the context, rounded up to a multiple of WINDOW_MULTIPLE. The last layer always
+        attends to the whole context.
         """
         short = math.ceil(self.context_length / 4 / WINDOW_MULTIPLE) * WINDOW_MULTIPLE
         by_letter = {"L": self.context_length, "S": min(short, self.context_length)}

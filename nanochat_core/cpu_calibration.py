@@ -45,7 +45,7 @@ class Answer:
 def fastest(
     question: str, candidates: Mapping[str, Callable[[], object]], equal: Callable[[], bool] | None = None
 ) -> str:
-    """The name of the fastest candidate. Only a new question is measured; later calls read the stored answer.
+    """The name of the fastest candidate. The first call with a question measures; later calls read the stored answer.
 
     Args:
         question: describes the computation, including the shape and the number of threads. Equal questions have equal

@@ -73,7 +73,8 @@ class ServiceChannel:
     def _connect(self, identity: Identity | None) -> Any:
         if identity is None:
             return grpc.aio.insecure_channel(self._endpoint.address, options=self._options)
-        # The channel connects to a numeric address, but the certificate is valid for the name that was looked up.
+        # The certificate is checked against the name that was looked up, because it is not valid for the numeric
+        # address to which the channel connects.
         name = ("grpc.ssl_target_name_override", self._endpoint.host)
         credentials = client_credentials(identity)
         return grpc.aio.secure_channel(self._endpoint.address, credentials, options=[*self._options, name])

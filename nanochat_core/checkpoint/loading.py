@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 LoadedT = TypeVar("LoadedT")
 
 META_FORMAT = 1
-# Since format 2, the position in the training data also says which parts of documents are not packed into rows yet.
+# Format 2 adds, to the position in the training data, the parts of documents that are not packed into rows yet.
 TRAINER_STATE_FORMAT = 2
 
 
@@ -92,7 +92,8 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
     Raises:
         DamagedCheckpoint: there is no such checkpoint, or one of its files is missing or damaged.
         NewerFormatError: a newer version of nanochat wrote one of its files.
-        UserError: the files are undamaged, but they do not belong together, or one of them has invalid content.
+        UserError: no file is damaged, but the weights, the config and the tokenizer do not fit together, or a file has
+            invalid content.
     """
     manifest = load_manifest(store, ref)
     with store.keeping(ref.prefix):

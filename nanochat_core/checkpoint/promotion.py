@@ -30,7 +30,7 @@ def promoted(store: Store, model: str) -> CheckpointRef | None:
 
 
 def was_promoted(store: Store, model: str) -> bool:
-    """Whether a checkpoint of the model is promoted or was promoted before its promotion was withdrawn."""
+    """Whether a checkpoint of the model was ever promoted, even if the promotion was withdrawn later."""
     return store.exists(_promoted_key(model))
 
 

@@ -19,10 +19,11 @@ MAX_SOURCE_CHARACTERS = 65_536
 # Generated JSON has at most one space between its parts, like the output of json.dumps. If any white
 # space were allowed, a weak model might write it without end.
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-# The first character decides: text that begins with a brace must match the schema, and all other text is allowed.
+# Grammar of the kind TEXT_OR_JSON_SCHEMA. The first character decides: text that begins with a brace must match the
+# schema, and all other text is allowed.
 _TEXT_OR_JSON = "start: (TEXT | json)?\nTEXT: /[^{](.|\\n)*/\njson: %json "
-# All limits except ``max_items_in_row`` are lower than the defaults of llguidance. The defaults allow each sequence
-# 250,000 lexer states of about 2 kB each, and 14 ms per step.
+# All limits except ``max_items_in_row`` are lower than the defaults of llguidance, because the defaults allow each
+# sequence 250,000 lexer states of about 2 kB each, and 14 ms per step.
 _LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 50_000,
     "step_lexer_fuel": 50_000,

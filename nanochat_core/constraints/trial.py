@@ -25,8 +25,8 @@ from nanochat_core.tokenizer import Tokenizer
 # 1,000 texts takes 0.1 s and 13 MB.
 CPU_SECONDS = 1.0
 MOST_BYTES = 64 << 20
-# Limit of the CPU time for one token, in seconds. All sequences of a batch wait for this work. The slowest token with a
-# schema of 1,000 properties takes 15 ms.
+# Limit of the CPU time for one token of a completion, in seconds. The limit is short, because all sequences of a batch
+# wait for this work. The slowest token with a schema of 1,000 properties takes 15 ms.
 MOST_STEP_SECONDS = 0.05
 # Seconds within which the process must answer. The limit is high, because other processes may use most of the CPU time.
 _PATIENCE_SECONDS = 60.0

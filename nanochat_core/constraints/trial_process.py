@@ -163,8 +163,8 @@ def _limit_resources() -> None:
         with open("/proc/self/statm") as statm:
             size = int(statm.read().split()[0]) * resource.getpagesize()
     except OSError:
-        # Only Linux has this file. On other systems, the parent learns only after a compilation how much memory the
-        # compilation took, so it cannot end a compilation that takes too much.
+        # Only Linux has the file /proc/self/statm. On other systems, no limit of memory is set. The parent then learns
+        # only after a compilation how much memory the compilation took.
         return
     resource.setrlimit(resource.RLIMIT_AS, (size + MOST_BYTES, size + MOST_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

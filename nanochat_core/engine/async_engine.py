@@ -109,7 +109,8 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, args=(engine,), name=DEVICE_LOOP, daemon=True)
-        # An empty command wakes the device loop while it waits for commands.
+        # When the result of a Python call arrives, an empty command wakes the device loop, which may be waiting for
+        # commands.
         engine.tools.on_completed = lambda: self._inbox.put(lambda: None)
 
     def start(self) -> None:

@@ -70,7 +70,7 @@ def plan_groups(
 def _most_held(window: int, token_budget: int, block_size: int) -> int:
     """Maximum number of blocks that one sequence needs in a group with a window during a step."""
     continuing = -(-(window + token_budget) // block_size) + 1
-    # A sequence that starts after a shared prefix gets all blocks that overlap its window. Its first chunk may begin
-    # anywhere in a block, because the earlier tokens of that block are copied.
+    # A sequence that starts after a shared prefix needs all blocks that overlap its window, and the blocks of its first
+    # chunk. The chunk may begin anywhere in a block, because the earlier tokens of that block are copied.
     starting = -(-window // block_size) - (-(token_budget + block_size - 1) // block_size)
     return max(continuing, starting)

@@ -262,7 +262,7 @@ class Engine:
         self.blocks.forget()
 
     def warm_up(self) -> None:
-        """Run a large and a small step before the first request, so that it is as fast as later requests."""
+        """Run a large and a small step before the first request, so that the first request is as fast as later ones."""
         with self._on_device():
             self.runner.warm_up()
         smallest = min(group.num_blocks for group in self.blocks.groups)

@@ -42,7 +42,7 @@ class TokenBatch:
         self.rows = np.array([ids, previous, positions], dtype=np.int64)
 
     def fill_in(self, ids: Tensor, previous: LaunchedStep | None) -> None:
-        """Copy the tokens that the previous step sampled into ``ids`` (tokens,), on the device."""
+        """Write the tokens that the previous step sampled to their places in ``ids`` (tokens,), on the device."""
         if self.unknown and previous is not None:
             pairs = [[place for place, _ in self.unknown], [previous.rows[seq] for _, seq in self.unknown]]
             places, rows = to_device(np.array(pairs, dtype=np.int64), ids.device)
@@ -77,7 +77,7 @@ class LaunchedStep:
     def can_be_overtaken(self) -> bool:
         """Whether the next step can start before this step's tokens are read.
 
-        It cannot if a sequence of this step has a draft, penalties or a constraint.
+        The next step must wait if a sequence of this step has a draft, penalties or a constraint.
         """
         return all(chunk.seq.is_memoryless and not chunk.draft for chunk in self.chunks)
 

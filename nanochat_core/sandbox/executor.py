@@ -235,8 +235,8 @@ class SandboxExecutor:
 
     @property
     def _most_bytes(self) -> int:
-        # Files occupy whole blocks, which may be larger than the bytes of the files. The limit is therefore half of the
-        # scratch folder's size.
+        # Files occupy whole blocks, which may be larger than the bytes of the files. The limit is therefore at most
+        # half of the scratch folder's size.
         return min(self.config.max_file_bytes, self.config.scratch_bytes // 2)
 
     @property

@@ -32,9 +32,9 @@ _SERVER_START_SECONDS = 60.0
 _EXIT_SECONDS = 1.0
 # Longest wait until all processes have closed the standard error of a server that has ended.
 _LAST_WORDS_SECONDS = 0.2
-# For this long, the kernel's killing of a process for lack of memory counts as recent. The time is not shorter, because
-# the kernel may kill several processes at once, and the executor then determines the results of their calls one after
-# the other.
+# A process that the kernel killed for lack of memory counts as recently killed for this long. The time is not shorter,
+# because the kernel may kill several processes at once, and the executor then determines the results of their calls one
+# after the other.
 _OOM_SECONDS = 5.0
 _MESSAGE_BYTES = 1 << 16
 _SEND_BUFFER_BYTES = 1 << 20

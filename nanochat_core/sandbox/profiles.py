@@ -171,8 +171,8 @@ class GvisorProfile(BwrapProfile):
     """
 
     name = "gvisor"
-    # On gVisor, bubblewrap cannot forbid namespaces, because this needs a setting in /proc. The system-call filter
-    # forbids namespaces anyway.
+    # On gVisor, bubblewrap cannot forbid namespaces, because it cannot change the setting in /proc that forbids them.
+    # The system-call filter forbids namespaces anyway.
     forbids_namespaces = False
     # On gVisor, bubblewrap cannot set up the loopback interface of a new network namespace, so the fork server itself
     # moves to one.

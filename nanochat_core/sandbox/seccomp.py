@@ -128,7 +128,7 @@ CONDITIONAL: dict[str, tuple[tuple[Condition, ...], ...]] = {
     # Excluded: O_NOTIFICATION_PIPE.
     "pipe2": ((_only(1, os.O_CLOEXEC | os.O_NONBLOCK),),),
     # Excluded: F_SETOWN and F_SETSIG (they send signals to other processes), F_NOTIFY and F_SETLEASE (they observe
-    # other processes), and locks (other sandboxes could wait).
+    # other processes), and locks (another sandbox could have to wait).
     "fcntl": ((Condition(1, (_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC)),),),
     # Excluded: FIOSETOWN, and TIOCSTI (it injects input into a terminal).
     "ioctl": ((Condition(1, (_TCGETS, _TIOCGWINSZ, _FIONREAD, _FIONBIO, _FIONCLEX, _FIOCLEX)),),),
@@ -146,7 +146,8 @@ CONDITIONAL: dict[str, tuple[tuple[Condition, ...], ...]] = {
     ),
     # Excluded: MADV_MERGEABLE (pages that are shared with other processes), MADV_PAGEOUT.
     "madvise": ((Condition(2, _ADVICE),),),
-    # Threads of this process; a filter of build_thread_filter limits their number. Excluded: processes and namespaces.
+    # Code may start threads of its process; a filter of build_thread_filter limits their number. Excluded: new
+    # processes and namespaces.
     "clone": ((Condition(0, (_THREAD_FLAGS,), wide=True),),),
     # A private futex belongs to one process. Excluded: shared futexes, which reach all processes that map the same
     # file, and operations with priority inheritance, which take the id of any thread.
@@ -255,7 +256,7 @@ def build_filter(machine: Machine, *, file_mappings: bool = True, own_files: boo
 
 
 def _search(ranges: list[tuple[int, bytes]]) -> bytes:
-    """Return instructions that find the range of the system call's number by binary search, and then run its decision.
+    """Return instructions that find the range of a system call's number, and then run the instructions of that range.
 
     Each range is its first number and the instructions that decide about its numbers. With binary search, a worker
     starts faster than with a linear search, because the kernel tries all numbers when a process installs a filter.

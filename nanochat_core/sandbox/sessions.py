@@ -11,13 +11,13 @@ from collections.abc import AsyncIterator, Mapping
 
 @dataclasses.dataclass
 class Session:
-    """One session.
+    """The state of one session.
 
     Attributes:
         files: contents of the files that the last call left, by name.
         new: true until the first call has left its files.
         used: when the last call ended, on the clock of ``time.monotonic``.
-        calls: calls that run or wait; one runs at a time.
+        calls: number of calls that run or wait; one runs at a time.
     """
 
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
@@ -28,10 +28,10 @@ class Session:
 
 
 class Sessions:
-    """Keeps at most ``limit`` sessions, and forgets a session after ``idle_seconds``. Sessions in use are always kept.
+    """Keeps at most ``limit`` sessions, but always those in use. Forgets a session ``idle_seconds`` after its last call.
 
     Attributes:
-        waiting: calls that wait for another call of their session.
+        waiting: number of calls that wait for another call of their session.
     """
 
     def __init__(self, limit: int, idle_seconds: float) -> None:

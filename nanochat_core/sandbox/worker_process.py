@@ -39,7 +39,7 @@ class ProcessUsage:
         self.peak_memory_bytes = 0
 
     def address_space_bytes(self) -> int:
-        """Size of the virtual memory."""
+        """Size of the process's virtual memory."""
         try:
             with open(f"/proc/{self._pid}/statm", "rb") as statm:
                 return int(statm.read().split()[0]) * _PAGE_BYTES

@@ -110,7 +110,7 @@ class Lease:
         self._released.set()
         if self._thread is not None:
             self._thread.join()
-        # If the removal fails, other programs wait until the lease has expired.
+        # An error is ignored, because other programs then only have to wait until the lease has expired.
         with contextlib.suppress(StoreError, LeaseLost):
             self.renew()  # so that no other program takes the lease over before the removal
             assert self._version is not None
@@ -131,8 +131,8 @@ class Lease:
             self._renewals += 1
             version = self._store.replace(self._key, self._content(), self._version)
             if version is None:
-                # This program still has the lease if an earlier write succeeded but its answer was lost, or if somebody
-                # removed the file.
+                # The lease is read again, because this program may still have it: an earlier write may have succeeded
+                # although its answer was lost, or somebody may have removed the file.
                 content, found = self._read()
                 if found is not None and _parsed(content).get("token") != self._holder["token"]:
                     self._lost = LeaseLost(

@@ -7,7 +7,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 # The functions of libc are looked up once here, so that no worker has to look them up.
 _capset, _mount, _syscall = _libc.capset, _libc.mount, _libc.syscall
-# Calls through this object do not release Python's global lock, because a forked process could not acquire it again.
+# Calls through this second object for libc keep Python's global lock, because a forked process could not acquire it
+# again.
 _libc_locked = ctypes.PyDLL(None, use_errno=True)
 _syscall_locked = _libc_locked.syscall
 _before_fork, _after_fork_parent = ctypes.pythonapi.PyOS_BeforeFork, ctypes.pythonapi.PyOS_AfterFork_Parent
@@ -97,7 +98,7 @@ def give_up_new_privileges() -> None:
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
             break  # there are no more capabilities, or this process is unprivileged and cannot gain one
-    # An error is ignored, because this call fails only on kernels without ambient capabilities.
+    # An error of the next call is ignored, because the call fails only on kernels without ambient capabilities.
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     _prctl("non-dumpable", _PR_SET_DUMPABLE, 0)
 

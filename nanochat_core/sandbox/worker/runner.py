@@ -102,8 +102,8 @@ def _run_and_report(
     try:
         value = _evaluate(code.decode("utf-8"), module.__dict__)
         if value is not None:
-            # One byte above the limit tells the executor that the text is longer. The first cut counts characters. This
-            # is safe, because each character has at least one byte.
+            # One byte above the limit tells the executor that the text is longer. The first cut counts characters, not
+            # bytes. It never cuts too much, because each character has at least one byte.
             result = to_text(value)[: output_bytes + 1].encode("utf-8", "replace")[: output_bytes + 1]
             kind = protocol.VALUE
     except BaseException as error:

@@ -10,8 +10,8 @@ part and updates only its part. A step has three stages:
     unit starts as soon as the backward pass has completed the unit's gradients, and overlaps with the rest of the
     backward pass.
 2.  Update: each rank updates its own part.
-3. Gather: each rank receives the parts that other ranks have updated. The transfer overlaps with the updates of the
-   next units.
+3.  Gather: each rank receives the parts that other ranks have updated. The transfer overlaps with the updates of the
+    next units.
 
 A single rank owns everything and runs the same code without the communication.
 """

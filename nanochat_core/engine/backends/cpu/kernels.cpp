@@ -317,7 +317,7 @@ void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *
     }
 }
 
-// Maximum number of query rows for which keys and values are loaded once.
+// Maximum number of query rows that are computed together, so that keys and values are loaded once for all these rows.
 constexpr int MOST_ROWS = 4;
 
 template <typename T, int D>
@@ -410,8 +410,8 @@ void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *
   }
 }
 
-// In products with eight-bit weights: the number of outputs that are computed together, and the maximum number of rows
-// for which a weight is converted to float once.
+// In products with eight-bit weights: the number of outputs and the maximum number of rows that are computed together.
+// A weight is converted to float once for all these rows.
 constexpr int TILE = 2 * LANES;
 constexpr int PRODUCT_ROWS = 8;
 

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 _BUILD_SECONDS = 120
-# Container images have no compiler, so they include libraries that were built in advance for these microarchitecture
-# levels. A processor that has all features of a level can run its library. The most capable level comes first.
+# Container images have no compiler, so they include libraries that were built in advance for the microarchitecture
+# levels below. A processor that has all features of a level can run its library. The most capable level comes first.
 PREBUILT = Path(__file__).with_name("prebuilt")
 LEVELS = {
     "x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"},

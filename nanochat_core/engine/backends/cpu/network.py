@@ -19,7 +19,7 @@ from nanochat_core.model import GPT, QK_SCALE, VALUE_GATE_SCALE, rms_norm
 class CpuAttention:
     """Tells the kernels where the tokens of one ragged batch are in the cache. The tokens have the order of ``chunks``.
 
-    The keys of a block have shape (n_kv_head, head_dim, block_size). Its values have shape (n_kv_head, block_size,
+    The keys of a block have shape (n_kv_head, head_dim, block_size), and its values have shape (n_kv_head, block_size,
     head_dim).
     """
 

@@ -22,7 +22,8 @@ _EPSILON = torch.finfo(torch.float32).eps
 # begin at multiples of SPLIT, so the order of additions depends only on a token's position.
 SPLIT = 256
 _SPLIT_TILE = 32
-# Maximum number of tokens in a tile, and maximum number of keys that a tile reads at a time.
+# When attention is computed in tiles of tokens: the maximum number of tokens in a tile, which is also the maximum
+# number of keys that a tile reads at a time.
 LARGEST_TILE = 64
 # In elementwise kernels, one program processes this number of values.
 _CHUNK = 1024
@@ -90,8 +91,8 @@ class GpuNetwork(ServingWeights):
     def hidden(self, step: Step, cache: GpuCache, wanted: Tensor | None = None) -> Tensor:
         """Write keys and values to the cache; returns the normalized last hidden states (tokens, dim).
 
-        If ``wanted`` is given, only the hidden states of the tokens with these indices (int64) are returned. For the
-        other tokens, the last layer computes only keys and values. The attention of the last layer is then computed
+        If ``wanted`` (int64 indices of tokens) is given, only the hidden states of the wanted tokens are returned. For
+        the other tokens, the last layer computes only keys and values. The attention of the last layer is then computed
         token by token, which is faster for few tokens.
         """
         layers, rows, dim = self._layers, (step.tokens,), self.config.dim

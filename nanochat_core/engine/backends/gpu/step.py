@@ -21,7 +21,7 @@ _PADDING_ROW = 0
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Divides a large step into sequences and into tiles of up to ``tile_rows`` tokens. Tensors are int32."""
+    """How a large step is divided into sequences and into tiles of up to ``tile_rows`` tokens. Tensors are int32."""
 
     tiles: Tensor  # (tiles, 4), see :func:`~nanochat_core.engine.backends.gpu.kernels.attend_tiles`
     first_tokens: Tensor  # (sequences + 1,) index of each sequence's first token, followed by the number of tokens

@@ -39,7 +39,7 @@ class TorchNetwork(ServingWeights):
             ids: (tokens,) int64.
             previous_ids: (tokens,) id of the token before each token; :attr:`no_token` if there is none.
             positions: (tokens,) position of each token in its sequence.
-            attend: causal attention for these tokens.
+            attend: causal attention for the tokens ``ids``.
             wanted: the tokens whose hidden states are returned: a number of last tokens, or an int64 tensor of indices;
                 None returns all. For the other tokens, the last layer computes only keys and values and, if ``wanted``
                 is a tensor, attention.
