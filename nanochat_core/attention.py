@@ -148,8 +148,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column <= row) & (row - column <= window)
 
-    # Every call can build its mask, because this is cheap: in compiled code, a few small kernels build the mask, once
-    # for all layers with the same window.
+    # Every call may build its mask, because in compiled code this is cheap: a few small kernels build the mask, and all
+    # layers with the same window share it.
     mask = flex.create_block_mask(visible, None, None, time, time, device=q.device)
     grouped = q.size(2) != k.size(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

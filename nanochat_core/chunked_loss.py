@@ -89,7 +89,8 @@ def chunk_tokens(hidden: Tensor, weight: Tensor) -> int:
     return max(1, (GPU_CHUNK if hidden.is_cuda else CPU_CHUNK) // weight.size(0))
 
 
-# This is a custom operator so that torch.compile does not trace it; a traced loop would keep the logits of all chunks.
+# The function is a custom operator, so that torch.compile does not trace its loop. A traced loop would keep the logits
+# of all chunks.
 @torch.library.custom_op(
     "nanochat::loss_and_gradients",
     mutates_args=(),
@@ -166,7 +167,7 @@ def loss_and_logit_gradient(raw: Tensor, targets: Tensor, vocab_size: int) -> tu
     """
     ids = torch.arange(raw.size(1), device=raw.device)
     hot = ids == targets.unsqueeze(1)
-    # This equals tanh(raw / 15). torch computes a sigmoid faster than a tanh.
+    # tanh(raw / 15) is computed from a sigmoid, because torch computes a sigmoid faster than a tanh.
     tanh = 2 * torch.sigmoid(raw.float() * (2 / LOGIT_SOFTCAP)) - 1
     # Softcapped logits are at most 15, so their exponentials fit into fp32 without subtracting the largest logit.
     powers = torch.where(ids < vocab_size, torch.exp(LOGIT_SOFTCAP * tanh), 0.0)

@@ -71,7 +71,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-# This is a custom operator so that torch.compile does not trace it and choose a library itself.
+# The function is a custom operator, so that torch.compile does not trace it and choose a library itself.
 @torch.library.custom_op("nanochat::linear", mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor")
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Like :func:`product`, but autograd can differentiate the result. ``x`` has shape (..., in_features)."""

@@ -13,7 +13,7 @@ EXIT_FAILED = 4
 # Exit code of a lesson that somebody canceled. The code 1 is not used here, because Python exits with 1 after a crash.
 EXIT_CANCELED = 5
 
-# The CPU's allocator, CUDA, cuBLAS and cuDNN report a lack of memory as RuntimeErrors with these texts.
+# The texts of the RuntimeErrors by which the CPU's allocator, CUDA, cuBLAS and cuDNN report a lack of memory.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 

@@ -25,7 +25,7 @@ from nanochat_core.config import ModelConfig
 ROTARY_BASE = 100_000.0
 # Queries and keys are multiplied by this after RMSNorm. Longer vectors allow a sharper softmax.
 QK_SCALE = 1.2
-# The smear gate and the value gates read only the first channels of their input, as many as these constants say.
+# Numbers of channels that the smear gate and a value gate read. Each gate reads only the first channels of its input.
 SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
 VALUE_GATE_SCALE = 3.0

@@ -30,7 +30,7 @@ MOST_BYTES = 64 << 20
 MOST_STEP_SECONDS = 0.05
 # Seconds within which the process must answer. The limit is high, because other processes may use most of the CPU time.
 _PATIENCE_SECONDS = 60.0
-# The process gets only these environment variables, because other variables may contain secrets.
+# The only environment variables that the process gets, because other variables may contain secrets.
 _VARIABLES = ("PATH", "LD_LIBRARY_PATH")
 
 

@@ -188,7 +188,7 @@ class _BlockPool:
         return block
 
     def share(self, digest: bytes) -> int:
-        """Record that one more sequence uses the block with this hash; returns the block's id."""
+        """Record that one more sequence uses the block with the hash ``digest``; returns the block's id."""
         block = self.index.by_hash[digest]
         if not self.references[block]:
             del self.free[block]

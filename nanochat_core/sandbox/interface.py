@@ -127,7 +127,7 @@ class Limits:
                 raise ValueError(f"limit {name} is {value}; it must be a finite number that is not negative")
 
     def within(self, default: Limits, maximum: Limits) -> Limits:
-        """These limits, with zeros replaced by ``default`` and larger values lowered to ``maximum``."""
+        """The limits of this object, with zeros replaced by ``default`` and values above ``maximum`` lowered to it."""
         limits = {
             name: min(value or getattr(default, name), getattr(maximum, name)) for name, value in vars(self).items()
         }

@@ -28,7 +28,7 @@ def open_store(url: str, *, cache_dir: str | Path | None = None, cache_bytes: in
         cache_dir: folder that keeps files downloaded from S3; by default, a subfolder of the system's temporary folder.
         cache_bytes: size above which the least recently used downloads are deleted; None means no limit.
     """
-    # Do not parse this as a URL: the prefix may contain any character, including ``?`` and ``#``.
+    # The address is not parsed as a URL, because the prefix may contain any character, including ``?`` and ``#``.
     scheme, colon, rest = url.partition("://")
     if colon and scheme.lower() == "s3":
         bucket, _, prefix = rest.partition("/")

@@ -78,7 +78,8 @@ class S3Store(Store):
             return etag
 
     def remove_version(self, key: str, version: str) -> None:
-        # Few servers support conditional deletion, so a file that changes between these two calls is removed too.
+        # Few servers support conditional deletion, so the version is read first. A file that changes between reading
+        # and removing is removed too.
         with contextlib.suppress(FileNotFoundError):
             if self.read_version(key)[1] == version:
                 self.remove(key)

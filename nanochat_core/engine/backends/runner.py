@@ -96,7 +96,7 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGr
             "is a multiple of 16, and g++ (unless the kernels are built in); use quantization none here"
         )
     if config.kernels and gpu.usable(model.config, dtype, device):
-        # Imported only here, because these modules import Triton, and only GPUs need Triton.
+        # The modules for GPUs are imported only here, because they import Triton, which only GPUs need.
         from nanochat_core.engine.backends.gpu.network import GpuCache, GpuNetwork, flash_kernel
         from nanochat_core.engine.backends.gpu.runner import GpuRunner
 

@@ -336,7 +336,7 @@ void attend(const Shape &s, const Batch &b, const Layer &l, T *out) {
     std::vector<float> scores(stride * MOST_ROWS);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < work; item++) {
-      // The heads of a tile are successive items, because their keys and values are adjacent in memory.
+      // The heads of one tile are processed one after another, because their keys and values are adjacent in memory.
       const int64_t tile = item / s.kv_heads, h = item % s.kv_heads;
       const int c = int(std::upper_bound(tiles.begin(), tiles.end(), tile) - tiles.begin()) - 1;
       const int64_t begin = (tile - tiles[c]) * MOST_ROWS;

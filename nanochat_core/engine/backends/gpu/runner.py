@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 # graph: starting the kernels one by one takes less time than running the kernels.
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
-# If a large step has at least this many tokens for each token whose logits are needed, the last layer computes only
-# these tokens. If more logits are needed, attention of all tokens in tiles is faster than attention of the needed
-# tokens one by one.
+# In a large step, the last layer computes only the tokens whose logits are needed, if the step has at least this many
+# tokens for each of them. If more logits are needed, attention of all tokens in tiles is faster than attention of the
+# needed tokens one by one.
 LEAST_TOKENS_PER_ROW = 4
 
 Compute = Callable[[], Tensor]
