@@ -23,7 +23,8 @@ from nanochat_core.tls import TlsSettings, tls_files
 from nanochat_core.tracing.tracer import Tracer, TracingSettings
 
 # Shortest time between two pings that the server permits. Clients ping idle connections to find out whether the service
-# still answers. By default, a gRPC server closes the connection of a client that pings more often than every 5 minutes.
+# still answers. The limit is set, because by default, a gRPC server closes the connection of a client that pings more
+# often than every 5 minutes.
 _MIN_PING_SECONDS = 10
 
 LIVE = "live"

@@ -50,7 +50,7 @@ def _repetitions(pattern: str) -> tuple[int, int]:
     found, largest = 0, 0
     for match in _REPETITION.finditer(pattern):
         if match["least"] is not None:
-            # Nine digits are enough to see that a number is too large.
+            # Only the first nine digits are read, because they are enough to see that a number is too large.
             largest = max(largest, *(int((match[name] or "0")[:9]) for name in ("least", "most")))
         elif match["other"] is None:
             continue

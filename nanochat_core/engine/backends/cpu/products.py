@@ -1,8 +1,9 @@
 """Products with fp32 weights on a CPU, computed by the engine's own kernel or by oneDNN, whichever is faster.
 
 oneDNN needs about 20 µs to begin a product, which is most of the time of a step with few tokens. The kernel begins
-immediately. Which one multiplies faster depends on the processor, so both are measured. The kernel is chosen only if
-both compute the same bits. Otherwise, replicas that measure separately could give different answers.
+immediately. Which of them multiplies faster depends on the processor, so the kernel and oneDNN are both measured. The
+kernel is chosen only if both compute the same bits. Otherwise, replicas that measure separately could give different
+answers.
 """
 
 import functools
@@ -73,7 +74,8 @@ def faster_weight(weight: Tensor) -> Weight:
 def _kernel_is_faster(out_features: int, in_features: int, threads: int) -> bool:
     """Whether the kernel is faster than oneDNN and computes the same bits.
 
-    If an earlier process has stored the answer on this machine, the answer is read. Otherwise, this call measures both.
+    If an earlier process on this machine has stored the answer, this call reads the answer. Otherwise, this call
+    measures the kernel and oneDNN.
     """
     draw = torch.Generator().manual_seed(0)
     weights: dict[str, Weight] = {}
