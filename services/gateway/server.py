@@ -100,7 +100,11 @@ def allow_files(connections: int) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Returns a socket that listens on the address, or raises a UserError if the address is unusable."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         message = f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
         raise UserError(message) from error
+    # Connections inherit this option. Without it, the end of an answer waits until the client has acknowledged what
+    # came before, which may take 40 ms. uvloop always sets the option; asyncio's own loop does not for this socket.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

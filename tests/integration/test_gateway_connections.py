@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from services.gateway.server import listen
 from tests.support.scripted_engine import (
     ScriptedEngine,
     chunk,
@@ -251,6 +252,13 @@ async def test_a_long_answer_and_a_pause_between_requests_are_no_late_request(
         await asyncio.sleep(ARRIVAL * 1.5)
         writer.write(request)
         assert (await answer(reader))[0] == 200
+
+
+async def test_what_the_gateway_writes_is_sent_without_waiting_for_acknowledgments() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_idle_connections_keep_nobody_out(url: str) -> None:
