@@ -56,17 +56,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _order(items: list[pytest.Item]) -> None:
-    """Put the first file that needs the trained demo model first, and the other such files after the integration tests.
+    """Put the first file that needs the trained demo model first, and the other such files after much other work.
 
-    Each test process takes the next file. One process therefore trains the model, and hardly any other waits for it.
+    Each test process takes the next file. One process therefore trains the model, and hardly any other waits for it:
+    meanwhile, the others run the tests of pages and services, and then the slow unit tests. The quick unit tests come
+    last, so that all processes end at about the same time.
     """
-    files = dict.fromkeys(item.path for item in items if "demo_home" in getattr(item, "fixturenames", ()))
-    first = next(iter(files), None)
+    demo = dict.fromkeys(item.path for item in items if "demo_home" in getattr(item, "fixturenames", ()))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    first = next(iter(demo), None)
 
     def rank(item: pytest.Item) -> int:
-        if item.path in files:
-            return 0 if item.path == first else 2
-        return 3 if item.path.parent.name == "unit" else 1
+        if item.path in demo:
+            return 0 if item.path == first else 3
+        if item.path.parent.name != "unit":
+            return 1
+        return 2 if item.path in slow else 4
 
     items.sort(key=rank)
 
