@@ -55,7 +55,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Require:
-    """Requires a metric to reach a threshold."""
+    """Requires a metric to be at least, at most, above or below a number."""
 
     metric: str
     comparison: str

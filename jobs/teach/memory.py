@@ -212,8 +212,9 @@ def remember(
     if rehearsed:
         examined, confusable = _most_similar(near_apart, words, rng)[:_EXAMINED][: len(near_apart) // 2], []
     else:
-        # Every second of the similar conversations is examined, and training repeats the others. If training repeated
-        # none of the similar conversations, the model would confuse exactly these conversations with the lesson.
+        # The most similar conversations are divided: the first, third, fifth and so on are examined, and training
+        # repeats the second, fourth and so on. If training repeated none of the most similar conversations, the model
+        # would confuse exactly these conversations with the lesson.
         similar = _most_similar(near, words, rng)[: 2 * _EXAMINED]
         examined, confusable = similar[::2], similar[1::2]
     apart = {id(one) for one in examined}
@@ -405,9 +406,10 @@ def _taught_items(store: Store, model: str, numbers: Sequence[int]) -> dict[int,
 def _earlier(taught: Mapping[int, list[Item]], asked: Mapping[str, Item]) -> tuple[list[Item], list[Conflict]]:
     """The items of earlier lessons that are still valid, and the answers of these lessons that the new lesson changes.
 
-    An item is valid if neither the new lesson nor a lesson after the item's own lesson answers the item's question in
-    one of its wordings. A text is valid if this is true for each question that a statement of the text answers. An
-    answer that another earlier lesson has already replaced does not count as changed by the new lesson.
+    An item is valid if neither the new lesson nor a lesson after the item's own lesson asks the item's question, in any
+    of its wordings, as a single question. A text is valid if this is true for each question that a statement of the
+    text answers. A conversation of several turns is always valid. An answer that another earlier lesson has already
+    replaced does not count as changed by the new lesson.
     """
     kept: dict[str, Item] = {}
     conflicts = []

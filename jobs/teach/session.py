@@ -61,11 +61,11 @@ log = logging.getLogger("jobs.teach")
 
 # Smallest share of right answers in each group of the lesson's own questions.
 _LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
-# The largest decreases that the gate permits in the share of right answers to four groups of questions. _EARLIER: the
+# The largest decreases that the gate permits in the share of right answers to four kinds of questions. _EARLIER: the
 # questions of earlier lessons. _NEAR: the questions that are the most similar to the lesson. _KIND: each kind of other
-# questions; a kind has only a few questions, so one wrong answer is a large share. _OWN: the questions that the model
-# answered itself; an answer may have other words after the lesson and still be true. _LOSS is the largest permitted
-# increase of the loss, in nats per token.
+# questions. _OWN: held-out questions whose expected answers the model itself wrote before its first lesson; an answer
+# may have other words after the lesson and still be true. In groups of fewer than ten questions, lesson_gate permits a
+# larger decrease, except for _EARLIER. _LOSS is the largest permitted increase of the loss, in nats per token.
 _EARLIER, _NEAR, _KIND, _OWN, _LOSS = 0.1, 0.1, 0.1, 0.1, 0.1
 _POLL_SECONDS = 1.0
 # A roll-back tries this many times to use the gate, which another program may be using.

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 MAX_SOURCE_CHARACTERS = 65_536
 
-# Generated JSON has at most one space between its parts, like the output of json.dumps. If any white
-# space were allowed, a weak model might write it without end.
+# Generated JSON has no white space between its parts except, optionally, one space after each comma and each colon. If
+# white space of any length were allowed, a weak model might write it without end.
 _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # Grammar of the kind TEXT_OR_JSON_SCHEMA. The first character decides: text that begins with a brace must match the
 # schema, and all other text is allowed.

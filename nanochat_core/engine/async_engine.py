@@ -122,8 +122,9 @@ class AsyncEngine:
         """Queue a request. The caller must call :meth:`close_stream` when it no longer needs the stream.
 
         Raises:
-            UserError: the request can never be served.
-            QueueFull: the queue is full; the caller may try again later.
+            UserError: the request can never be served, or a request with the same id is in flight.
+            QueueFull: the queue is full, or the constraint could not be compiled in time; the caller may try again
+                later.
             CallerLimit: too many requests of the caller wait until their constraints are compiled.
             EngineDead: the device loop has ended.
         """

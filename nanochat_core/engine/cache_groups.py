@@ -33,10 +33,10 @@ def plan_groups(
 ) -> list[CacheGroup]:
     """Divide the cache's memory among the cache groups. The group without a window comes first.
 
-    The plan first computes, for each group, the maximum number of blocks that one sequence of full length needs. The
-    groups get blocks in proportion to these numbers. A group with a window gets at least the number that one sequence
-    needs, so that a sequence of any length fits into this group if no other sequence runs. The group without a window
-    may get fewer blocks than one sequence of full length needs. The engine then refuses sequences that do not fit.
+    The plan first computes, for each group, the maximum number of blocks that one sequence of full length needs. If the
+    memory suffices for one such sequence, the groups get blocks in proportion to these numbers. Otherwise, a group with
+    a window gets the number that one sequence needs, so that a sequence of any length fits into this group if no other
+    sequence runs. The group without a window gets the rest, and the engine refuses sequences that do not fit.
 
     Raises UserError if the memory is too small for one block of the group without a window and the needed blocks of the
     other groups.

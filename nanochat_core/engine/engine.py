@@ -94,7 +94,7 @@ class Engine:
         clients beforehand.
 
         Raises:
-            UserError: the request can never be served.
+            UserError: the request can never be served, or a request with the same id is in flight.
             QueueFull: the queue is full; the caller may try again later.
         """
         if grammar is None:

@@ -203,7 +203,7 @@ class Scheduler:
                 self.blocks.seal(chunk.seq)
 
     def draft_length(self, running: int) -> int:
-        """Maximum length of each draft if ``running`` sequences run."""
+        """Maximum length of each draft if ``running`` sequences run. 0 or less means that nothing is drafted."""
         return min(self.speculative_tokens, self.speculative_batch // max(running, 1) - 1)
 
     @property
@@ -215,8 +215,9 @@ class Scheduler:
     def _draft(self, seq: Sequence, length: int, most: int) -> list[int]:
         """Guess up to ``most`` tokens after the next ``length`` tokens, and reserve blocks for the draft.
 
-        The draft is shortened until one free block is left for each running sequence. If a token is in flight, the
-        draft is empty. The lookup still makes a guess, to measure how often its guesses are right.
+        The draft is empty if the next ``length`` tokens do not include the sequence's last known token. It is shortened
+        until one free block is left for each running sequence. If a token is in flight (the previous step still samples
+        it), the draft is empty, but the lookup still makes a guess, to measure how often its guesses are right.
         """
         if length < seq.remaining:
             return []

@@ -94,7 +94,8 @@ class Item:
 def normal(text: str) -> str:
     """The form of a text in which questions are compared: lower case, no punctuation, single spaces.
 
-    Symbols of arithmetic stay, because they decide what a question asks.
+    "What's", "who's", "where's" and "when's" become "what is", "who is" and so on. Symbols of arithmetic stay, because
+    they decide what a question asks.
     """
     text = re.sub(r"\b(what|who|where|when)['’]s\b", r"\1 is", text.casefold())
     return " ".join(_MEANING.findall(text))

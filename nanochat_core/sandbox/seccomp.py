@@ -297,8 +297,13 @@ def _alternative(conditions: tuple[Condition, ...], action: int) -> bytes:
 
 
 def _check(condition: Condition, skip: int) -> bytes:
-    """Return instructions that jump over the next ``skip`` instructions if ``condition`` is false."""
-    low = _ARGUMENTS + 8 * condition.argument  # both machines are little-endian
+    """Return instructions that check ``condition``.
+
+    If it is true, the program continues after these instructions. If it is false, the program also jumps over the
+    ``skip`` instructions that follow them.
+    """
+    # Each argument has eight bytes. The low 32 bits come first, because x86-64 and arm64 are little-endian.
+    low = _ARGUMENTS + 8 * condition.argument
     code = [instruction(_LOAD_WORD, low)]
     if condition.mask != 0xFFFFFFFF:
         code.append(instruction(_AND, condition.mask))

@@ -159,7 +159,7 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
     )
     stall_seconds: float = setting(
         60.0,
-        "maximum seconds for a client to read the part of its answer that is ready to be sent, about 64 kB",
+        "maximum seconds for a client to read the part of its answer that is ready to be sent, about 32 kB",
         minimum=0.1,
     )
     request_timeout_seconds: float = setting(600.0, "maximum seconds that an engine may work on one request", minimum=1)

@@ -128,7 +128,8 @@ def read_bundle(files: Store, max_per_task: int = 0) -> Bundle:
     """Read all tasks whose files exist, each with at most ``max_per_task`` items (0 for all).
 
     Raises:
-        UserError: a file is malformed, or the files of all tasks are missing. The message names the file and line.
+        UserError: a file is malformed, a task is named twice, a task has no baseline or too few items for its examples,
+            or the files of all tasks are missing. The message names the file or the task, and the line of a bad item.
     """
     baselines, entries = _baselines(files), _entries(files)
     tasks, missing, seen = [], [], set()

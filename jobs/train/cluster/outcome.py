@@ -16,8 +16,9 @@ _LARGEST_MISTAKE = 127
 _OUT_OF_MEMORY = "OOMKilled"
 # The condition of a pod that was preempted or evicted, or whose node was drained or shut down.
 _DISRUPTED = "DisruptionTarget"
-# The node of a pod counts as lost if the pod should have ended this long ago. If the pod still runs and tries to write,
-# the lease on the model's name prevents this.
+# The node of a pod counts as lost if Kubernetes was told to stop the pod and the pod should have ended this many
+# seconds ago. The next attempt then starts. If the pod still runs, the lease on the model's name keeps the pod and the
+# next attempt from writing at the same time.
 _LOST_SECONDS = 300.0
 # A container waits briefly for these reasons whenever it starts, so they are not reported.
 _STARTING = ("ContainerCreating", "PodInitializing")

@@ -119,8 +119,8 @@ class StageJobs:
     def run(self, stage: StageRun) -> int:
         """Run a stage to its end. Returns the exit code of the first pod that failed by a mistake; 0 if none did.
 
-        Raises UserError if the stage was preempted too often without a new checkpoint, or if its pods succeeded and the
-        store does not have the result.
+        Raises UserError if the stage was preempted too often without a new checkpoint, if its pods succeeded and the
+        store does not have the result, or if the pipeline's Job is gone. Errors of :class:`Api` are raised too.
         """
         with self._suspended_with_the_job():
             while (code := self._round(stage)) is None:

@@ -108,8 +108,10 @@ def find_pretrained(store: Store, text: str) -> Checkpoint:
 def inherited_settings(start: Description, given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that a pretraining run takes over from the run of the checkpoint that it starts from.
 
-    The settings of the horizon are not inherited if one of them is ``given``. The batch size and the scale of the
-    learning rates come from the checkpoint's plan, even if no flag of the checkpoint's run gave them.
+    The run takes over the model's shape and the tokenizer. From a checkpoint of pretraining, it also takes over the
+    other settings; the batch size and the scale of the learning rates come from the checkpoint's plan, even if no flag
+    of the checkpoint's run gave them. The settings of the horizon (:data:`HORIZON`) are not inherited if one of them is
+    ``given``.
     """
     inherited = {name: getattr(start.config, name) for name in SHAPE}
     if start.ref.stage == "base":

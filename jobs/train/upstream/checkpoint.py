@@ -127,7 +127,7 @@ def model_config(source: UpstreamCheckpoint) -> ModelConfig:
 
 
 def convert(source: UpstreamCheckpoint, config: ModelConfig) -> GPT:
-    """Our network with upstream's weights: matrices in fp32, embedding tables in upstream's dtype.
+    """Our network with upstream's weights: matrices in fp32, embedding tables in bf16 if upstream's are, else in fp32.
 
     The rotary tables stay on the device ``meta``, so the model can be saved but not run. Raises UserError if the
     weights do not fit the config.

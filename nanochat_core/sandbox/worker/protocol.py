@@ -7,8 +7,9 @@ pipes. The worker answers ``STARTED`` with a pidfd of itself, before it applies 
 system-call filter. The kernel adds the worker's process id to this message. If the server cannot fork, it answers
 ``FAILED`` with a reason. When a worker has ended, the server sends ``EXITED`` with the wait status and the CPU seconds.
 
-The server adds a descriptor to ``READY`` on which the executor decides whether a worker may start a thread. Without the
-descriptor, workers cannot start threads.
+If workers may start threads, the server adds a descriptor to ``READY``. Through this descriptor, the kernel asks the
+executor each time a worker wants to start a thread, and the executor answers (:mod:`threads`). Without the descriptor,
+workers cannot start threads.
 
 The executor writes one frame, the *request*, to a worker's stdin, and then closes the pipe. The worker reads the
 request once every layer of the isolation is active. Then it writes to the result pipe: ``BEGUN`` once the request has

@@ -1,4 +1,6 @@
-"""AdamW (arXiv 1711.05101), divided over ranks: each rank owns an equal part of the rows of every large parameter.
+"""AdamW (arXiv 1711.05101), with large parameters divided over the ranks: each rank updates an equal part of the rows.
+
+A parameter is divided only if its number of rows is a multiple of the number of ranks (:class:`AdamWShards`).
 
 Gradients of different parameters differ by orders of magnitude. AdamW divides each parameter's step by a running
 estimate of its gradient's magnitude, so that one learning rate fits all parameters of a group. With the gradient ``g``
@@ -32,8 +34,9 @@ SMALLEST_DIVIDED = 1024
 class AdamWShards(ParameterShards):
     """One parameter under AdamW.
 
-    A large parameter is divided by rows. A small parameter is not divided: every rank keeps the whole state of the
-    parameter and makes the same update.
+    A parameter with at least :data:`SMALLEST_DIVIDED` elements is divided by rows if its number of rows is a multiple
+    of the number of ranks. Any other parameter is not divided: every rank keeps the whole state of the parameter and
+    makes the same update.
     """
 
     def __init__(self, name: str, parameter: Tensor, ranks: Ranks) -> None:

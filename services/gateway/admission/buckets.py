@@ -6,13 +6,14 @@ generic cell rate algorithm of ITU-T I.371, with costs.)
 
 All numbers are whole, so that Redis and Python compute the same results and no fraction is lost. Time is in
 microseconds. One request or token is 60,000,000 units, because a bucket with the limit L then leaks exactly L units in
-a microsecond. Redis computes in Lua, whose numbers are exact up to 2^53. That is 15 times the largest bucket
-(``MAX_LIMIT``).
+a microsecond. Redis computes in Lua, whose whole numbers are exact up to 2^53. That is 15 times the size of the largest
+bucket, which has the limit ``MAX_LIMIT``.
 """
 
 import dataclasses
 
-UNITS = 60_000_000  # units of one request or one token: microseconds in a minute
+# Units of one request or one token. This is the number of microseconds in a minute, as the module's docstring explains.
+UNITS = 60_000_000
 
 
 @dataclasses.dataclass(frozen=True)

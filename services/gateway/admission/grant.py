@@ -34,7 +34,7 @@ class Grant:
         self._settled = False
 
     async def begin(self) -> None:
-        """Counts one request and one running answer.
+        """Counts one request and one running answer, unless the caller has no limits.
 
         Raises ApiError: 429 if a limit has no room, 503 if no limiter answers.
         """

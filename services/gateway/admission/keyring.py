@@ -12,7 +12,10 @@ from services.gateway.admission.store import KeyStore, StoreError
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-"""Time between two checks of the store. A revoked key is refused after at most this time plus the time of a check."""
+"""Time between two checks of the store.
+
+While the store answers, a revoked key is refused after at most this time plus the time of a check.
+"""
 FRESH_SECONDS = 2.0
 """The keys in memory count as fresh if the store has confirmed them within this time."""
 

@@ -7,7 +7,8 @@ _BURST = 10.0  # maximum number of retries in the budget, which is full at the s
 class RetryBudget:
     """Allows one retry for every five requests, and ten more in a burst.
 
-    The first retry of a request is free. A later retry needs the budget, but only if the failed engine still accepts
+    The retry after a stream's first failure is free, and so is the retry after the first failure since the stream last
+    received a chunk. A retry after further failures needs the budget, but only if the failed engine still accepts
     calls. Therefore all streams of an engine that died may move to other engines without the budget.
     """
 

@@ -11,8 +11,9 @@ standard deviations, its ends are
 
     (k + z^2 / 2 ± z * sqrt(k * (n - k) / n + z^2 / 4)) / (n + z^2)
 
-If the lower end of the canary's interval lies above the upper end of the others' interval, the canary gets no further
-requests. With ``z = 3``, three failures of a new canary suffice after 30 good answers of the others.
+If the lower end of the canary's interval lies above the upper end of the others' interval, the canary loses its share
+of the requests. With ``z = 3``, it suffices that the first three answers of a new canary fail after 30 good answers of
+the others.
 """
 
 import collections

@@ -135,7 +135,8 @@ class Router:
 
         Args:
             prompt: the prompt, from :meth:`prompt`.
-            loads: the replicas that can take a request now, at least one. With many replicas, only some loads are read.
+            loads: the replicas that can take a request now, at least one. With many replicas, usually only some loads
+                are read.
             now: the current time in seconds.
         """
         names = list(loads)

@@ -1,8 +1,10 @@
 """The kernels of a step on a GPU: paged attention, and the elementwise operations between matrix products.
 
-The kernels are written in Triton. Importing this module needs Triton but no GPU. All arithmetic is fp32, whatever the
-dtype of weights, activations and cache. Every token is computed independently of the other tokens, and the order in
-which its sums are added depends only on its position.
+The kernels are written in Triton. Importing this module needs Triton but no GPU. All sums are fp32, whatever the dtype
+of weights, activations and cache. A token reads the keys and values of earlier tokens of its sequence; apart from them,
+its result does not depend on the other tokens of the step. The order in which a token's sums are added depends only on
+its position and on the kernel that computes the attention: :func:`attend_tokens` and :func:`attend_tiles` add in
+different orders.
 """
 
 import triton
