@@ -71,7 +71,8 @@ class Examination:
     Attributes:
         task: the questions of all groups.
         probes: the lesson's questions as written, trained and held-out wordings of these questions, and drills, with
-            their right answers, as tokens. Training ends when the model answers all probes rightly.
+            their right answers, as tokens. Once the model is sure of the answers to all probes, training lowers the
+            learning rate to zero and then ends.
         others: further questions from the same sources as the groups ``kept``, ``near.worded`` and ``own``, with their
             right answers. The examination does not ask them, but training tests with them whether the model forgets.
         heard: validation conversations of fine-tuning, as tokens. The lesson does not train on them.

@@ -124,10 +124,11 @@ def read_items(path: str) -> list[Item]:
 def parse_items(content: bytes, name: str) -> list[Item]:
     """The items in the content of a file. The ending of ``name`` determines the format.
 
-    - JSON lines (``.jsonl``): ``{"question", "answer"}``, also with ``wordings`` (further wordings of the question) and
-      ``expect`` (text that a right answer contains); ``{"text"}``; or a conversation, as for fine-tuning.
-    - Markdown (``.md``): ``Q:`` and ``A:``, with Python in a code block between them if code computes the answer;
-      ``User:`` and ``Assistant:`` for conversations; or questions as headings.
+    - JSON lines (``.jsonl``, ``.ndjson`` or ``.json``): ``{"question", "answer"}``, also with ``wordings`` (further
+      wordings of the question) and ``expect`` (text that a right answer contains); ``{"text"}``; or a conversation, as
+      for fine-tuning.
+    - Markdown (``.md`` or ``.markdown``): ``Q:`` and ``A:``, with Python in a code block between them if code computes
+      the answer; ``User:`` and ``Assistant:`` for conversations; or questions as headings.
     - Plain text (any other ending), and other paragraphs of Markdown: texts to remember.
 
     Equal items are returned once. Raises a UserError that names the wrong line, paragraph or item.

@@ -193,7 +193,12 @@ class SandboxConfig:
         "largest total size of the files and stdin of a request, and of the files of an answer, in bytes",
         minimum=0,
     )
-    max_files: int = setting(100, "largest number of files of a request and of an answer", minimum=0)
+    max_files: int = setting(
+        100,
+        "largest number of files of a request and of an answer; a request also has at most a sixteenth of "
+        "scratch-files",
+        minimum=0,
+    )
     sessions: int = setting(
         32,
         "largest number of sessions whose files are kept in memory; a further session replaces the least recently used",
@@ -247,7 +252,7 @@ class ExecutionResult:
         queue_seconds: time that the call waited for a slot and a worker.
         files: contents of the files that the code has made or changed, by name, if the caller asked for them.
         files_complete: whether the caller asked for files and ``files`` has all of them. Files are missing if the code
-            was killed or exceeded a limit of files.
+            was killed, ended without a report of its result (a crash or ``os._exit``), or exceeded a limit of files.
         session_new: whether the call began without the files of an earlier call of its session.
     """
 
