@@ -20,10 +20,11 @@ _HELD_OUT = ("val_", "core", "pass")
 
 
 class LiveProgress:
-    """Writes a stage's progress to the store, at most every :data:`WRITE_SECONDS`, without making training wait.
+    """Writes a stage's progress to the store, without making training wait.
 
-    A thread writes the newest progress. If the store is slow, the thread skips all progress but the newest. If a write
-    fails, training continues, and the thread tries to write the next progress.
+    Progress is written at most every :data:`WRITE_SECONDS`, except progress that is to be written at once. A thread
+    writes the newest progress. If the store is slow, the thread skips all progress but the newest. If a write fails,
+    training continues, and the thread tries to write the next progress.
     """
 
     def __init__(

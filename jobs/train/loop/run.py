@@ -19,7 +19,10 @@ _HISTORY_POINTS = 2000
 
 
 class TrainingDiverged(UserError):
-    """The loss, a gradient or a weight is NaN or infinite. The last checkpoint was written before this happened."""
+    """The loss, a gradient or a weight is NaN or infinite, or the gradient stays zero although the loss is not.
+
+    The weights of the last checkpoint do not have this problem.
+    """
 
     def __init__(self, observation: str) -> None:
         super().__init__(
@@ -62,9 +65,10 @@ class RunState:
     Attributes:
         loader: position in the data; None if the position follows from ``step``.
         train_seconds: duration of all steps, without evaluations and checkpoints.
-        history: one entry per step that was not skipped, and one per evaluation.
+        history: one entry for each step that was not skipped or was followed by an evaluation. The metrics of an
+            evaluation are in the entry of the step before it.
         skipped: steps that did not change the weights, because the loss or the gradient was not finite, or because the
-            gradient was zero.
+            gradient was zero and the loss was not.
         loss_mean, loss_variance: moving statistics of the loss. They serve to detect loss spikes.
         loss_factor, good_steps: state of the loss scaler of an fp16 run.
     """

@@ -118,7 +118,7 @@ class Stage:
     ) -> None:
         """
         Args:
-            name: name of the stage in the store: ``base``, ``sft`` or ``rl``.
+            name: name of the stage in the store: ``base``, ``sft``, ``rl`` or ``lesson``.
             base: the checkpoint whose weights training starts from; None starts from random weights.
         """
         self._name, self._settings, self._runtime = name, settings, runtime

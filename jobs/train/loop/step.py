@@ -54,7 +54,8 @@ class StepReport:
         lr_factor: the schedule's factor on the learning rates.
         measures: further numbers that the stage measures in a step, such as the mean reward.
         coverage: how much of the data was shown so far, such as the number of epochs; empty if that is not counted.
-        stopped_by: number of the signal that asked any rank to stop; 0 if there was no signal.
+        stopped_by: number of the signal that asked any rank to stop (with several ranks, always SIGTERM); 0 if there
+            was no signal.
         skipped: True if the weights were not updated, because loss or gradient was not finite, or because the gradient
             was zero and the loss was not.
         spike: True if the loss is far above the recent losses.
@@ -85,8 +86,9 @@ class TrainingStep:
 
     If the loss or the gradient is not finite, every rank skips the update. The update is also skipped if the gradient
     is zero but the loss is not: then no weight affects the loss any more, for example after a step that was far too
-    large. Five skipped steps in a row end the run. A loss far above the recent losses is reported, but its step is done
-    as usual.
+    large. Five skipped steps in a row end the run; in an fp16 run, steps that are not finite count only once the loss
+    scaler cannot lower its factor any more. A loss far above the recent losses is reported, but its step is done as
+    usual.
     """
 
     def __init__(
@@ -128,8 +130,8 @@ class TrainingStep:
         If any rank has received a stop signal, the reports of all ranks say so, and all ranks stop after the same step.
 
         Raises:
-            TrainingDiverged: five steps in a row were skipped.
-            UserError: the batch has no counted target.
+            TrainingDiverged: five steps in a row were skipped (of an fp16 run, five that count; see the class).
+            UserError: the batch has no counted target on any rank.
         """
         started = time.perf_counter()
         batch = next(batches)

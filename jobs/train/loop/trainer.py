@@ -91,7 +91,8 @@ class Trainer:
 
         Raises:
             SystemExit: SIGTERM or SIGINT arrived, and a checkpoint was saved.
-            TrainingDiverged: the loss, a gradient or a weight is NaN or infinite.
+            TrainingDiverged: the loss, a gradient or a weight is NaN or infinite, or the gradient stays zero although
+                the loss is not.
             RetryableError: another rank is lost, or the last checkpoint could not be written.
         """
         state, last_step = self.state, self.config.schedule.steps

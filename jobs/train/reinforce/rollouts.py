@@ -2,7 +2,7 @@
 
 The inference engine samples all answers of a step in one continuous batch, with the current weights and the same Python
 tool as in serving. Seeds depend only on the run's seed, the step and the problem. So a resumed run samples the same
-answers again, on any number of ranks.
+answers again, on any number of ranks, unless the logits of two tokens differ by no more than rounding.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class SharedCalls:
     """A tool that runs equal code only once.
 
     Answers to the same problem often run the same code. Each call runs in a separate process, without any state of
-    earlier calls, so equal code has equal output. The results of calls that the sandbox could not run to their end, for
+    earlier calls, so equal code has equal output, unless it uses random numbers or the time. The results of calls that the sandbox could not run to their end, for
     example because they exceeded a limit, are not remembered.
     """
 

@@ -36,9 +36,10 @@ class Weight(Protocol):
 class PackedWeight:
     """A :class:`Weight` that uses oneDNN for products on CPUs.
 
-    oneDNN is faster for batches than PyTorch's default kernels. It also adds the products of a row in the same order
-    for every number of rows, so a token's result has the same bits alone and in a batch. For a single row, some CPUs
-    add long sums in another order. On these CPUs a single row is therefore computed as a batch of two equal rows.
+    oneDNN is faster for batches than PyTorch's default kernels. In a batch, it also adds the products of a row in the
+    same order for every number of rows. For a single row, some CPUs add long sums in another order. On these CPUs a
+    single row is therefore computed as a batch of two equal rows, so a token's result has the same bits alone and in a
+    batch.
     """
 
     def __init__(self, weight: Tensor) -> None:
