@@ -3,8 +3,8 @@
 The options of a question often share most of their tokens: the examples and the question itself. A question becomes a
 common prefix and a tree after it. The paths of the tree are the options. Each token of the prefix and each node of the
 tree is computed once. Attention lets a node see the prefix and the node's ancestors, so every option has, apart from
-rounding, the same loss as if it were scored alone. Questions of similar length form a batch. Logits are computed only at positions that predict
-a scored token. The last layer is computed only for the tree.
+rounding, the same loss as if it were scored alone. Questions of similar length form a batch. Logits are computed only
+at positions that predict a scored token. The last layer is computed only for the tree.
 """
 
 from __future__ import annotations

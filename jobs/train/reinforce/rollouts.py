@@ -141,8 +141,8 @@ class SharedCalls:
     """A tool that runs equal code only once.
 
     Answers to the same problem often run the same code. Each call runs in a separate process, without any state of
-    earlier calls, so equal code has equal output, unless it uses random numbers or the time. The results of calls that the sandbox could not run to their end, for
-    example because they exceeded a limit, are not remembered.
+    earlier calls, so equal code has equal output, unless it uses random numbers or the time. The results of calls that
+    the sandbox could not run to their end, for example because they exceeded a limit, are not remembered.
     """
 
     def __init__(self, runner: ToolRunner) -> None:

@@ -85,8 +85,8 @@ async def rotate_key(
 
 @router.delete("/keys/{key_id}", summary="Revoke an API key")
 async def revoke_key(key_id: str, admission: AdmissionDep) -> dict[str, Any]:
-    """Revoke a key. All gateways refuse the key within two seconds. Answers that are being written continue to their
-    end."""
+    """Revoke a key. Every gateway that reaches the stored keys refuses the key within two seconds. Answers that are
+    being written continue to their end."""
     old = await _find(admission, key_id)
     return await _replace(admission, old, old.revoke())
 
