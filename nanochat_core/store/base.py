@@ -42,8 +42,8 @@ class Store(ABC):
         """Creates or replaces one file atomically, unless another process has changed it.
 
         If several processes call this with the same version, only one of them succeeds. On S3 this needs a server with
-        conditional writes (``If-None-Match`` and ``If-Match``); if a server refuses them, the store logs a
-        warning and writes unconditionally. The same happens on a file system without locks.
+        conditional writes (``If-None-Match`` and ``If-Match``), and on a file system it needs locks. Without them, the
+        store logs a warning, and several of the processes may succeed.
 
         Args:
             data: content that differs from every earlier content of the file, because equal contents may have equal

@@ -2,7 +2,7 @@
 
 An engine that follows promotions downloads one checkpoint after another. Without a limit, its cache would grow until
 the pod exceeds its disk limit and is evicted. The cache therefore deletes the least recently used files (LRU) before it
-grows beyond its limit. It never deletes files that are being read.
+grows beyond its limit. It never deletes files that :meth:`DownloadCache.keeping` protects while they are read.
 """
 
 import contextlib
@@ -22,8 +22,9 @@ class DownloadCache:
     """Keeps each file at ``folder/<version>/<key>``.
 
     When an object is replaced, its version changes. The new object then has another path, so the cache cannot return
-    the old content. The total size of the files is at most ``limit_bytes``; None means no limit. Files that
-    :meth:`keeping` protects may exceed the limit until the end of the ``with`` block.
+    the old content. The total size of the files is at most ``limit_bytes``; None means no limit. The limit is exceeded
+    by a file that alone is larger, during simultaneous downloads, and by files that :meth:`keeping` protects, until the
+    end of the ``with`` block.
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:

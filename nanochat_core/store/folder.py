@@ -23,7 +23,8 @@ _LOCK = ".lock"
 class FolderStore(Store):
     """A store inside the folder ``root``.
 
-    A dot at the start of a name marks a file that is being written or removed.
+    A dot at the start of a name marks what is not a file of the store: a file or folder that is being written or
+    removed, an incomplete download or the file of a lock.
     """
 
     root: Path

@@ -118,8 +118,8 @@ class S3Store(Store):
             with disk_errors(staging):
                 yield staging
             require(staging, last)
-            # The file `last` is removed first, because readers ignore a folder without it. So nobody reads a mix of old
-            # and new files.
+            # The file `last` is removed first, because readers ignore a folder without it. So a reader that begins
+            # during the upload does not read a mix of old and new files.
             self.remove(f"{prefix}/{last}")
             names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
             for stale in {key.removeprefix(f"{prefix}/") for key in self.keys(prefix)} - set(names):

@@ -135,8 +135,8 @@ def joined(
     until all ranks have started, lasts at most ``join_seconds`` instead, because nodes of a cluster may still pull the
     image. If ``join_seconds`` is None, ``timeout_seconds`` also limits the first wait.
 
-    Raises UserError if a variable is missing. Raises RankLost if the other ranks did not join in time or were already
-    leaving.
+    Raises UserError if a variable is missing or wrong, or if several ranks would use mps. Raises RankLost if the other
+    ranks did not join in time or were already leaving.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -170,7 +170,7 @@ def joined(
 
 
 def rank_device(name: str) -> torch.device:
-    """The device that this process computes on: the CPU, or the CUDA device that the launcher gave to this rank.
+    """The device that this process computes on. With CUDA, it is the device that the launcher gave to this rank.
 
     ``name`` has the same meaning as in :func:`~nanochat_core.device.choose_device`.
     """

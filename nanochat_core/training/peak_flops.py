@@ -26,7 +26,7 @@ SLOWER_VARIANTS = {"MIG", "Laptop", "D"}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's peak dense bf16 FLOP/s; None if it is a CPU or a card that is not in the table."""
+    """The device's peak dense bf16 FLOP/s; None if it is no CUDA device, or a card or variant without a known peak."""
     if device.type != "cuda":
         return None
     words = set(re.split(r"[ -]", torch.cuda.get_device_name(device)))

@@ -40,8 +40,8 @@ class CreateSettings(KeyStoreSettings):
     )
     requests_per_minute: int | None = setting(
         None,
-        "limit of this key on requests per minute; 0 sets no limit; a key without any limit of its own gets the limits "
-        "of the gateway",
+        "limit of this key on requests per minute; 0 sets no limit; a key that is created without any of the three "
+        "limits gets the limits of the gateway",
         minimum=0,
         maximum=MAX_LIMIT,
     )

@@ -50,7 +50,7 @@ POLAR_EXPRESS = (
 
 
 def muon_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of the orthogonalization: bf16 if the device multiplies it faster than fp32, otherwise fp32."""
+    """The dtype of the orthogonalization: bf16 on CUDA and on CPUs that multiply it fast, fp32 on other devices."""
     fast_bf16 = cpu_multiplies_bf16() if device.type == "cpu" else device.type == "cuda"
     return torch.bfloat16 if fast_bf16 else torch.float32
 
@@ -108,7 +108,7 @@ def orthogonalize(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def reduce_variance(update: Tensor, second_moment: Tensor) -> Tensor:
-    """NorMuon (arXiv 2510.05491): scales rows, or columns of wide matrices, to equal root mean squares.
+    """NorMuon (arXiv 2510.05491): scales rows, or columns of wide matrices, to similar root mean squares.
 
     Each row ``u`` is divided by ``sqrt(v)``. Here ``v <- beta2 * v + (1 - beta2) * mean(u^2)`` is a running average of
     the row's mean square. Then the whole update is rescaled to its former Frobenius norm. ``update`` and the result are

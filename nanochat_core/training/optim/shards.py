@@ -3,8 +3,8 @@
 Problem: if every rank keeps the whole optimizer state and makes every update, more ranks save neither memory nor the
 time of the updates.
 
-Idea: the parameters form units, and each rank owns a part of every unit. The rank keeps only the optimizer state of its
-part and updates only its part. A step has three stages:
+Idea: the parameters form units, and each rank owns a part of every unit (``adamw`` explains an exception). The rank
+keeps only the optimizer state of its part and updates only its part. A step has three stages:
 
 1.  Reduce: the gradients of all ranks are summed, and each rank receives the sum for its own part. The reduction of a
     unit starts as soon as the backward pass has completed the unit's gradients, and overlaps with the rest of the
@@ -73,7 +73,7 @@ class ParameterShards(ABC):
         """Finishes the reduction and returns this rank's part of the summed gradient.
 
         On a single rank, the result is None if no parameter has a gradient. Raises ValueError if only some parameters
-        have a gradient.
+        have a gradient or, with several ranks, if any parameter has none.
         """
         if all(parameter.grad is None for parameter in self._parameters) and self._ranks.group is None:
             self.gradient = None

@@ -121,8 +121,8 @@ class Admission:
     async def finish(self, grant: Grant, prompt_tokens: int, completion_tokens: int, *, refused: bool) -> None:
         """Replaces the request's reserved tokens by its used tokens, and adds the used tokens to the usage.
 
-        Later calls for the same request do nothing. ``refused`` says whether the caller's token limit had no room for
-        the request.
+        Later calls for the same request do nothing. ``refused`` says whether a limit on the caller, such as the limit
+        on tokens, refused the request after :meth:`begin`.
         """
         self._running.discard(grant)
         if not await grant.finish(prompt_tokens + completion_tokens):

@@ -67,7 +67,8 @@ class AdmissionMiddleware:
             await self._app(scope, receive, send_observed)
         finally:
             await finish()
-            # The two errors below mean that Grant.charge() has refused the request, so the refusal is counted.
+            # The two errors below mean that Grant.charge(), or an engine's limit on one caller, has refused the
+            # request. This refusal is counted here.
             if record.error in ("rate_limit_exceeded", "admission_unavailable"):
                 self._count(record)
 

@@ -62,7 +62,7 @@ class RedisLink:
     async def run(self, script: str, keys: Sequence[str], arguments: Sequence[str | int]) -> Any:
         """Runs a script of the folder ``lua`` as one atomic step and returns its answer.
 
-        Raises Away if Redis does not answer.
+        Raises Away if Redis does not answer or refuses the script.
         """
         if script not in self._scripts:
             parts = [(_SCRIPTS / f"{name}.lua").read_text() for name in ("bucket", script)]
@@ -72,7 +72,7 @@ class RedisLink:
         return await self.call(lambda _: self._scripts[script](keys=list(keys), args=list(arguments)))
 
     async def call(self, command: Callable[[Redis], Awaitable[T]]) -> T:
-        """Runs a command and returns its answer. Raises Away if Redis does not answer."""
+        """Runs a command and returns its answer. Raises Away if Redis does not answer or refuses the command."""
         # A long wait for a free connection does not mean that Redis fails, so this wait has no time limit.
         async with self._turns:
             now = time.monotonic()

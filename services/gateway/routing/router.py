@@ -40,7 +40,8 @@ n replicas, each replica takes at most ``ceil(c * (m + 1) / n)``. A popular pref
 computes the prefix once, is in the index from then on, and gets its share of the prompts. SGLang's cache-aware router
 has a similar rule, but for the whole fleet: it routes by prefix only as long as the largest and the smallest load are
 close, and by the shortest queue otherwise. A replica with fewer than ``free_sequences`` sequences is never excluded by
-the bound. If there are more than 256 replicas, the mean is estimated from a sample of at least 128 replicas.
+the bound, unless it is new. If the bound excludes all candidates, the choice is the replica with the fewest sequences
+of all. If there are more than 256 replicas, the mean is estimated from a sample of at least 128 replicas.
 
 **New replicas** have an empty cache and no load, so all requests without a known prefix would go to new replicas.
 Therefore the router adds ``1 - t / warm_up_seconds`` times the mean number of sequences to the sequences of a replica

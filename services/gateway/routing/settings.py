@@ -14,12 +14,14 @@ class RoutingSettings:
         full_cache_tokens: cost of a KV cache that running sequences fill completely, in tokens of prefill.
         load_bound: maximum number of sequences of a replica, as a multiple of the mean of all replicas (c in arXiv
             1608.01350).
-        free_sequences: number of sequences that a replica may always have, even if the mean is low.
+        free_sequences: number of sequences that a replica may have even if the mean is low. For a new replica, the
+            sequences that slow its rise count too.
         warm_up_seconds: time in which a new replica rises to its full share of the load.
         report_seconds: time between two reports of a replica's load.
         cache_tokens: first estimate of the tokens that a replica's cache keeps. The replica's answers correct the
             estimate.
-        max_age_seconds: time after which a cache counts as overwritten, even if this gateway sent the replica nothing.
+        max_age_seconds: time in which a cache counts as overwritten once, even if this gateway sends the replica
+            nothing.
         max_entries: maximum number of entries in the index of prefixes. An entry says that a replica's cache holds a
             certain prefix.
     """
