@@ -225,7 +225,7 @@ async def encode_chat(
     stay. The number of turns that were left out is stored in ``truncation.left_out_turns``.
 
     Raises:
-        ApiError: 400 if the prompt is longer than the context.
+        ApiError: 400 if the context has no room for the prompt and one more token.
     """
     if truncation is None:
         _refuse_far_too_long(model, _characters(turns), "messages")

@@ -51,8 +51,9 @@ class FairQueue(Generic[T]):
 
     The queue has a virtual time: the latest start time of the tickets on which an engine has begun to work. A new
     ticket starts at the virtual time or at the end of the caller's previous ticket, whichever is later. A ticket ends
-    ``cost`` after its start. The smallest start time goes first, so a caller with many tickets and a caller with one
-    ticket take turns. (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996.)
+    ``cost`` after its start. Among tickets with the same priority, the smallest start time goes first, so a caller with
+    many tickets and a caller with one ticket take turns. (Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM
+    1996.)
 
     The owner calls :meth:`serve` whenever a ``take`` that returned None may now succeed. The owner calls :meth:`served`
     when an engine has begun to work on a ticket's request.
