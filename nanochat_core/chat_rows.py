@@ -30,7 +30,8 @@ def row_messages(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
     - ``{"messages": [{"role": "user", "content": …}, …]}``, as in the chat API;
     - ``{"conversations": [{"from": "human", "value": …}, …]}``, as in ShareGPT's files;
-    - ``{"instruction": …, "input": …, "output": …}``, as in Alpaca's files; ``input`` is optional.
+    - ``{"instruction": …, "input": …, "output": …}``, as in Alpaca's files; ``input`` is optional. Rows with Dolly's
+      names of these fields, or with ``prompt`` and ``completion`` or ``response``, are read in the same way.
 
     A row of any form may have a system message in the field ``system``. Raises KeyError or ValueError if the row has
     another form.

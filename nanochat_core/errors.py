@@ -38,7 +38,7 @@ class RetryableError(UserError):
 def run_main(main: Callable[[], int | None], program: str) -> None:
     """Runs ``main`` and exits with the code that it returns.
 
-    A :class:`UserError` or a lack of memory becomes one line on stderr.
+    A :class:`UserError` or a lack of memory becomes one line on stderr. Ctrl-C ends the program with the code 130.
     """
     try:
         code = main()

@@ -56,9 +56,9 @@ def decide(
 ) -> Decision:
     """Judge a checkpoint, and write the decision to the store and the report.
 
-    A refusal leaves the promoted checkpoint in place, with one exception: if training has replaced the weights of the
-    promoted revision, the old weights are lost, and the promotion is withdrawn. Otherwise an engine that starts later
-    would serve the refused weights. An engine that has the old weights in memory continues to serve them.
+    A refusal leaves the promoted checkpoint in place, with one exception: if ``promoting`` is true and training has
+    replaced or removed the weights of the promoted revision, the promotion is withdrawn. Otherwise an engine that
+    starts later would serve the refused weights. An engine that has the old weights in memory continues to serve them.
 
     Args:
         promoting: whether to promote the checkpoint if it is accepted.
