@@ -35,8 +35,9 @@ class Source:
 
     Attributes:
         shards: URL, key or path of each shard; the last shard is the validation split.
-        fetch: copies a shard (one of ``shards``) to a local file and continues after the bytes that an earlier call
-            left there. It raises UserError if the source refuses the shard, and Stopped if its third argument is set.
+        fetch: copies a shard (one of ``shards``) to a local file. Over HTTP, it continues after the bytes that an
+            earlier call left there. It raises UserError if the source refuses the shard, and Stopped if its third
+            argument is set.
     """
 
     shards: Sequence[str]

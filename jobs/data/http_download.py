@@ -41,8 +41,9 @@ class _Interrupted(Exception):
 def fetch_file(url: str, part: Path, stop: threading.Event, advice: str) -> None:
     """Download ``url`` (http or https) to ``part``, resuming from the bytes that an earlier call left there.
 
-    The wait after a failure begins with :data:`FIRST_WAIT_SECONDS` and doubles each time. A random time is added, so
-    that many clients do not return at the same moment to a server that has failed.
+    The wait after a failure is at most :data:`FIRST_WAIT_SECONDS`. It doubles with each failure in a row, up to
+    :data:`LONGEST_WAIT_SECONDS`. A random factor between 0.5 and 1 shortens it, so that many clients do not return at
+    the same moment to a server that has failed. If the server names a longer wait (``Retry-After``), that wait counts.
 
     Args:
         stop: ends the download early if it is set.

@@ -158,7 +158,7 @@ def dataset_digest(store: Store, name: str) -> str:
 
 
 def write_dataset(store: Store, name: str, train: Iterable[str], validation: Iterable[str], *, source: str) -> Manifest:
-    """Write documents as the shards of ``data/<name>``. Readers see all shards or none.
+    """Write documents as the shards of ``data/<name>``. A reader that finds the manifest finds all shards.
 
     Documents are taken from the iterables as they are written, so a dataset may be larger than memory. The manifest
     stores ``source``, which says where the documents come from. An empty split raises UserError.

@@ -209,7 +209,8 @@ class Sampler:
         return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
     def _candidates(self, z: Tensor, params: Items[SamplingParams]) -> Tensor | None:
-        """Ids (rows, n) of the tokens that top-k keeps, if every row has a small top-k; otherwise None.
+        """Ids (rows, n) of candidates that include all tokens that top-k keeps, if every row has a small top-k; or
+        None.
 
         Noise for the whole vocabulary takes several times as long as finding a few candidates. The result is also None
         if tokens tie with a row's last candidate, because top-k keeps these tokens too. On a GPU, the result is always

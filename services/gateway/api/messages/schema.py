@@ -179,8 +179,8 @@ class MessagesRequest(ApiModel):
     def turns(self, tools: Sequence[FunctionTool]) -> list[Message]:
         """Returns the conversation as the model's turns.
 
-        Raises an :class:`ApiError` with status 400 if a result has no call before it, or if a user's message contains a
-        block that only the assistant may write.
+        Raises an :class:`ApiError` with status 400 if a result has no call before it or is not text, or if a user's
+        message contains a block that only the assistant may write.
         """
         turns = Turns(["\n".join(block.text for block in self.system)] if self.system else [], tools)
         for i, message in enumerate(self.messages):
