@@ -74,7 +74,8 @@ def run(
     """Evaluate, store the result, and show a table and some wrong answers.
 
     Chunks of questions that an interrupted run has finished are not evaluated again. If an earlier run has stored the
-    result, nothing is evaluated. The first rank returns the content of ``result.json``, the other ranks return None.
+    result, nothing is evaluated. The first rank returns the content of ``result.json``. The other ranks return None if
+    they had to evaluate.
     """
     device = device or torch.device("cpu")
     store = open_store(settings.home)

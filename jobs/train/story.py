@@ -55,7 +55,8 @@ class Story:
     def stage(self, name: str, module: str) -> Iterator[None]:
         """A context manager around the run of a stage. Reports the start of the stage, and how the stage ended.
 
-        The stage is done, was stopped by a signal, or failed. ``module`` names the stage's program in log events.
+        The stage is done, was stopped (by a signal or by an error after which another attempt may succeed), or failed.
+        ``module`` names the stage's program in log events.
         """
         started = time.monotonic()
         begins = not self._told
