@@ -143,8 +143,8 @@ class PrefixIndex:
 
         If a cache has several of these prefixes, the longest one counts. Only replicas whose names are in ``names`` are
         returned. The replicas with the longest prefix come first. Among replicas with the same prefix, the replica that
-        used the prefix least recently comes first, so that these replicas take turns. Entries that
-        turn out to be too old are dropped.
+        used the prefix least recently comes first, so that these replicas take turns. Entries that turn out to be too
+        old are dropped.
         """
         found: dict[CacheClock, int] = {}
         for tokens, key, holders in marks:
