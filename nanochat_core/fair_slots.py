@@ -7,8 +7,8 @@ import collections
 class FairSlots:
     """Lets at most ``slots`` calls run at once. The callers of waiting calls take turns; a call's key names its caller.
 
-    The calls of one caller are served in the order of their arrival. A caller with many calls therefore delays another
-    caller by at most one call for each slot.
+    The calls of one caller are served in the order of their arrival. A caller with many calls therefore delays the next
+    call of another caller only by the calls that run already and by one waiting call.
     """
 
     def __init__(self, slots: int) -> None:

@@ -55,8 +55,9 @@ class Sandboxes:
 
     A target may have several addresses, and each address is a sandbox. Sandboxes may join and leave at any time. The
     next call goes to the healthy sandbox that runs the fewest calls of this client; calls of a session go to the same
-    sandbox while it is healthy. If the chosen sandbox dies, hangs or is full, another sandbox runs the call, unless the
-    call's time limit has passed or some of the call's output was already passed on.
+    sandbox, unless sandboxes join or leave. If the chosen sandbox dies, hangs or is full, another sandbox runs the
+    call, unless the call has had three attempts, the call's time limit has passed, or some of the call's output was
+    already passed on.
     """
 
     def __init__(

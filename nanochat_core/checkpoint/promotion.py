@@ -13,9 +13,9 @@ def promote(store: Store, ref: CheckpointRef) -> None:
 
 
 def withdraw(store: Store, model: str) -> None:
-    """Withdraws the promotion of ``model``, whose promoted checkpoint no longer exists.
+    """Withdraws the promotion of ``model``, whose promoted weights no longer exist.
 
-    An engine that already serves the checkpoint continues to serve it.
+    An engine that already serves these weights continues to serve them.
     """
     store.write(_promoted_key(model), f"{_WITHDRAWN}\n".encode())
 
