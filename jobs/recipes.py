@@ -191,6 +191,7 @@ RECIPES = {
             # learns more than a model of depth 4. Compiling this model takes longer than all its steps save.
             pretrain={
                 "depth": 3,
+                "dtype": "fastest",
                 "head-dim": 64,
                 "context-length": 1024,
                 "row-tokens": 256,

@@ -24,10 +24,10 @@ import torch
 
 from jobs.measures.bits_per_byte import bits_per_byte
 from jobs.train.batches.loader import Batch
+from jobs.train.loop.kernels import make_trainable
 from jobs.train.loop.run import Evaluation, Metrics, RunConfig
 from jobs.train.loop.runtime import RunSettings, Runtime
 from jobs.train.loop.schedule import Schedule
-from jobs.train.loop.stage import make_trainable
 from jobs.train.loop.trainer import Trainer
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.config import ModelConfig

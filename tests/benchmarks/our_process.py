@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from jobs.train.batches.loader import Batch
+from jobs.train.loop.kernels import make_trainable
 from jobs.train.loop.run import Evaluation, RunConfig
 from jobs.train.loop.runtime import RunSettings, Runtime
 from jobs.train.loop.schedule import Schedule
-from jobs.train.loop.stage import make_trainable
 from jobs.train.loop.trainer import Trainer
 from jobs.train.upstream.checkpoint import convert, model_config, read_upstream
 from nanochat_core.config import ModelConfig

@@ -12,22 +12,19 @@ import torch
 from jobs.measures.machine import describe_machine
 from jobs.program import command_line, run_program
 from jobs.train.batches.loader import Batch, PackedLoader
+from jobs.train.loop.kernels import make_trainable, training_dtype
 from jobs.train.loop.questions import answer_questions
 from jobs.train.loop.run import Evaluation, Metrics, RunConfig, RunState
 from jobs.train.loop.runtime import RunSettings, Runtime, open_runtime
 from jobs.train.loop.schedule import Schedule
 from jobs.train.loop.step import Objective
 from jobs.train.loop.trainer import Trainer
-from nanochat_core.attention import choose_attention
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef
 from nanochat_core.config import ModelConfig
-from nanochat_core.cpu_matmul import use_faster_products
-from nanochat_core.device import choose_dtype
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.settings import setting
 from nanochat_core.tokenizer import Tokenizer
-from nanochat_core.training.fp8 import convert_to_fp8
 from nanochat_core.training.optim import MuonAdamW, muon_dtype
 from nanochat_core.training.peak_flops import peak_flops
 
@@ -54,8 +51,10 @@ class StageSettings(RunSettings):
 
     model: str = setting(help="name of the model in the store")
     seed: int = setting(1, "seed of everything random in the run", minimum=0, maximum=2**63 - 1)
-    dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = setting(
-        "auto", "dtype of activations and matrix products; with auto, fine-tuning and RL use the dtype of pretraining"
+    dtype: Literal["auto", "fastest", "fp32", "bf16", "fp16", "fp8"] = setting(
+        "auto",
+        "dtype of activations and matrix products; with auto, fine-tuning and RL use the dtype of pretraining; fastest "
+        "measures on a CPU whether bf16 or fp32 is faster",
     )
     ask: tuple[str, ...] = setting(
         (), "questions that the model answers during training, for the chat page; comma separated"
@@ -126,7 +125,7 @@ class Stage:
         precision = settings.dtype
         if base is not None and precision == "auto":
             precision = base.meta.get("settings", {}).get("dtype", "auto")
-        dtype = choose_dtype(precision, runtime.device)
+        dtype = training_dtype(precision, config, settings, runtime.device, runtime.ranks)
         torch.manual_seed(settings.seed)
         if base is not None:
             self.model = base.build_model(runtime.device, dtype)
@@ -224,16 +223,6 @@ def _check_size(config: ModelConfig) -> None:
             f"a model of depth {config.depth} and width {config.dim} has more than {parameters / 1e9:,.1f} billion "
             f"parameters, which do not fit into this machine's {memory / 2**30:,.0f} GiB of memory; lower --depth"
         )
-
-
-def make_trainable(model: GPT, settings: RunSettings, device: torch.device, precision: str) -> None:
-    """Choose the kernels that train ``model`` on ``device``. ``precision`` is the value of ``--dtype``."""
-    model.train()
-    model.attention = choose_attention(settings.attention, device, model.compute_dtype)
-    if precision == "fp8":
-        convert_to_fp8(model)
-    elif device.type == "cpu" and model.compute_dtype == torch.float32:
-        use_faster_products(model.blocks)
 
 
 def rows_per_batch(batch_tokens: int, context_length: int) -> int:
