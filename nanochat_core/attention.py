@@ -19,9 +19,10 @@ from nanochat_core.errors import UserError
 BLOCK_ROWS = 64
 # A row is divided into at most this many blocks. Longer rows have larger blocks, so that the compiled code stays small.
 BLOCKS = 8
-# Longest row, in tokens, that is computed in blocks. The backward pass stores the attention weights of all blocks, so
-# its memory grows with the square of the row's length.
-BLOCKWISE_TIME = 512
+# Longest rows, in tokens, that are computed in blocks: with a window that covers the whole row, and with a shorter one.
+# The backward pass stores the attention weights of all blocks, so its memory grows with the row's length times the
+# window's length.
+BLOCKWISE_TIME, BLOCKWISE_WINDOW_TIME = 512, 2048
 # The packages of FlashAttention, fastest first. Each line has the package's module, and the lowest and the highest
 # compute capability that the package supports. The first module is FlashAttention 3, which runs only on Hopper GPUs.
 FLASH_PACKAGES = (("flash_attn_interface", (9, 0), (9, 9)), ("flash_attn", (8, 0), (99, 9)))
@@ -93,12 +94,13 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Computes :class:`Attention` by blockwise attention or SDPA, whichever is faster.
+    """Computes :class:`Attention` by blockwise attention or SDPA, whichever is usually faster.
 
-    Blockwise attention is faster for short rows in compiled code. In uncompiled code, its many small operations cost
-    more time than they save.
+    Blockwise attention is faster for short rows, and for windows that are shorter than the row, because it skips keys
+    outside the window (``tests/benchmarks/bench_attention.py`` measures both).
     """
-    if torch.compiler.is_compiling() and q.size(1) <= BLOCKWISE_TIME:
+    time = q.size(1)
+    if time <= BLOCKWISE_TIME or (window < time - 1 and time <= BLOCKWISE_WINDOW_TIME):
         return blockwise_attention(q, k, v, window)
     return sdpa_attention(q, k, v, window)
 

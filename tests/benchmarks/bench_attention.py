@@ -1,9 +1,9 @@
 """Compare the speed of the backends for windowed attention on a CPU.
 
 Run the program from the project's root: ``python -m tests.benchmarks.bench_attention``. It times a compiled forward and
-backward pass of each backend and prints the ratio to plain SDPA. The backends take turns, and the best of several runs
-counts. With ``--threads 1`` the program measures the process's CPU time, because other work on the machine affects it
-less.
+backward pass of each backend and prints the ratio to plain SDPA. ``--no-compile`` times uncompiled code. The backends
+take turns, and the best of several runs counts. With ``--threads 1`` the program measures the process's CPU time,
+because other work on the machine affects it less.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from nanochat_core import attention
 from nanochat_core.attention import Attention, blockwise_attention, sdpa_attention
@@ -19,21 +20,28 @@ from nanochat_core.device import prepare_cpu
 BACKENDS: dict[str, Attention] = {"sdpa": sdpa_attention, "blockwise": blockwise_attention}
 
 
-def training_step(attend: Attention, shape: tuple[int, ...], dtype: torch.dtype, window: int) -> Callable[[], None]:
-    """Return a function that runs one compiled forward and backward pass on random inputs.
+def training_step(
+    attend: Attention, shape: tuple[int, ...], dtype: torch.dtype, window: int, compile: bool
+) -> Callable[[], None]:
+    """Return a function that runs one forward and backward pass on random inputs.
 
     The pass includes element-wise multiplications before and after the attention. A model has such operations too, and
     the compiler can fuse them with the attention.
 
     Args:
         shape: (rows, time, heads, head_dim) is the shape of the queries, of the keys and of the values.
+        compile: compile the pass with torch.compile.
     """
     q, k, v, upstream = (torch.randn(shape).to(dtype) for _ in range(4))
-    compiled = torch.compile(lambda q, k, v: attend(1.2 * q, 1.2 * k, v, window) * upstream, dynamic=False)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(1.2 * q, 1.2 * k, v, window) * upstream
+
+    run = torch.compile(forward, dynamic=False) if compile else forward
 
     def step() -> None:
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        compiled(*inputs).sum().backward()
+        torch.autograd.backward(run(*inputs).sum())
 
     return step
 
@@ -47,6 +55,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--block-rows", type=int, default=attention.BLOCK_ROWS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeat", type=int, default=10)
     args = parser.parse_args()
     prepare_cpu(args.threads)
@@ -57,7 +66,9 @@ def main() -> None:
     print(f"{'dtype':>9} {'window':>6} {'backend':>10} {'ms':>7} {'ratio':>6}")
     for dtype in (torch.float32, torch.bfloat16):
         for window in args.windows:
-            steps = {name: training_step(attend, shape, dtype, window) for name, attend in BACKENDS.items()}
+            steps = {
+                name: training_step(attend, shape, dtype, window, args.compile) for name, attend in BACKENDS.items()
+            }
             best = dict.fromkeys(steps, float("inf"))
             for turn in range(args.repeat + 2):
                 for name, step in steps.items():

@@ -103,6 +103,16 @@ def test_blocks_join_without_a_seam(time: int, window: int) -> None:
     check(blockwise_attention, drawn(time, 2, 1), window)
 
 
+@pytest.mark.parametrize(("time", "window"), [(768, 256), (768, 767), (2304, 512)])
+def test_rows_longer_than_those_of_blocks_are_the_same_on_a_cpu(time: int, window: int) -> None:
+    check(cpu_attention, drawn(time, 2, 1), window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows_compiled_for_a_cpu_are_the_same(dtype: torch.dtype) -> None:
+    check(torch.compile(cpu_attention, fullgraph=True, backend="aot_eager"), drawn(768, 2, 1, dtype=dtype), 256)
+
+
 @pytest.mark.parametrize("window", [17, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_compiled_for_a_cpu_is_the_same(dtype: torch.dtype, window: int) -> None:
