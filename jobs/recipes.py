@@ -211,9 +211,9 @@ RECIPES = {
             sft={
                 "batch-tokens": 2048,
                 "device-batch-rows": 2,
-                "steps": 1100,
+                "steps": 1700,
                 "lr-scale": 0.35,
-                "eval-every": 550,
+                "eval-every": 850,
                 "save-every": 120,
                 "ask-every": 80,
                 "compile": False,
