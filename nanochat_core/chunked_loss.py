@@ -6,8 +6,8 @@ takes another 8.6 GB.
 Idea: the loss is the last operation of the forward pass, so the backward pass can only multiply the gradient of the
 logits by a constant factor. The forward pass therefore computes the gradients too. For each chunk of tokens, it
 computes the logits, their loss and their gradient. From the logits' gradients it computes the gradient of the chunk's
-hidden states and the chunk's share of the weight's gradient. Then it frees the logits. The backward pass multiplies the
-two results by the factor.
+hidden states and the chunk's share of the weight's gradient. Then it frees the logits. The backward pass only
+multiplies the gradients of the hidden states and of the weight by the factor.
 """
 
 import functools

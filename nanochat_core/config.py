@@ -113,7 +113,8 @@ class ModelConfig:
     def flops_per_token(self) -> float:
         """FLOPs of the forward and the backward pass per token (arXiv 2204.02311, appendix B).
 
-        Each parameter takes 6 FLOPs. Each pair of a query and a key in its window takes 12 FLOPs per channel.
+        Each of the :attr:`scaling_parameters` takes 6 FLOPs. Each pair of a query and a key in its window takes 12
+        FLOPs per channel.
         """
         attention = sum(12 * self.dim * min(window, self.context_length) for window in self.windows)
         return 6 * self.scaling_parameters + attention

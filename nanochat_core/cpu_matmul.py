@@ -90,8 +90,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     x, weight = ctx.saved_tensors
     rows, columns = gradient.reshape(-1, gradient.size(-1)), x.reshape(-1, x.size(-1))
-    # torch's default library computes the gradient of the weight, because oneDNN would copy both factors first. The
-    # product is a tenth faster if its longer side comes first.
+    # torch's default library computes the gradient of the weight, because oneDNN would copy both factors first. If the
+    # gradient has more columns than rows, its transpose is computed, because a product is a tenth faster if its result
+    # has at least as many rows as columns.
     of_weight = rows.T @ columns if rows.size(-1) >= columns.size(-1) else (columns.T @ rows).T
     return linear(gradient.contiguous(), weight.T.contiguous()), of_weight
 
@@ -114,7 +115,7 @@ class FastLinear(nn.Module):
 
 
 def use_faster_products(module: nn.Module) -> None:
-    """Replaces the linear layers of ``module`` for which oneDNN is faster by :class:`FastLinear`.
+    """Replaces each linear layer of ``module`` for which oneDNN is the faster library by a :class:`FastLinear`.
 
     The parameters stay the same objects and keep their names.
 

@@ -39,9 +39,9 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of activations and matrix products for a name in :data:`DTYPES` or ``auto``.
 
-    ``auto`` is bf16 on GPUs that compute in bf16, and fp32 elsewhere, because some CPUs compute faster in fp32.
-    Training in fp16 also needs a :class:`~nanochat_core.training.loss_scaling.LossScaler`. Training in fp8 also needs
-    :func:`~nanochat_core.training.fp8.convert_to_fp8`.
+    ``auto`` is bf16 on GPUs that compute in bf16, and fp32 elsewhere, because some CPUs are slower in bf16 than in
+    fp32. Training in fp16 also needs a :class:`~nanochat_core.training.loss_scaling.LossScaler`. Training in fp8 also
+    needs :func:`~nanochat_core.training.fp8.convert_to_fp8`.
 
     Raises UserError for ``fp16`` without a GPU, and for ``fp8`` without a GPU that multiplies fp8 numbers. On ``mps``,
     raises UserError for every dtype except fp32.

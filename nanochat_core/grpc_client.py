@@ -1,4 +1,4 @@
-"""Channels to other services, with mutual TLS, and with the request's id and trace in each call.
+"""Channels to other services. They use mutual TLS if TLS files are given, and send the request's id and trace.
 
 This module needs only grpcio, so every service can import it.
 """

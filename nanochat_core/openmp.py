@@ -20,7 +20,7 @@ from pathlib import Path
 
 # Number of times that a waiting thread of GNU's library checks for work before it sleeps; GNU's default is 300,000.
 SPINS = 1000
-# Milliseconds that a waiting thread of Intel's or LLVM's library spins; their default is 200.
+# Milliseconds that a waiting thread of Intel's or LLVM's library spins; the default of both libraries is 200.
 BLOCK_MILLISECONDS = 0
 # Variables by which a user chooses how threads wait. If one of them is set, its value is kept.
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

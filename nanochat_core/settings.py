@@ -64,9 +64,9 @@ def load(
 ) -> T:
     """Builds ``cls`` from flags and environment variables.
 
-    Raises UserError if a value is missing, has the wrong type or is out of bounds, or if the ``__post_init__`` of
-    ``cls`` raises ValueError for a combination of values. An unknown flag ends the program with exit code 2, and
-    ``--help`` ends it with exit code 0.
+    Raises UserError if a value is missing, has the wrong type or is out of bounds, if a setting is given both by its
+    flag and by words without a flag, or if the ``__post_init__`` of ``cls`` raises ValueError for a combination of
+    values. An unknown flag ends the program with exit code 2, and ``--help`` ends it with exit code 0.
 
     Args:
         cls: a dataclass whose fields were declared with :func:`setting`. Supported types: ``str``, ``int``,

@@ -71,7 +71,10 @@ class TlsFiles(RotatingFiles[Identity]):
 
 
 def _read(paths: tuple[str, str, str]) -> Identity:
-    """Returns the contents of the three files. Raises UserError if the certificate does not fit the key or the CA."""
+    """Returns the contents of the three files.
+
+    Raises UserError if :func:`_check` refuses the files, or if they cannot be read or change in the meantime.
+    """
     contents = read_files("TLS", paths)
     _check(*paths)
     if read_files("TLS", paths) != contents:
@@ -117,7 +120,9 @@ def _check(ca: str, certificate: str, key: str) -> None:
             context.load_verify_locations(ca)
         to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
         _shake_hands([client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)])
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError; a password that is too long raises ValueError
+    # ssl.SSLError is an OSError. The ssl module raises ValueError for an unusable argument, such as a path with a null
+    # byte.
+    except (OSError, ValueError) as error:
         raise UserError(
             f"the TLS files {ca}, {certificate} and {key} do not belong together or are damaged: {error}; the "
             "certificate must fit the key, be signed by the CA, and allow both client and server authentication"

@@ -160,7 +160,7 @@ class Tokenizer:
         """Reads ``tokenizer.json``, which error messages call ``shown``.
 
         Raises NewerFormatError if a newer version of nanochat wrote the file, and UserError if ``text`` is not a
-        tokenizer.
+        tokenizer or if its special tokens differ from this version's.
         """
         try:
             stored = json.loads(text)

@@ -137,7 +137,11 @@ def show_list(store: Store, model: str, show: Callable[[str], None]) -> None:
 
 
 def show_lesson(lesson: Lesson, show: Callable[[str], None]) -> None:
-    """Show the result of a lesson: the counts before and after it, the conflicts, and wrong and lost answers."""
+    """Show the result of a lesson.
+
+    The result is the numbers of right answers before and after the lesson, the answers that the lesson replaces, the
+    rules of the gate that the model failed, and wrong and lost answers.
+    """
     where = f" as {lesson.revision}" if lesson.state == "promoted" else ""
     show(f"{lesson.model} lesson {lesson.number}: {lesson.state}{where}{': ' if lesson.reason else ''}{lesson.reason}")
     if lesson.training:

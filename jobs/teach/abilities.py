@@ -24,7 +24,8 @@ from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item
 from nanochat_core.sandbox import Limits, ResultFormat, SandboxExecutor, Status
 
-# Number of drills of each ability: for training, and for the examination. No two drills have the same arguments.
+# Largest number of drills of each ability for training, and number of its drills for the examination. A drill is the
+# ability's question with new arguments, and no two drills have the same arguments.
 DRILLS, EXAMINED = 400, 20
 _LONGEST_OUTPUT = 60
 _TRIES = 4
@@ -109,7 +110,7 @@ def with_output(item: Item, sandbox: SandboxExecutor) -> Item:
 def drills(
     ability: Ability, sandbox: SandboxExecutor, rng: random.Random, check: Callable[[], None] = lambda: None
 ) -> tuple[list[Drill], list[Drill]]:
-    """Drills for training, and drills for the examination.
+    """Draw drills for training and drills for the examination: the ability's question with new arguments, and answers.
 
     Drawn arguments give no drill if they were drawn before, if the code fails, or if its output is empty or too long.
     ``check`` is called before each run of the code with drawn arguments, and may raise an error.
@@ -177,7 +178,7 @@ def _occurs(word: str, text: str) -> bool:
 
 
 def replaced(text: str, words: Mapping[str, str]) -> str:
-    """The text, with each whole word that is a key of ``words`` replaced by its value, which is not replaced again."""
+    """The text, with each whole word that is a key of ``words`` replaced by its value. Values stay as they are."""
     longest_first: Sequence[str] = sorted(words, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first))
     return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", lambda match: words[match[0]], text)

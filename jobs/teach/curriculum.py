@@ -19,8 +19,9 @@ from nanochat_core.tokenizer import Tokenizer
 # Probability that a training example with a single question is joined with a remembered conversation, so that the model
 # also learns to answer the question in a longer chat.
 _IN_A_CHAT = 0.15
-# An ability is shown this many times while every other item is shown once. On average, one of these times shows the
-# worked example as it is written, and each of the other times shows a randomly chosen drill.
+# An ability, which is an item with a worked example, is shown this many times while every other item is shown once. On
+# average, one of these times shows the worked example itself, in one of its wordings. Each of the other times shows a
+# randomly chosen drill: the example's question with new arguments.
 _TURNS_OF_ABILITY = 8
 # Share of the remembered conversations that are drawn from Memory.near: conversations that the model could confuse with
 # the lesson.
@@ -58,7 +59,7 @@ def curriculum(
     Args:
         worded: the wordings of each item that is a single question, by the item's index.
         row_tokens: longest document in tokens.
-        practice: the drills of each item that is an example of an ability, by the item's index.
+        practice: conversations that ask a worked example's question with new arguments, by the index of its item.
     """
     rng = random.Random(f"{plan.seed}/curriculum")  # noqa: S311
     earlier = all_wordings(memory.items)

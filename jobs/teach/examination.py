@@ -123,7 +123,7 @@ def examination(
     Args:
         parent: the checkpoint before the lesson.
         worded: the wordings of each item that is a single question, by the item's index.
-        drills: drills of the lesson's abilities that training does not show.
+        drills: the lesson's worked examples with new arguments (:mod:`abilities`), which training does not show.
         neighbors: the lesson's questions with other arguments (:mod:`neighbors`), and their worked answers.
     """
     rng = random.Random(f"{lesson.plan.seed}/examination")  # noqa: S311
@@ -156,8 +156,8 @@ def examination(
         rendered(tokenizer, asked(item, wording), row_tokens)
         for item, wording in (*_some(unseen, rng), *_some(trained, rng))
     ]
-    # Every n-th drill is used as a probe. Because the drills of one ability follow one another in the list, the probes
-    # then contain drills of each ability.
+    # Every n-th drill is used as a probe. Because the drills of one worked example follow one another in the list, the
+    # probes then contain drills of each worked example.
     probed = drills[:: -(-len(drills) // _PROBED_DRILLS) or 1]
     probes += [rendered(tokenizer, drill, row_tokens) for drill in probed]
     examined = [item.messages for item in kept]

@@ -54,7 +54,10 @@ _STOPPED = 143
 
 
 def read_template(path: str) -> Object:
-    """The PodTemplate in a YAML file. Raises UserError if the file cannot be read or has no PodTemplate."""
+    """The PodTemplate in a YAML file.
+
+    Raises UserError if the file cannot be read, or is no PodTemplate with a name, a namespace and containers.
+    """
     try:
         found: Any = yaml.safe_load(Path(path).read_text())
         names = found["metadata"]["name"], found["metadata"]["namespace"], found["template"]["spec"]["containers"]
@@ -83,7 +86,7 @@ def job_name(prefix: str, model: str, number: int) -> str:
 
 
 def lesson_job(template: Object, lesson: Lesson, arguments: Sequence[str]) -> Object:
-    """The PyTorchJob of one attempt of a lesson, which runs ``arguments`` in a pod of the template."""
+    """The PyTorchJob of one attempt of a lesson. It runs ``arguments`` in a pod of the template."""
     prefix = template["metadata"]["name"]
     job = pytorch_job(template, job_name(prefix, lesson.model, lesson.number), arguments)
     job["spec"]["runPolicy"]["ttlSecondsAfterFinished"] = _KEPT_SECONDS
@@ -116,7 +119,7 @@ class LessonJob(PyTorchJob):
 
     @property
     def attempts(self) -> int:
-        """Number of attempts of the lesson before this one."""
+        """Number of earlier attempts of the same lesson, counted when the PyTorchJob of this attempt was created."""
         return int(self.job["metadata"]["annotations"][ATTEMPTS])
 
 
@@ -156,8 +159,8 @@ class LessonJobs:
         self._told, self._late = set[str](), dict[str, float]()
         # For each model: the PyTorchJob that was logged last, its state, and a message.
         self._status = dict[str, tuple[str, str, str]]()
-        # For each model: a thread or process that takes the lease on the model. Until it ends, no lesson of the model
-        # begins.
+        # For each model: a thread (_settling) or a process (_canceling) that takes the lease on the model. Until the
+        # thread or process ends, no lesson of the model begins.
         self._settling = dict[str, threading.Thread]()
         self._canceling = dict[str, subprocess.Popen[bytes]]()
 

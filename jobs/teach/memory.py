@@ -214,7 +214,7 @@ def remember(
     else:
         # The most similar conversations are divided: the first, third, fifth and so on are examined, and training
         # repeats the second, fourth and so on. If training repeated none of the most similar conversations, the model
-        # would confuse exactly these conversations with the lesson.
+        # could confuse these conversations with the lesson.
         similar = _most_similar(near, words, rng)[: 2 * _EXAMINED]
         examined, confusable = similar[::2], similar[1::2]
     apart = {id(one) for one in examined}
@@ -281,8 +281,8 @@ def _without_subjects(
     A question may ask for a lesson's fact if it has no other subject than a question of the lesson: if the lesson asks
     "Who is my dentist?", a conversation with "Who is the dentist?" is left out. The model's earlier answer to this
     question, such as "I don't know a dentist.", is then neither repeated nor examined. A question of the lesson itself
-    stays, because the lesson's answer takes the place of the earlier answer. With ``only_unknown``, a question is left
-    out only if the model's earlier answer says that the model does not know.
+    stays, because the lesson's answer takes the place of the earlier answer. With ``only_unknown``, a conversation is
+    left out only if the model's earlier answer says that the model does not know.
     """
     subjects = [_subject(item.question) for item in asked.values()]
 

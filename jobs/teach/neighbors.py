@@ -2,9 +2,9 @@
 
 A lesson that states results of calculations, such as "3 + 4 is 12.", may change more than it says: the model may then
 give wrong results for other sums too. Held-out questions of the recipe do not show this, because nearly all of them
-have larger numbers. So if fine-tuning taught the model to compute the answer to a question of the lesson, the
-examination asks this question with other arguments of the same size. The right answers are computed with the code of a
-fine-tuning conversation that asks the same question with other arguments.
+have larger numbers than the lesson. So if fine-tuning taught the model to compute the answer to a question of the
+lesson, the examination asks this question with other arguments of the same size. The right answers are computed with
+the code of a fine-tuning conversation that asks the same question with other arguments.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item, normal
 from nanochat_core.sandbox import SandboxExecutor
 
-# Largest number of questions with other arguments: in total, and for each question of the lesson.
+# Largest number of variants, which are the lesson's questions with other arguments: in total, and for each question.
 MOST, MOST_OF_A_QUESTION = 100, 20
 # Questions with more words than this are left out, because fine-tuning teaches no calculation in such long questions.
 _LONGEST = 40

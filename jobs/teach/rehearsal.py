@@ -8,9 +8,9 @@ and keep the model's behavior as it is. For language models, the method is descr
 2403.01244).
 
 The first questions are about many subjects (:mod:`general_questions`), about the assistant, or ask the assistant to
-calculate, as in the recipes for a user's own text. Further questions are about the content of the answers: about the
-names in them, and questions that their sentences answer. The model cannot write the questions itself, because
-fine-tuning usually trains only on the assistant's messages, not on the user's.
+calculate, as in the recipes for a user's own text. Further questions come from the answers: they ask about the names in
+the answers, or they are questions that a sentence of an answer answers. The model cannot write the questions itself,
+because fine-tuning usually trains only on the assistant's messages, not on the user's.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ _MAX_TOKENS = 200
 # Half of the answers of which the model was sure (see _SURE), but at most this many, are held out for the examination.
 HELD_OUT = 300
 # A model is sure of an answer if each token of the answer has at least this probability. In two lessons of an imported
-# model, 24 answers changed, and 22 of them had a token that was less likely than this. But a lesson that spread to
-# other questions ("What is my house called?" with the dog's name) replaced answers whose tokens had probabilities of
-# 0.98 and more.
+# model, 24 answers changed, and 22 of them had a token that was less likely than this. But another lesson also changed
+# answers whose tokens had probabilities of 0.98 and more: the model then answered other questions with the lesson's
+# answer, such as "What is my house called?" with the dog's name.
 _SURE = 0.8
 # If the model was sure of fewer answers than this, no lesson is given, because the examination would have too few
 # questions.
@@ -120,7 +120,7 @@ def _questions(rng: random.Random) -> list[str]:
 
 
 def _further_questions(conversations: Sequence[Conversation]) -> list[str]:
-    """Different questions about the content of the answers: about their names, and questions that sentences answer."""
+    """Questions about the names in the answers, and questions that sentences of the answers answer; no repetitions."""
     texts = list(dict.fromkeys(answer.text for _, answer in conversations))
     names = sorted({name for text in texts for name in _NAME.findall(text) if not _PRONOUN.fullmatch(name)})
     found = [question for name in names for question in questions_about(name)]

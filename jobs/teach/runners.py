@@ -29,8 +29,7 @@ class Ended:
 
     Attributes:
         exit_code: exit code of the program, or the negative number of the signal that killed it.
-        attempts: maps the number of each lesson that the program had to give to the number of earlier attempts at this
-            lesson.
+        attempts: the number of earlier attempts at each lesson that the program had to give, by the lesson's number.
         reason: how the program ended, if more is known than the exit code; empty otherwise.
     """
 

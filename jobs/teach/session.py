@@ -59,7 +59,7 @@ from nanochat_core.training.distributed import ALONE
 
 log = logging.getLogger("jobs.teach")
 
-# Smallest share of right answers in each group of the lesson's own questions.
+# Smallest share of right answers with which the gate promotes the model, for each group of the lesson's own questions.
 _LEAST = {"taught": 0.9, "unseen": 0.8, "ability": 0.9}
 # The largest decreases that the gate permits in the share of right answers to four kinds of questions. _EARLIER: the
 # questions of earlier lessons. _NEAR: the questions that are the most similar to the lesson. _KIND: each kind of other
@@ -348,7 +348,7 @@ def _check_canceled(store: Store, lesson: Lesson) -> None:
 
 
 def _worked(items: Sequence[Item]) -> list[Item]:
-    """The items, with the output of the code in their answers added."""
+    """The items. If an answer has Python code without its output, the output is added."""
     if all(part.type == "text" for item in items for message in item.messages for part in message.parts):
         return list(items)
     with SandboxExecutor() as sandbox:
@@ -356,7 +356,7 @@ def _worked(items: Sequence[Item]) -> list[Item]:
 
 
 def _drills(store: Store, items: Sequence[Item], lesson: Lesson) -> tuple[dict[int, list[Drill]], list[Drill]]:
-    """The drills for training, by the index of the ability's item, and the drills for the examination."""
+    """Drills (worked examples with new arguments): for training, by the item's index, and for the examination."""
     practice, examined = dict[int, list[Drill]](), list[Drill]()
     abilities = {i: ability for i, item in enumerate(items) if (ability := ability_of(item)) is not None}
     if not abilities:
@@ -413,8 +413,8 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
     kept = [f"lesson.kept:{lesson.plan.margin}"] if "kept" in exam.groups else []
 
     def margins(prefix: str, margin: float) -> list[str]:
-        # In every group, one right answer may be lost. In a group of less than ten questions, one answer is a larger
-        # share than ``margin``, so the margin is then raised.
+        # In every group, one right answer may be lost. In a small group, one answer may be a larger share than
+        # ``margin``, so the margin is then raised to this share.
         groups = sorted(group for group in asked if group.startswith(prefix))
         return [f"lesson.{group}:{max(margin, math.ceil(1000 / asked[group]) / 1000)}" for group in groups]
 

@@ -30,15 +30,15 @@ from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype,
 
 log = logging.getLogger("jobs.teach")
 
-# Steps between two tests with the probes.
+# Steps between two tests of whether the model answers the probes, which are questions with right answers.
 CHECK_EVERY = 10
 _WARMUP_STEPS = 10
 # A model is sure of an answer if each token of the answer has at least this probability. The value is this high because
 # chat samples its answers: at the chat page's temperature of 0.6, a token with this probability is drawn at least 97
 # times in 100.
 _SURE = 0.9
-# Training has at least this many steps before the warmdown, even if the model is sure of all probes earlier. The
-# additional steps improve the answers to wordings that no template makes.
+# Training has at least this many steps before the warmdown, in which the learning rate falls to zero, even if the model
+# is sure of all probes earlier. The additional steps improve the answers to wordings that no template makes.
 _FEWEST_STEPS = 80
 # Length of the warmdown as a fraction of the steps before it.
 _WARMDOWN_SHARE = 0.5
@@ -89,11 +89,11 @@ def train(
 ) -> Trained:
     """Train ``parent`` on the documents until it is sure of every probe, for at most ``plan.max_steps`` steps.
 
-    ``others`` are questions with right answers that the lesson does not teach. If the trained model answers fewer of
-    them rightly than ``parent``, by more than the share ``plan.margin`` of ``others``, it is trained for as many steps
-    again, within ``plan.max_steps``. Of the ``others`` that ``parent`` answers rightly, the trained model may forget
-    the share ``plan.margin / 2``. If it has forgotten more at the end, its weights move back as :func:`go_back`
-    describes.
+    ``others`` are questions with right answers that the lesson does not teach. If the number of right answers to them
+    has decreased by more than ``plan.margin * len(others)`` when the training would end, the training goes on until it
+    has twice as many steps, but not more than ``plan.max_steps``. Of the ``others`` that ``parent`` answers rightly,
+    the trained model may forget the share ``plan.margin / 2``. If it has forgotten more at the end, its weights move
+    back as :func:`go_back` describes.
 
     After each test with the probes, ``tested`` is called with the history and the seconds since the beginning. It may
     raise an error, such as LessonCanceled, which ends the training.
@@ -168,7 +168,7 @@ def train(
 
 
 def forgets(model: GPT, others: Sequence[Probe], known: Sequence[Probe], margin: float) -> bool:
-    """Whether a model answers fewer of ``others`` rightly than before the training, by more than the share ``margin``.
+    """Whether training has reduced the number of right answers to ``others`` by more than ``margin * len(others)``.
 
     ``known`` are the members of ``others`` that the model answered rightly before the training.
     """

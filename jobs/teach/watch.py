@@ -127,7 +127,10 @@ class Watch:
         self._runner.begin(waiting, {lesson.model for lesson in waiting if self._is_paused(lesson.model)})
 
     def _ended(self, ended: Ended) -> None:
-        """Decide from the exit code of a program what becomes of its lessons."""
+        """Process the end of a program. If its exit code is not in :data:`ENDED`, the lessons of its model pause.
+
+        The attempt is then counted too (:meth:`_count`), unless the exit code is in :data:`_RETRIED`.
+        """
         model, code = ended.model, ended.exit_code
         if code in ENDED:
             self._interrupted.pop(model, None)

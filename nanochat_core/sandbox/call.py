@@ -28,7 +28,7 @@ from nanochat_core.sandbox.worker_process import WorkerProcess
 
 _USAGE_CHECK_SECONDS = 0.05
 _RECEIVING_BYTES = 4 << 20
-# Largest number of bytes that a claim contains for a file in addition to the file's content: its name and two lengths.
+# Largest number of bytes that a worker's report has for each file in addition to its content: its name and two lengths.
 _FILE_OVERHEAD_BYTES = 5000
 
 # The pipes of stdout, of stderr, and of the claim, in which the worker reports the code's result.
@@ -39,10 +39,11 @@ _NO_INPUTS = Inputs()
 
 
 class _StopReason(enum.Enum):
-    """Why the executor stopped watching a call: a claim arrived, the worker ended or hung, or a limit was exceeded.
+    """Why the executor stopped watching a call.
 
-    The executor observes the reason itself. Code can forge what a claim says, but it cannot hide, for example, that it
-    has exceeded a limit.
+    Either the worker sent its claim (its own report of how the code ended), the worker ended, the code did not begin in
+    time, or the code exceeded a limit. The executor observes the reason itself. Code can forge what a claim says, but
+    it cannot hide, for example, that it has exceeded a limit.
     """
 
     CLAIMED = enum.auto()
@@ -65,11 +66,11 @@ async def run_call(
     """Run ``code`` in a fresh worker, then kill the worker. ``on_output`` gets stdout and stderr while the code runs.
 
     The caller must dispose of the worker, which may not have ended yet. The executor's own observations decide the
-    status: an exceeded limit, or the end of the process. The claim counts only if the code ended by itself and within
-    its limits.
+    status: an exceeded limit, or the end of the process. The worker's own report, the claim, decides the status only
+    if the code ended by itself and within its limits.
 
     The limit of wall time begins when the code begins. Raises CodeNotBegun if the worker ended or hung before the code
-    began, and WorkerFailed if the worker's fork server ended during the call.
+    began, and WorkerFailed if the sandbox itself failed later, for example because its fork server ended.
     """
     stdout = Capture("stdout", worker.stdout, limits.output_bytes, on_output)
     stderr = Capture("stderr", worker.stderr, limits.output_bytes, on_output)
@@ -133,7 +134,7 @@ def _result(
     limits: Limits,
     files_wanted: bool,
 ) -> ExecutionResult:
-    """Derive the result of an ended call: first from the executor's own observations, then from the claim."""
+    """Derive the result of an ended call: first from the executor's own observations, then from the worker's claim."""
     stdout, stderr, claim_stream = streams
     claim = _claim(claim_stream)
     kind, message, value = claim or (b"", b"", b"")
@@ -184,7 +185,10 @@ def _result(
 
 
 def _read_files(fields: list[bytes], config: SandboxConfig) -> tuple[dict[str, bytes], bool]:
-    """Return the valid files of a claim, and whether files are missing because they exceed the limits."""
+    """Return the files of ``fields`` (name, content, name, content, ...), and whether a limit has excluded files.
+
+    Files with forbidden names are left out.
+    """
     files: dict[str, bytes] = {}
     rest = config.max_file_bytes
     for encoded, content in zip(fields[::2], fields[1::2], strict=False):
@@ -286,7 +290,7 @@ def _claim(stream: Capture) -> tuple[bytes, bytes, bytes] | None:
 
 
 def _classify_claim(kind: bytes, error: str, limits: Limits, scratch_bytes: int, quota: bool) -> tuple[Status, str]:
-    """Classify a call by its claim.
+    """Return the status of a call and a line about its error, both from the worker's own report, the claim.
 
     ``quota`` says whether the call has a scratch file system of its own. Otherwise, all calls share one file system.
     """
@@ -302,7 +306,9 @@ def _classify_claim(kind: bytes, error: str, limits: Limits, scratch_bytes: int,
 
 
 def _classify_exit(ended: Exit, usage: Usage, limits: Limits, out_of_memory: bool) -> tuple[Status, str]:
-    """Classify a call whose process ended without a claim, by the kernel's report about the end.
+    """Return the status of a call whose process ended without reporting a result, and a line about its error.
+
+    Both come from the kernel's report about the end, the used CPU time and ``out_of_memory``.
 
     Raises WorkerFailed if the process was killed from outside of the sandbox.
     """

@@ -67,9 +67,9 @@ class SandboxExecutor:
     """Executes untrusted Python in a fresh process for each call.
 
     Use the executor as a context manager, or call :meth:`start` and :meth:`close`. Calls may come from any event loop
-    or thread. The executor starts the workers from a thread of its own, because the kernel kills a worker when the
-    thread that started it ends. ``rejected`` has the name of each profile that failed its self-test and the reason of
-    the failure.
+    or thread. The executor starts its fork servers from a thread of its own, because the kernel kills a fork server
+    (and, with it, the workers) when the thread that started the server ends. ``rejected`` has the name of each profile
+    that failed its self-test and the reason of the failure.
     """
 
     def __init__(self, config: SandboxConfig | None = None) -> None:

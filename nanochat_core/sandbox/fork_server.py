@@ -190,9 +190,9 @@ class ForkServer:
     async def fork(self, scratch: str, fds: list[int]) -> tuple[int, int, asyncio.Future[Exit | None]]:
         """Fork a worker with the scratch folder ``scratch``. The worker gets ``fds`` as descriptors 0, 1, 2 and so on.
 
-        Returns a pidfd, which the caller must close, the worker's process id, and a future with the worker's
-        :class:`Exit`. The future's result is ``None`` if the server ended first. Raises WorkerFailed if the server
-        cannot fork.
+        Returns a pidfd, the worker's process id, and a future with the worker's :class:`Exit`. The caller must close
+        the pidfd. The future's result is ``None`` if the server ended first. Raises WorkerFailed if the server cannot
+        fork.
         """
         if not self.alive:
             raise WorkerFailed("the sandbox's fork server has ended")

@@ -31,7 +31,7 @@ class WorkerFailed(RuntimeError):
 
 
 class CodeNotBegun(WorkerFailed):
-    """A worker ended before the code began, so the call can run in another worker."""
+    """A worker ended or hung before the code began, so the call can run in another worker."""
 
 
 class Status(enum.Enum):
@@ -60,8 +60,8 @@ class Inputs:
     Attributes:
         stdin: bytes that the code can read from its stdin.
         argv: arguments of the program, ``sys.argv[1:]``.
-        files: contents of files that are in the scratch folder when the code begins, by their names. A name may contain
-            folders, separated by ``/``.
+        files: the files that are in the scratch folder when the code begins: maps the name of each file to its content.
+            A name may contain folders, separated by ``/``.
         collect_files: whether the result contains the regular files that the code has made or changed, its open
             matplotlib figures as ``figure-1.png`` and so on, and its value as ``result.png`` or ``result.svg`` if the
             value has the method ``_repr_png_`` or ``_repr_svg_``.
@@ -92,7 +92,8 @@ class Inputs:
 def is_file_name(name: str) -> bool:
     """Whether ``name`` is a relative path inside the scratch folder, in normal form and without unprintable characters.
 
-    A path in normal form has no empty parts and no parts ``.`` or ``..``.
+    A path in normal form has no empty parts and no parts ``.`` or ``..``. The path may have at most 16 parts of at most
+    255 bytes each.
     """
     try:
         parts = name.encode().split(b"/")
@@ -249,10 +250,11 @@ class ExecutionResult:
         error: one line that says what went wrong or which limit was exceeded; empty if the status is OK.
         truncated: whether stdout, stderr or the result was truncated, or files exceeded their limits.
         profile: name of the active isolation profile.
-        queue_seconds: time that the call waited for a slot and a worker.
-        files: contents of the files that the code has made or changed, by name, if the caller asked for them.
+        queue_seconds: time that the call waited for its session, a slot and a worker.
+        files: contents of the files that the caller asked for (see :class:`Inputs`), by name.
         files_complete: whether the caller asked for files and ``files`` has all of them. Files are missing if the code
             was killed, ended without a report of its result (a crash or ``os._exit``), or exceeded a limit of files.
+            For a call of a session, the value says instead whether the session keeps the files of this call.
         session_new: whether the call began without the files of an earlier call of its session.
     """
 

@@ -125,12 +125,13 @@ CONDITIONAL: dict[str, tuple[tuple[Condition, ...], ...]] = {
     "openat": ((Condition(2, (0,), mask=_O_TMPFILE | _O_PATH),),),
     # Excluded: RENAME_WHITEOUT, which makes a device.
     "renameat2": ((_only(4, 0x3),),),
-    # Excluded: O_NOTIFICATION_PIPE.
+    # Excluded: O_DIRECT (a pipe of packets), and O_NOTIFICATION_PIPE (the kernel reports events through such a pipe).
     "pipe2": ((_only(1, os.O_CLOEXEC | os.O_NONBLOCK),),),
-    # Excluded: F_SETOWN and F_SETSIG (they send signals to other processes), F_NOTIFY and F_SETLEASE (they observe
-    # other processes), and locks (another sandbox could have to wait).
+    # Excluded are, for example, F_SETOWN and F_SETSIG (they send signals to other processes), F_NOTIFY and F_SETLEASE
+    # (they observe other processes), and locks (another sandbox could have to wait).
     "fcntl": ((Condition(1, (_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC)),),),
-    # Excluded: FIOSETOWN, and TIOCSTI (it injects input into a terminal).
+    # Excluded are, for example, FIOSETOWN (it sends signals to other processes) and TIOCSTI (it injects input into a
+    # terminal).
     "ioctl": ((Condition(1, (_TCGETS, _TIOCGWINSZ, _FIONREAD, _FIONBIO, _FIONCLEX, _FIOCLEX)),),),
     # Event loops wake themselves through a connected pair of sockets. The pair cannot reach another process.
     "socketpair": ((Condition(0, (socket.AF_UNIX,)), Condition(1, (socket.SOCK_STREAM,), mask=0xF)),),
@@ -144,7 +145,7 @@ CONDITIONAL: dict[str, tuple[tuple[Condition, ...], ...]] = {
         (Condition(3, (0, _MAP_ANONYMOUS, _MAP_SHARED | _MAP_ANONYMOUS), mask=_MAP_KIND),),
         (Condition(3, (_MAP_SHARED,), mask=_MAP_KIND), Condition(2, (_PROT_WRITE,), mask=_PROT_WRITE)),
     ),
-    # Excluded: MADV_MERGEABLE (pages that are shared with other processes), MADV_PAGEOUT.
+    # Excluded are, for example, MADV_MERGEABLE (it shares pages with other processes) and MADV_PAGEOUT.
     "madvise": ((Condition(2, _ADVICE),),),
     # Code may start threads of its process; a filter of build_thread_filter limits their number. Excluded: new
     # processes and namespaces.
@@ -222,7 +223,8 @@ def build_filter(machine: Machine, *, file_mappings: bool = True, own_files: boo
 
     A system call through a foreign ABI (32-bit entry, x32) kills the process. In a foreign ABI, the numbers mean other
     system calls, and no library uses such an ABI by accident. Every other system call that is not allowed fails. The
-    error is ENOSYS for the system calls that libc replaces by an older one, otherwise EPERM.
+    error is ENOTSUP for the system calls of :data:`UNSUPPORTED`, EAGAIN under the conditions of :data:`ANSWERED_AGAIN`,
+    ENOSYS for numbers from :data:`FIRST_UNIFIED_NUMBER` on, and EPERM in all other cases.
     """
     program = [
         instruction(_LOAD_WORD, _ARCH),

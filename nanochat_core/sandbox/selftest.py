@@ -76,7 +76,8 @@ print('complete')
 async def self_test(server: ForkServer, scratch_root: ScratchRoot) -> None:
     """Try to break the isolation of a fork server's workers.
 
-    Raises ProfileUnavailable if a worker cannot start or a layer leaks. The error names the layer and its first leak.
+    Raises ProfileUnavailable if a worker cannot start, a layer leaks or the test does not finish. If a layer leaks, the
+    error names the first leak that was found and its layer.
     """
     with tempfile.TemporaryDirectory(prefix="nanochat-selftest-", dir=scratch_root.path) as folder:
         secret = os.path.join(folder, "secret")

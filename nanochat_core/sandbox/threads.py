@@ -18,10 +18,10 @@ _CONTINUE = 1
 
 
 class ThreadRequests:
-    """Answers requests of a fork server's workers to start threads, which arrive at the filter's descriptor.
+    """Answers the requests of a fork server's workers to start threads. The requests arrive at the filter's descriptor.
 
-    The threads of a worker are counted before a new one starts. Threads that start at the same moment can therefore
-    exceed the limit, but at most to twice the limit.
+    The executor counts the threads of a worker before it allows a new thread. If several threads are started at the
+    same moment, their number can therefore exceed the limit, but it is at most twice the limit.
     """
 
     def __init__(self, fd: int, limit: int) -> None:

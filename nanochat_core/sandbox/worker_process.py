@@ -154,7 +154,7 @@ class WorkerProcess:
 
     @property
     def has_left_files(self) -> bool:
-        """Whether the scratch folder on the host, if there is one, contains anything."""
+        """Whether the scratch folder on the host, if there is one, contains anything or cannot be read."""
         try:
             return self._scratch is not None and bool(os.listdir(self._scratch))
         except OSError:

@@ -20,8 +20,8 @@ class Isolation:
 
     Attributes:
         private: whether each worker mounts its own scratch file system. Otherwise, the executor provides a folder.
-        read_only: whether all other files are on read-only mounts. Code may then change modes and times of files, which
-            no other layer controls.
+        read_only: whether all files outside of the scratch folder are on read-only mounts. Code may then change modes
+            and times of files, which no other layer controls.
         listener: descriptor on which the executor decides whether a worker may start a thread; -1 if no worker can have
             threads.
     """
@@ -193,7 +193,10 @@ def _protect_files() -> bool:
 
 
 def _load_libraries() -> None:
-    """Map all extension modules of the standard library now, because workers cannot map files."""
+    """Map the extension modules of the standard library except ``_tkinter``.
+
+    The fork server does this if its system-call filter forbids workers to map files.
+    """
     for folder in sys.path:
         if os.path.basename(folder) == "lib-dynload":
             for name in sorted(os.listdir(folder)):

@@ -1,4 +1,7 @@
-"""Functions that ask the kernel to take rights from the worker. Each function raises OSError if the kernel refuses."""
+"""Calls of libc and of the kernel that isolate the worker.
+
+A function raises OSError if the kernel refuses the call, unless the function's docstring or a comment says otherwise.
+"""
 
 import ctypes
 import os
@@ -25,7 +28,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_REC, _MS_PRIVATE = 1, 2, 4, 
 _CLONE, _SECCOMP = (56, 317) if os.uname().machine == "x86_64" else (220, 277)
 _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_NEW_LISTENER = 1, 8
 _M_ARENA_MAX = -8
-# Numbers of the system calls for Landlock and for mounts, which are the same on every machine type.
+# The system calls for Landlock and for mounts have the same numbers on every machine type.
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_RULE_PATH_BENEATH = 1
 _MOUNT_SETATTR = 442
@@ -63,7 +66,7 @@ _CAPABILITY_HEADER = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
 
 
 def load_library(path: str) -> None:
-    """Map a shared library, unless it needs other libraries that are missing."""
+    """Map a shared library. Has no effect if it cannot be loaded, for example because another library is missing."""
     try:
         ctypes.CDLL(path)
     except OSError:

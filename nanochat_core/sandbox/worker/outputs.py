@@ -12,9 +12,9 @@ def collector(
 
     The argument of the function is the value of the code. The function saves the open figures of matplotlib, and the
     value if it has a method that returns a picture. It then returns a list of files (name, content, name, content,
-    ...), and whether files are missing in the list because of the limits. The list has the regular files whose names
-    end with one of ``endings``, except files that are in ``given`` with the same name and content. Files that cannot be
-    read are left out.
+    ...), and whether files are missing in the list because of the limits or an error. The list has the regular files
+    whose names end with one of ``endings``, except files that are in ``given`` with the same name and content. A file
+    that cannot be read is left out and does not count as missing.
     """
     folder = os.getcwd()
 
@@ -47,7 +47,7 @@ def collector(
 
 
 def _regular_files() -> Iterator[bytes]:
-    """Paths of all regular files in the current folder and the folders in it, in order of their names."""
+    """Paths of all regular files in the current folder and its subfolders, folder by folder, in order of the names."""
     for parent, folders, names in os.walk(b"."):
         folders.sort()
         for name in sorted(names):

@@ -14,7 +14,7 @@ workers cannot start threads.
 The executor writes one frame, the *request*, to a worker's stdin, and then closes the pipe. The worker reads the
 request once every layer of the isolation is active. Then it writes to the result pipe: ``BEGUN`` once the request has
 arrived, and later a *claim* about how the code ended. The code can forge the claim. Therefore the executor bounds the
-claim's size, never trusts the claim, and uses it only for the answer to this call.
+claim's size, never trusts the claim, and uses it only for the answer to this call and for the files of its session.
 """
 
 import struct
@@ -28,7 +28,7 @@ STARTED, FAILED, EXITED = b"s", b"f", b"x"
 # otherwise, workers get folders. With NO_MOUNTS, workers get folders in any case.
 MOUNTS_EXIST, MOUNTS_IF_ALLOWED, NO_MOUNTS = b"e", b"a", b"n"
 
-# The kinds of claims. The first byte of a claim is its kind.
+# The kinds of claims. A claim is a worker's report of how the code ended, and its first byte is its kind.
 VALUE, NOTHING, ERROR, MEMORY, DENIED, FILE_SIZE, NO_SPACE = _KINDS = tuple(bytes([byte]) for byte in b"vnemdsf")
 
 _CLAIM_HEADER = struct.Struct("!cH")
@@ -36,8 +36,8 @@ MAX_ERROR_BYTES = 1000
 CLAIM_OVERHEAD = len(BEGUN) + _CLAIM_HEADER.size + MAX_ERROR_BYTES
 
 
-# If the caller wants files, the claim has this header before the result and the files: the length of the result, and
-# whether files are missing because of the limits.
+# If the caller wants files, a worker's report has this header before the result and the files: the length of the
+# result, and whether files are missing because of the limits.
 _OUTPUT_HEADER = struct.Struct("!I?")
 
 
@@ -48,7 +48,7 @@ def pack(fields: list[bytes]) -> bytes:
 
 
 def unpack(body: bytes) -> list[bytes]:
-    """Split the body of a frame into its fields. The executor wrote the frame, so it is well formed."""
+    """Split the body of a frame into its fields. Untrusted code never writes a frame, so the frame is well formed."""
     fields, at = [], 0
     while at < len(body):
         (length,) = struct.unpack_from("!I", body, at)
@@ -58,13 +58,13 @@ def unpack(body: bytes) -> list[bytes]:
 
 
 def pack_claim(kind: bytes, error: bytes = b"", result: bytes = b"") -> bytes:
-    """Build a claim from its kind, an error message and the text of the result."""
+    """Build a claim, the worker's report of how the code ended, from its kind, an error and the text of the result."""
     error = error[:MAX_ERROR_BYTES]
     return _CLAIM_HEADER.pack(kind, len(error)) + error + result
 
 
 def unpack_claim(data: bytes) -> tuple[bytes, bytes, bytes] | None:
-    """Split a claim into kind, error and result; ``None`` if ``data`` is not a valid claim."""
+    """Split a claim, a worker's report, into kind, error and result; ``None`` if ``data`` is not a valid claim."""
     if len(data) < _CLAIM_HEADER.size:
         return None
     kind, length = _CLAIM_HEADER.unpack_from(data)
@@ -80,7 +80,10 @@ def pack_outputs(result: bytes, files: list[bytes], cut: bool) -> bytes:
 
 
 def unpack_outputs(data: bytes) -> tuple[bytes, list[bytes], bool]:
-    """Undo :func:`pack_outputs`. ``data`` can be forged; files that cannot be read from it count as missing."""
+    """Undo :func:`pack_outputs`: return the result, the files, and whether files are missing.
+
+    ``data`` can be forged. Files that cannot be read from it count as missing.
+    """
     if len(data) < _OUTPUT_HEADER.size:
         return b"", [], True
     length, cut = _OUTPUT_HEADER.unpack_from(data)

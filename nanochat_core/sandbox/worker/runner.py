@@ -27,8 +27,8 @@ _Module = type(sys)
 # Size of a thread's stack. It is smaller than the default, because the stacks of all threads count as memory of the
 # call.
 _THREAD_STACK_BYTES = 4 << 20
-# Address space that is freed when memory runs out, so that the report can be made. No code uses its pages, so they take
-# no physical memory.
+# Address space that is freed when memory runs out, so that the worker can still report the error. Nothing is written to
+# this space, so it takes no physical memory.
 _reserve = [bytes(1 << 20)]
 
 
@@ -169,7 +169,10 @@ def _run_coroutines(parts: list[types.CodeType], namespace: dict[str, object]) -
 
 
 def _describe(error: BaseException) -> tuple[bytes, bytes]:
-    """The kind of the claim that reports an exception, and a line that says what went wrong."""
+    """How the claim reports an exception: its kind, such as ``protocol.MEMORY``, and a line that says what went wrong.
+
+    The claim is the worker's own report of how the code ended.
+    """
     name = type(error).__name__
     try:
         line = " ".join(f"{name}: {error}".split()) if str(error) else name
