@@ -90,7 +90,7 @@ class DatasetSource:
 
 
 def read_rows(files: dict[str, Path], make: Callable[[Row], T]) -> tuple[T, ...]:
-    """Return the result of ``make`` for every row. Raises UserError if there is no row.
+    """Return the result of ``make`` for every row. Raises UserError if a file or row is malformed or there is no row.
 
     The keys of ``files`` are the files' names in error messages, and the values are their paths.
     """

@@ -117,7 +117,7 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
         parallel: number of shards that are downloaded at the same time.
 
     Raises:
-        UserError: a shard does not exist or is damaged, or the dataset comes from another source.
+        UserError: a shard does not exist, cannot be downloaded or is damaged, or the dataset comes from another source.
     """
     last = len(source.shards) - 1
     beyond = [number for number in wanted if not 0 <= number < last]

@@ -31,7 +31,10 @@ class Stopped(Exception):
 
 
 class _Interrupted(Exception):
-    """An attempt failed, and another may succeed. The next attempt waits at least ``retry_after`` seconds."""
+    """An attempt failed, and another attempt may succeed.
+
+    The server asks to wait ``retry_after`` seconds before the next attempt. 0 if it names no number of seconds.
+    """
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
@@ -41,9 +44,10 @@ class _Interrupted(Exception):
 def fetch_file(url: str, part: Path, stop: threading.Event, advice: str) -> None:
     """Download ``url`` (http or https) to ``part``, resuming from the bytes that an earlier call left there.
 
-    The wait after a failure is at most :data:`FIRST_WAIT_SECONDS`. It doubles with each failure in a row, up to
-    :data:`LONGEST_WAIT_SECONDS`. A random factor between 0.5 and 1 shortens it, so that many clients do not return at
-    the same moment to a server that has failed. If the server names a longer wait (``Retry-After``), that wait counts.
+    Before it tries again, it waits: at most :data:`FIRST_WAIT_SECONDS` after the first failure, and twice as long after
+    each further failure in a row. A random factor between 0.5 and 1 shortens the wait, so that many clients do not
+    return at the same moment to a server that has failed. If the server names a longer wait (``Retry-After``), that
+    wait counts. No wait is longer than :data:`LONGEST_WAIT_SECONDS`.
 
     Args:
         stop: ends the download early if it is set.

@@ -69,7 +69,8 @@ class LocalText:
         validation split are used.
 
         Raises:
-            UserError: there is no readable file, or the names do not say which files are for training.
+            UserError: there is no readable file, the names do not say which files are for training, or the files of
+                ``val_data`` leave no file for training.
         """
         found = _absolute(find_files(self.data))
         if self.val_data is None:
@@ -161,7 +162,10 @@ class LocalText:
 
 
 def local_text(data: str, val_data: str, column: str) -> LocalText:
-    """The local text that the settings of a program name; ``val_data`` may be empty."""
+    """The local text at the paths ``data`` and ``val_data``, which come from a program's settings.
+
+    ``val_data`` may be empty. ``column`` is the name of the column that holds the text in files of rows.
+    """
     return LocalText(user_path(data), user_path(val_data) if val_data else None, column)
 
 

@@ -68,7 +68,7 @@ class Manifest:
 
 
 def read_manifest(store: Store, name: str) -> Manifest | None:
-    """The manifest of ``data/<name>``, or None if a user put the shards there by hand.
+    """The manifest of ``data/<name>``; None if there is none, for example because a user put the shards there by hand.
 
     Raises UserError if the manifest is damaged, and NewerFormatError if a newer version of nanochat wrote it.
     """

@@ -30,7 +30,8 @@ class Splits:
     Attributes:
         training: files to train on, never empty.
         validation: files for validation; empty if no name states the split ``validation`` or ``test``.
-        unused: test files, if there are validation files beside them. Nothing is ever trained on them.
+        unused: the other files, such as test files beside validation files. They are neither for training nor for
+            validation.
     """
 
     training: list[str]

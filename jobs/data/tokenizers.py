@@ -45,7 +45,7 @@ def check_replaceable(store: Store, name: str) -> None:
 
 
 def trained_on(store: Store, name: str) -> str | None:
-    """The digest of the dataset that a tokenizer was trained on, or None if there is no such tokenizer."""
+    """The digest of the dataset that a tokenizer was trained on; None if the tokenizer is missing or does not tell."""
     return _meta(store, name).get("dataset") if store.exists(tokenizer_key(name)) else None
 
 

@@ -248,7 +248,11 @@ def opened(settings: BenchEngineSettings) -> Iterator[tuple[Client, GPT | None, 
 
 
 def open_endpoint(settings: BenchEngineSettings) -> NetworkClient:
-    """A client for ``--endpoint``. Raises a :class:`UserError` if the address is malformed or no server answers."""
+    """A client for ``--endpoint``.
+
+    Raises a :class:`UserError` if the address is malformed or contains a password, if the variable with the API key is
+    not set, or if no server answers.
+    """
     variable, url = settings.api_key_variable, urllib.parse.urlsplit(settings.endpoint)
     key = os.environ.get(variable, "") if variable else ""
     if variable and not key:

@@ -70,8 +70,8 @@ class GenerateSettings(JobSettings):
 def run(settings: GenerateSettings, show: Callable[[str], None], show_tool: Callable[[str], None]) -> None:
     """Generate text. Pass it to ``show`` piece by piece, and the model's Python calls to ``show_tool``.
 
-    Several samples are shown one after another, each below a line with its number. Raises UserError if the model is
-    missing, or if the prompt does not fit into the model's context.
+    Several samples are shown one after another, each below a line with its number. Raises UserError, for example if the
+    model is missing, or if the prompt does not fit into the model's context.
     """
     prompt = read_prompt(settings.prompt, sys.stdin)
     prepare_cpu(settings.threads)
@@ -136,8 +136,8 @@ def open_sandbox() -> Iterator[SandboxTool]:
 def read_prompt(prompt: str | None, stdin: TextIO | None) -> str:
     """Return ``prompt``. If it is None, return the text of ``stdin``; a line break at the end of this text is removed.
 
-    Raises UserError if ``stdin`` is not UTF-8. Also raises UserError if ``stdin`` is a terminal, because the user would
-    not know that the program waits for input.
+    Raises UserError if ``stdin`` is needed and is None or not UTF-8. A terminal as ``stdin`` raises UserError too,
+    because the user would not know that the program waits for input.
     """
     if prompt is not None:
         return prompt

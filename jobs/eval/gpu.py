@@ -60,6 +60,7 @@ def run(settings: GpuSettings, show: Callable[[str], None]) -> Document:
     """Run all parts that have not passed yet, and write the JSON file, the page and the plot after each of them.
 
     Raises:
+        UserError: a setting is wrong, for example the name of a part.
         PartsFailed: at least one part failed.
         Unfinished: the time limit passed before all parts had run.
     """
@@ -116,8 +117,8 @@ def _outcome(part: Part, task: dict[str, Any], left: float) -> dict[str, Any] | 
 class Verdict:
     """The outcomes of all parts, and their files: a page, a plot, and ``<card>.json``, which a later run reads.
 
-    Outcomes of an earlier run count if card, torch, scale and source code are the same. Parts that failed or were
-    skipped run again.
+    Outcomes of an earlier run count if the card, the number of CPU cores, the version of torch, the scale and the
+    source code are the same. Parts that failed or were skipped run again.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any], names: list[str]) -> None:

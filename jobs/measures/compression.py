@@ -34,8 +34,8 @@ _PUBLISHED = "https://openaipublic.blob.core.windows.net"
 TRAINING_TEXT, HELD_OUT_TEXT = "training text", "held-out text"
 TEXT_BYTES = 2_000_000
 EVALUATION_FORMAT = 1
-# Texts are encoded in pieces of this length, because tiktoken fails on a run of a million spaces. A cut adds at most
-# one token.
+# Texts are encoded in pieces of this length, because tiktoken fails on a run of a million spaces. A cut between two
+# pieces changes the number of tokens by a few at most.
 _PIECE_CHARACTERS = 100_000
 
 

@@ -35,8 +35,8 @@ _CONNECT_SECONDS = 10.0
 class NetworkClient(ABC):
     """Base class of the network clients. It has an event loop that keeps connections open between runs.
 
-    The attributes are as in :class:`~jobs.eval.bench.core_client.CoreClient`, except that ``longest`` is None if the
-    server does not report it.
+    The attributes ``vocabulary``, ``longest`` and ``description`` are as in
+    :class:`~jobs.eval.bench.core_client.CoreClient`, except that ``longest`` is None if the server does not report it.
     """
 
     vocabulary: int

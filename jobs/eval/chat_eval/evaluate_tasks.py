@@ -1,4 +1,4 @@
-"""Evaluates a model on chat tasks, chunk by chunk: a chunk is some questions of a task, which one rank answers."""
+"""Evaluates a model on chat tasks, chunk by chunk. A chunk is some questions of one task. One rank answers it."""
 
 import contextlib
 import dataclasses

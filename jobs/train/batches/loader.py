@@ -30,8 +30,8 @@ from nanochat_core.model import IGNORE_INDEX
 # Largest number of packers. If there are more ranks than packers, some ranks get no rows. If a batch has more rows than
 # this, some packers fill several rows of each batch.
 MAX_PACKERS = 1024
-# The cache has room for two row groups of each packer, because a packer reads from one or two row groups at a time. The
-# text of a row group of web pages takes about 4 MB.
+# The cache of row groups has room for two of each packer, because a packer reads from one or two row groups at a time.
+# The text of a row group of web pages takes about 4 MB.
 _CACHED_BYTES_PER_PACKER = 8 * 2**20
 # The largest and the smallest number of documents in a packer's buffer. Between these limits, the buffer has an eighth
 # of the packer's documents in an epoch. A larger buffer would put all long documents at the beginning of the epoch.
@@ -113,7 +113,8 @@ class PackedLoader:
         targets.
 
         Raises:
-            UserError: the state is from a different loader.
+            UserError: the state has another format or is for another number of packers, or a packer of this rank is
+                missing in it.
         """
         count = min(rows, MAX_PACKERS)
         if world_size > count and rank == 0:
@@ -265,7 +266,7 @@ class _VirtualPacker(BestFitPacker):
 
     @property
     def unseen_documents(self) -> float:
-        """Number of this packer's documents that are not packed yet."""
+        """Number of this packer's documents that have never been packed completely; an estimate for a mixture."""
         share = len(range(self.number, len(self._source), self._count))
         return share * self._source.unseen(self.packed_documents / share) if share else 0.0
 

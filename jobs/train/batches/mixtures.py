@@ -98,7 +98,7 @@ class Mixture:
     """Conversations for fine-tuning, and other conversations for validation."""
 
     def __init__(self, store: Store, text: str) -> None:
-        """``text`` is a mixture as :func:`parse_mixture` reads it. :func:`open_conversations` opens its names."""
+        """``text`` is a mixture as :func:`parse_mixture` reads it, with names that :func:`open_conversations` opens."""
         self._store = store
         self.entries = parse_mixture(text)
         opened = [open_conversations(store, entry.name) for entry in self.entries]

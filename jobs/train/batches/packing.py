@@ -133,9 +133,10 @@ class BestFitPacker:
         return self._buffer.index(oldest, bisect.bisect_left(self._lengths, length))
 
     def _best_fit(self, room: int) -> int | None:
-        """Index in the buffer of the next document for a row with ``room`` free tokens.
+        """Index in the buffer of the longest document that fits ``room`` free tokens; of equally long ones, the oldest.
 
-        If no document fits, the result is the shortest document with ``fill``, and None with ``pad``.
+        If no document fits, the result depends on ``when_full``: with ``fill``, it is the index of the shortest
+        document, and with ``pad``, it is None.
         """
         fitting = bisect.bisect_right(self._lengths, room)
         if fitting:

@@ -78,7 +78,7 @@ class WindowSource(Source):
 
     Without windows, a few long documents would keep their packers busy while the other packers repeat the other
     documents. Without the new order, neighboring passages would be in the same batch. A document begins with BOS. Each
-    later window begins with the last token of the window before it, which is not counted as a target again.
+    later window begins with the last token of the window before it. This token is not counted as a target again.
     """
 
     def __init__(

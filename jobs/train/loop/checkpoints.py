@@ -150,7 +150,7 @@ class RunCheckpoints:
         """Delete the run's checkpoints that are not needed any more, and incomplete checkpoints.
 
         The ``keep`` newest checkpoints stay, and so do the promoted one, the one of ``kept_step``, and those whose step
-        is a multiple of ``keep_every``.
+        is a multiple of ``keep_every``. The checkpoints that :meth:`replace_after` has chosen are deleted in any case.
         """
         settings, model, replaced = self._config.settings, self._config.model_name, self._replaced - {written}
         own = [ref for ref in self._stored() if ref not in replaced]
@@ -193,7 +193,10 @@ class RunCheckpoints:
 
 
 def _run_state(ref: CheckpointRef, stored: Any) -> RunState:
-    """The progress stored in a checkpoint. Raises NewerFormatError for a field that this version does not know."""
+    """The progress stored in a checkpoint.
+
+    Raises NewerFormatError if a newer version of nanochat wrote ``stored``, and UserError if ``stored`` is damaged.
+    """
     key = f"{ref.prefix}/{TRAINER_STATE}"
     known = [field.name for field in dataclasses.fields(RunState)]
     try:

@@ -25,8 +25,8 @@ def training_dtype(
     """The dtype of activations and matrix products for ``precision``, a value of ``--dtype``.
 
     ``fastest`` means bf16 or fp32 on a CPU. It is bf16 if the CPUs of all ranks have instructions for products of bf16
-    numbers, and compute a forward and a backward pass faster with them. On a GPU, ``fastest`` means ``auto``. All ranks
-    must call this, and all get the same dtype.
+    numbers, and compute a forward and a backward pass faster in bf16 than in fp32. On a GPU, ``fastest`` means
+    ``auto``. All ranks must call this, and all get the same dtype.
     """
     if precision != "fastest":
         return choose_dtype(precision, device)

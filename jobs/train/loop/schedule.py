@@ -89,7 +89,7 @@ class Schedule:
         warmdown_ratio: share of the steps, at the end of the run, in which the learning rate falls.
         final_lr_fraction: factor on the learning rates at the end of the run.
         first_step: number of steps that an earlier run has done at the constant rate; the warmdown begins after these
-            steps.
+            steps at the earliest.
     """
 
     steps: int

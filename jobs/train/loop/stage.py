@@ -75,7 +75,7 @@ SettingsT = TypeVar("SettingsT", bound=StageSettings)
 def run_stage(name: str, settings_class: type[SettingsT], train: Callable[[SettingsT, Runtime], CheckpointRef]) -> None:
     """Run the training program ``jobs.train.<name>``, with settings from its flags and environment variables.
 
-    ``train`` returns the final checkpoint. The last log event names it, and the commands that may follow.
+    ``train`` returns the final checkpoint. The last log event names this checkpoint and the commands that may follow.
     """
 
     def main(settings: SettingsT) -> None:
@@ -161,8 +161,8 @@ class Stage:
             open_batches, evaluations, objective: see :class:`Trainer`.
             inputs: digests of the data and weights that the stage is made from.
             plan: size of the run, stored with each checkpoint.
-            kept_step: last step before the warmdown, whose checkpoint is kept so that the run can go on to another
-                horizon; 0 keeps none.
+            kept_step: last step before the warmdown. The checkpoint of this step is kept, so that the run can go on to
+                another horizon; 0 keeps none.
         """
         device, ranks, model = self._runtime.device, self._runtime.ranks, self.model
         # The checkpoint that the stage starts from. If it belongs to another model than the stage trains, the other

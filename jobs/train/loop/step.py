@@ -255,7 +255,8 @@ def cross_entropy(model: GPT, *, compile: bool, device: torch.device) -> Objecti
     """Return the cross-entropy of the next tokens as an objective, compiled if ``compile`` is set and possible.
 
     On a CPU, each kind of block is compiled once for all layers. Steps are nearly as fast as with a model that is
-    compiled as a whole. Compiling the whole model would take much longer, because the time grows with the layers.
+    compiled as a whole. Compiling the whole model would take much longer, because the time grows with the number of
+    layers.
     """
     loss: Callable[..., Tensor] = model.loss
     if can_compile(compile, device):

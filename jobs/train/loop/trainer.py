@@ -30,7 +30,7 @@ class Trainer:
     """Runs optimizer steps to the end of the schedule, with evaluations, checkpoints and a clean stop on a signal.
 
     Checkpoints are written in the background. If a checkpoint cannot be written after several attempts, the failure is
-    reported and training continues. Only if the last checkpoint cannot be written does the run fail.
+    reported and training continues. If the last checkpoint of the process cannot be written, the run fails.
 
     Attributes:
         state: progress of the run, from the start or from the checkpoint that :meth:`resume` loaded.
