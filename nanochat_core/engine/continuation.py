@@ -18,16 +18,18 @@ from nanochat_core.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class End:
-    """The work that remains after the said tokens and before the next token is sampled."""
+    """The work that remains after the tokens that the other engine has reported, before the next token is sampled."""
 
     unsaid: tuple[Token, ...] = ()  # tokens of a tool's output that are not reported yet, but are in the sequence
     finish_reason: FinishReason | None = None
-    call: ToolCall | None = None  # a call whose result is not among the said events
-    call_reported: bool = False  # whether the said events include this call
+    call: ToolCall | None = None  # a call whose result the other engine has not reported
+    call_reported: bool = False  # whether the other engine has reported this call
 
 
 def replay(seq: Sequence, said: Continuation, tools: ToolLoop) -> End:
-    """Append the said tokens to ``seq``, which has only the tokens of its prompt so far.
+    """Append the tokens of ``said`` to ``seq``, which has only the tokens of its prompt so far.
+
+    ``said`` is what another engine has already reported to the client.
 
     Raises a :class:`UserError` if the model, the tools and the constraint cannot have produced these tokens and events.
     """

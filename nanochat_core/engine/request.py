@@ -169,9 +169,9 @@ class Continuation:
 class Request:
     """A prompt to continue ``n`` times.
 
-    A choice with an entry in ``continued`` continues where the entry ends, exactly as the engine that began the choice
-    would have continued it. The outputs contain only new tokens and events. Limits, penalties, constraint and usage
-    apply to the whole choice.
+    A choice with an entry in ``continued`` continues where the entry ends, as the engine that began the choice would
+    have continued it, unless a rounding difference of the logits changes a token. The outputs contain only new tokens
+    and events. Limits, penalties, constraint and usage apply to the whole choice.
     """
 
     id: str  # unique among the requests in flight; it appears in logs and is sent to the sandbox

@@ -5,9 +5,9 @@ on another replica. The sampler therefore uses the Gumbel-max trick: ``argmax(z 
 with Gumbel noise ``g`` is exactly a sample from ``softmax(z)``. The noise of each token id is a hash of (seed, choice,
 position, token id), that is, a counter-based random number (Salmon et al. 2011).
 
-The usual method inverts the cumulative distribution. It is less stable: a rounding difference anywhere in the
-vocabulary can change the token. With Gumbel noise, a rounding difference changes the token only if the two best
-candidates almost tie.
+The usual method, which inverts the cumulative distribution, is less stable than this trick: a rounding difference
+anywhere in the vocabulary can change the token. With Gumbel noise, a rounding difference changes the token only if the
+two best candidates almost tie.
 """
 
 from __future__ import annotations
@@ -209,12 +209,11 @@ class Sampler:
         return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
     def _candidates(self, z: Tensor, params: Items[SamplingParams]) -> Tensor | None:
-        """Ids (rows, n) of candidates that include all tokens that top-k keeps, if every row has a small top-k; or
-        None.
+        """Ids (rows, n) of candidates that include all tokens that top-k keeps; None if a row has no small top-k.
 
         Noise for the whole vocabulary takes several times as long as finding a few candidates. The result is also None
         if tokens tie with a row's last candidate, because top-k keeps these tokens too. On a GPU, the result is always
-        None, because the test for ties reads numbers from the device, which takes longer than the noise.
+        None, because the test for ties reads numbers from the device, and this takes longer than computing the noise.
         """
         if z.is_cuda or not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
             return None

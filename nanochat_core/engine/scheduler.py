@@ -199,7 +199,7 @@ class Scheduler:
             if chunk.seq.state is not State.FINISHED:
                 chunk.seq.computed = chunk.start + chunk.known
                 if chunk.known > 1:
-                    chunk.seq.seal_at = 0  # publish the partly filled block at a prompt's end
+                    chunk.seq.seal_at = 0  # lets seal() publish the partly filled block at a prompt's end
                 self.blocks.seal(chunk.seq)
 
     def draft_length(self, running: int) -> int:

@@ -20,15 +20,15 @@ _LIST_SECONDS = 60.0
 class LessonLists:
     """Reads the lessons of a store. It can be used from several threads.
 
-    A lesson that is done does not change any more, so its file is read once. All lessons are returned without details:
-    the conflicts, the wrong and lost answers and the decision are empty, and the training history has only its last
-    point.
+    A lesson that is done does not change any more, so up to :data:`_KEPT` such lessons are kept in memory. All lessons
+    are returned without details: the conflicts, the wrong and lost answers and the decision are empty, and the training
+    history has only its last point.
     """
 
     def __init__(self, store: Store, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._store, self._clock, self._lock = store, clock, threading.Lock()
         self._ended: collections.OrderedDict[tuple[str, int], Lesson] = collections.OrderedDict()
-        # The numbers of the lessons of each model, and the time of the last listing.
+        # For each model: the numbers of its lessons, and the time at which they were listed last.
         self._numbers: dict[str, tuple[set[int], float]] = {}
 
     def page(self, model: str, limit: int, after: int | None, *, newest_first: bool) -> tuple[list[Lesson], bool]:
@@ -88,7 +88,7 @@ class LessonLists:
             yield lesson
 
     def _known(self, model: str) -> set[int]:
-        """The numbers of a model's lessons. Removed lessons are noticed after :data:`_LIST_SECONDS`."""
+        """The numbers of a model's lessons. Removals may be noticed up to :data:`_LIST_SECONDS` late."""
         with self._lock:
             known, listed = self._numbers.get(model, (set(), -_LIST_SECONDS))
             known = set(known)

@@ -1,7 +1,7 @@
 """Lessons in the store: ``lessons/<model>/<n>/`` with ``items.jsonl`` and ``lesson.json``.
 
-Programs such as the gateway add lessons, cancel lessons and request roll-backs. They write only below ``lessons/``, so
-they need rights only for this folder of the store:
+Programs such as the gateway add lessons, cancel lessons and request roll-backs. They need rights only for the folder
+``lessons/`` of the store, because they write only this:
 
 - a new lesson;
 - the request that added the lesson, in ``lessons/<model>/requests/``;
@@ -328,7 +328,7 @@ def read_lesson_items(store: Store, lesson: Lesson) -> list[Item]:
 
 
 def lessons(store: Store, model: str, leave_out: Collection[int] = ()) -> list[Lesson]:
-    """All lessons of a model, the oldest first, apart from the numbers in ``leave_out``, whose files are not read."""
+    """The lessons of a model, the oldest first. Lessons with a number in ``leave_out`` are left out and not read."""
     found = []
     for number in sorted(numbers(store, model).difference(leave_out)):
         with contextlib.suppress(NoLesson):  # somebody has just removed the lesson
@@ -357,7 +357,8 @@ def is_canceled(store: Store, lesson: Lesson) -> bool:
 def check_roll_back(store: Store, model: str, number: int) -> tuple[str, str]:
     """The revision and the weights digest of the model after lesson ``number``; 0 is the model before its first lesson.
 
-    Raises UserError if the lesson was never promoted; for 0, if no lesson was ever promoted.
+    Raises UserError if the lesson does not exist or was never promoted. For 0, raises UserError if no lesson was ever
+    promoted, or if the first promoted lesson does not say from which checkpoint it started.
     """
     if number:
         lesson = read_lesson(store, model, number)

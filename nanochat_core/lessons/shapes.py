@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# The shape of a value: a type; a list with the shape of its members; a mapping with the shape of each field; or a
-# mapping with the only key ``str`` and the shape of all values. float includes whole numbers.
+# The shape of a value: a type; a list with the shape of its members; a mapping with the shape of each field; a mapping
+# with the only key ``str`` and the shape of all values; or a tuple of shapes, of which the value has any one. float
+# includes whole numbers.
 Shape = type | list[Any] | Mapping[Any, Any] | tuple[Any, ...]
 
 

@@ -43,7 +43,7 @@ class Grant:
             await self._take(Cost(requests=1, answer=self.answer))
 
     def is_counted_by(self, limiter: Limiter) -> bool:
-        """Whether ``limiter`` has counted the request, so that :meth:`finish` corrects the count there."""
+        """Whether ``limiter`` has counted the request. :meth:`finish` later corrects this count."""
         return limiter in self._reserved
 
     async def charge(self, prompt_tokens: int, answer_tokens: int) -> None:

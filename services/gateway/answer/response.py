@@ -50,7 +50,7 @@ class Answer(abc.ABC):
         self._charged: set[int] = set()  # indices of the prompts whose tokens are reserved
         self._pool = pool
         # The engine always gets a seed, so that a second replica that repeats or continues an answer writes the same
-        # tokens as the first replica would.
+        # tokens as the first replica would, apart from rounding differences.
         self._seed = secrets.randbits(64) if body.seed is None else body.seed
         self._streams: dict[int, Stream] = {}  # the stream of each prompt, by the prompt's index
 

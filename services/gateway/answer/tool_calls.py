@@ -18,8 +18,9 @@ _HEAD = re.compile(r'\{"name": ?"([A-Za-z0-9_-]{1,64})", ?"arguments": ?(?=[^ ])
 class CallReader:
     """Turns the text of one choice into a call if the text begins with a brace; other text passes unchanged.
 
-    The concatenation of the results does not depend on how the text is cut into deltas. A call is only reported once
-    its name is complete. If the answer ends before that, its text is reported as text.
+    The concatenation of the results does not depend on how the text is cut into deltas. A call is reported only once
+    its name and the first character of its arguments have arrived. If the answer ends before that, its text is reported
+    as text.
     """
 
     def __init__(self) -> None:

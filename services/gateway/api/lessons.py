@@ -1,8 +1,8 @@
 """`/v1/lessons`: lessons for the served model, for callers whose key has the scope `admin`.
 
-A lesson is a list of questions and answers, or of texts, that the model is to learn. The gateway only writes each
-request into the folder `lessons/` of the artifact store. The program `jobs.teach.watch` reads the requests there, and
-trains, examines and promotes the model.
+A lesson is a list of questions and answers, conversations or texts, from which the model is to learn. The gateway only
+writes each request into the folder `lessons/` of the artifact store. The program `jobs.teach.watch` reads the requests
+there, and trains, examines and promotes the model.
 """
 
 import asyncio

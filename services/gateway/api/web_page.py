@@ -51,7 +51,7 @@ class WebPage(StaticFiles):
     """Serves the files of the front-end build. If the build has written a compressed copy of a file, and the browser
     accepts its coding, the copy is sent.
 
-    While there is no ``index.html``, serves a page with build instructions.
+    While there is no ``index.html``, the path of the chat page shows build instructions.
     """
 
     async def check_config(self) -> None:

@@ -100,7 +100,7 @@ class CpuNetwork(ServingWeights):
     """Computes hidden states and logits of ragged batches."""
 
     def __init__(self, model: GPT, block_size: int, *, int8: bool = False) -> None:
-        """Copy the weights of ``model``, which is on the CPU, in fp32 or bf16.
+        """Copy the weights of ``model``, a model on the CPU with the compute dtype fp32 or bf16.
 
         A block of the cache has ``block_size`` tokens. ``int8`` rounds the matrices to eight bits.
         """

@@ -1,6 +1,6 @@
 """Products with fp32 weights on a CPU, computed by the engine's own kernel or by oneDNN, whichever is faster.
 
-oneDNN needs about 20 µs to begin a product, which is most of the time of a step with few tokens. The kernel begins
+oneDNN needs about 20 µs to begin each product. In a step with few tokens, this is most of the time. The kernel begins
 immediately. Which of them multiplies faster depends on the processor, so the kernel and oneDNN are both measured,
 except for very small and very large weights. After a measurement, the kernel is chosen only if both compute the same
 bits. Otherwise, replicas that measure separately could give different answers.

@@ -2,9 +2,9 @@
 
 Reading weights and starting kernels take most of the time of a small step. PyTorch's operators start about forty
 kernels per layer and copy the keys and values of every sequence. With the engine's own kernels, a layer needs four
-matrix products and five kernels, and attention reads keys and values directly from the cache. A step of few tokens is
-one CUDA graph: one call starts all its kernels. Without Triton, or with an unusual head size, the engine uses PyTorch's
-operators.
+matrix products and four or five kernels, and attention reads keys and values directly from the cache. A step of few
+tokens is one CUDA graph: one call starts all its kernels. Without Triton, or with an unusual head size or dtype, the
+engine uses PyTorch's operators.
 """
 
 import importlib.util

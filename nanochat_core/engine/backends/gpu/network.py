@@ -93,7 +93,7 @@ class GpuNetwork(ServingWeights):
 
         If ``wanted`` (int64 indices of tokens) is given, only the hidden states of the wanted tokens are returned. For
         the other tokens, the last layer computes only keys and values. The attention of the last layer is then computed
-        token by token, which is faster for few tokens.
+        token by token, because this is faster than tiles if few tokens are wanted.
         """
         layers, rows, dim = self._layers, (step.tokens,), self.config.dim
         x0 = torch.empty(step.tokens, dim, dtype=self.dtype, device=self.device)

@@ -53,7 +53,7 @@ class Step:
         return self.ids.numel()
 
     def only(self, wanted: Tensor) -> "Step":
-        """The step reduced to the tokens with the indices ``wanted`` (int64), which are attended one by one."""
+        """The step reduced to the tokens with the indices ``wanted`` (int64). Attention is computed token by token."""
         return dataclasses.replace(
             self,
             ids=self.ids.index_select(0, wanted),

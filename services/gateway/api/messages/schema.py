@@ -45,7 +45,7 @@ def _list_blocks(value: Any) -> Any:
 
 
 class Block(ApiModel):
-    """A part of a message: text, a call, or the result of a call."""
+    """A part of a message: text, a call, the result of a call, or a thinking block, which is left out of the prompt."""
 
     type: Literal[
         "text",
@@ -179,8 +179,8 @@ class MessagesRequest(ApiModel):
     def turns(self, tools: Sequence[FunctionTool]) -> list[Message]:
         """Returns the conversation as the model's turns.
 
-        Raises an :class:`ApiError` with status 400 if a result has no call before it or is not text, or if a user's
-        message contains a block that only the assistant may write.
+        Raises an :class:`ApiError` with status 400 if a result has no call before it or is not text, if a user's
+        message contains a block that only the assistant may write, or if there is nothing that the model can read.
         """
         turns = Turns(["\n".join(block.text for block in self.system)] if self.system else [], tools)
         for i, message in enumerate(self.messages):
@@ -205,7 +205,10 @@ class MessagesRequest(ApiModel):
 
 
 def _parts(block: Block) -> tuple[Part, ...]:
-    """Returns the parts of the model's turn that represent a block of the assistant; empty for a ``thinking`` block."""
+    """Returns the parts of the model's turn that represent a block of the assistant.
+
+    The result is empty for a block that the model does not read, such as a ``thinking`` block.
+    """
     match block.type:
         case "text":
             return (Part("text", block.text),)

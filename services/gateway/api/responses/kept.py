@@ -54,7 +54,10 @@ class KeptResponses:
     """Keeps the conversation and the output items of each response. Only the caller who got a response can use it."""
 
     def __init__(self, values: Values, seconds: int, max_bytes: int) -> None:
-        """Keeps responses for ``seconds``; 0 keeps none. Does not keep a conversation of more than ``max_bytes``."""
+        """Keeps responses for ``seconds``; 0 keeps none.
+
+        A response is not kept if its conversation and its output items together take more than ``max_bytes``.
+        """
         self._values = values
         self._seconds, self._max_bytes = seconds, max_bytes
 

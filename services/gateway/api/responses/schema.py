@@ -65,7 +65,8 @@ def _nested_choice(value: Any) -> Any:
 
 
 class InputItem(ApiModel):
-    """A message, a call, or the result of a call. The items of an earlier response's ``output`` are accepted too."""
+    """A message, a call, the result of a call, or a reference to an item of an earlier response. An item of an earlier
+    response's `output` is accepted too. A `reasoning` item is left out of the prompt."""
 
     type: Literal[
         "message", "function_call", "function_call_output", "code_interpreter_call", "reasoning", "item_reference"

@@ -14,7 +14,8 @@ def turns_of(items: Sequence[InputItem], instructions: str | None, tools: Sequen
     The texts before and after a Python call are one message, because the model called Python in the middle of that
     message.
 
-    Raises an :class:`ApiError` with status 400 if a function's result has no call before it.
+    Raises an :class:`ApiError` with status 400 if a function's result has no call before it, or if there is nothing
+    that the model can read.
     """
     turns = Turns([instructions] if instructions is not None else [], tools)
     in_call = False  # whether the previous item was a Python call, so that text after it belongs to the same message
