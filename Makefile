@@ -20,10 +20,10 @@ help: ## Show this list
 run: setup $(STATIC)/index.html ## Serve the chat page (PORT=8000 to choose), and train the demo model if there is none
 	@exec $(PYTHON) -m deploy.local
 
-# Several processes run the tests, each a file at a time, in the order that tests/conftest.py sets. There is one process more
-# than cores, because one process waits for the training of the demo model first, and many tests wait for servers, browsers or
-# time limits. With still more processes, a test that expects something within seconds may fail on a slow machine.
-TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores + 1 : 5)))
+# Several processes run the tests, each a file at a time, in the order that tests/conftest.py sets. Many tests wait for
+# servers, browsers or time limits. So one more process than cores takes less time, but this has not been tried for the whole
+# suite: a test that expects something within seconds may then fail on a slow machine: make test TEST_PROCESSES=3
+TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs neither Docker nor Kubernetes
 	@$(MAKE) --no-print-directory --jobs=2 SERVERS=servers lint-types lint-rules test-web

@@ -73,6 +73,8 @@ class Examination:
         probes: the lesson's questions as written, trained and held-out wordings of these questions, and drills, with
             their right answers, as tokens. Once the model is sure of the answers to all probes, training lowers the
             learning rate to zero and then ends.
+        earlier: the questions of earlier lessons as written, with the answers that are still valid. The questions that
+            the model answers rightly before the lesson become probes of the training too.
         others: further questions from the same sources as the groups ``kept``, ``near.worded`` and ``own``, with their
             right answers. The examination does not ask them, but training tests with them whether the model forgets.
         heard: validation conversations of fine-tuning, as tokens. The lesson does not train on them.
@@ -80,6 +82,7 @@ class Examination:
 
     task: GenerativeTask
     probes: list[Probe]
+    earlier: list[Probe]
     others: list[Probe]
     heard: list[Probe]
 
@@ -169,7 +172,9 @@ def examination(
         if item.messages not in examined
     ]
     others += [rendered(tokenizer, each, row_tokens) for each in (*further_own, *memory.confusable)]
-    return Examination(task, probes, others, [rendered(tokenizer, each, row_tokens) for each in memory.validation])
+    earlier = [rendered(tokenizer, item.messages, row_tokens) for item in _some(memory.items, rng) if item.messages]
+    heard = [rendered(tokenizer, each, row_tokens) for each in memory.validation]
+    return Examination(task, probes, earlier, others, heard)
 
 
 def lost(before: Result, after: Result) -> list[dict[str, str]]:

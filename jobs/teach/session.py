@@ -277,7 +277,9 @@ def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Less
             training = {"steps": history[-1]["step"], "seconds": round(seconds, 3), "history": list(history)}
             write_lesson(store, dataclasses.replace(lesson, training=training))
 
-        trained = train(parent, documents, exam.probes, exam.others, lesson.plan, settings, runtime, tested)
+        trained = train(
+            parent, documents, exam.probes, exam.earlier, exam.others, lesson.plan, settings, runtime, tested
+        )
         save_checkpoint(
             store,
             taught_ref(lesson),

@@ -81,6 +81,7 @@ def train(
     parent: Checkpoint,
     documents: Curriculum,
     probes: Sequence[Probe],
+    earlier: Sequence[Probe],
     others: Sequence[Probe],
     plan: Plan,
     settings: StageSettings,
@@ -89,7 +90,10 @@ def train(
 ) -> Trained:
     """Train ``parent`` on the documents until it is sure of every probe, for at most ``plan.max_steps`` steps.
 
-    ``others`` are questions with right answers that the lesson does not teach. If the number of right answers to them
+    ``earlier`` are questions of earlier lessons with their answers. Those that ``parent`` answers rightly become probes
+    too, because a lesson must not replace an earlier one.
+
+    ``others`` are questions with right answers that no lesson teaches. If the number of right answers to them
     has decreased by more than ``plan.margin * len(others)`` when the training would end, the training goes on until it
     has twice as many steps, but not more than ``plan.max_steps``. Of the ``others`` that ``parent`` answers rightly,
     the trained model may forget the share ``plan.margin / 2``. If it has forgotten more at the end, its weights move
@@ -105,6 +109,7 @@ def train(
     stage = Stage(LESSON, settings, runtime, parent.config, parent.tokenizer, parent)
     model = stage.model
     start = [parameter.detach().clone() for parameter in model.parameters()]
+    probes = [*probes, *(probe for probe, right in zip(earlier, answered(model, earlier), strict=True) if right)]
     known = [probe for probe, right in zip(others, answered(model, others), strict=True) if right]
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=plan.lr_scale)
     optimizer = MuonAdamW(groups, runtime.ranks, muon_dtype(runtime.device))

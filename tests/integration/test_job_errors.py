@@ -121,7 +121,7 @@ def error_of(home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, ca
         ([*PRETRAIN, "--seed=-1"], "--seed is -1; it must be at least 0"),
         ([*PRETRAIN, "--seed=99999999999999999999"], "--seed is 99999999999999999999; it must be at most"),
         ([*PRETRAIN, "--device=tpu"], "--device is 'tpu'; choose one of auto, cpu, cuda"),
-        ([*PRETRAIN, "--dtype=int8"], "--dtype is 'int8'; choose one of auto, fp32, bf16, fp16, fp8"),
+        ([*PRETRAIN, "--dtype=int8"], "--dtype is 'int8'; choose one of auto, fastest, fp32, bf16, fp16, fp8"),
         ([*PRETRAIN, "--device=cpu", "--dtype=fp8"], "dtype fp8 needs a GPU of compute capability 9.0"),
         ([*PRETRAIN, "--device=cpu", "--dtype=fp16"], "dtype fp16 needs a GPU; use fp32 or bf16 on a CPU"),
         ([*PRETRAIN, "--device=cpu", "--attention=flash"], "attention flash needs a GPU; use auto or sdpa on a CPU"),

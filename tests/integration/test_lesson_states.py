@@ -159,7 +159,7 @@ def test_a_damaged_lesson_is_passed_over_and_never_written(
 
     def damaging(*args: Any) -> Trained:
         trained = train(*args)
-        if args[6].lease is not None and read_lesson(store, MODEL, 2).state == "training":
+        if args[7].lease is not None and read_lesson(store, MODEL, 2).state == "training":
             store.write(second, b"{")
             raise ValueError("the disk is worn out")
         return trained
@@ -357,6 +357,7 @@ def test_a_skipped_step_leaves_no_loss_in_the_history_that_json_cannot_have(
     training.train(
         load_checkpoint(store, SFT),
         Curriculum([(ids, ids == 0)]),
+        [],
         [],
         [],
         Plan(max_steps=4, batch_tokens=64),

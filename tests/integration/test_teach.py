@@ -32,7 +32,7 @@ from nanochat_core.store import open_store
 from tests.support.tiny_training import NAME, PRETRAIN, SFT, Job, Jobs, OwnSignal, fill
 
 PLAN: dict[str, Any] = {
-    "max-steps": 90,
+    "max-steps": 240,
     "batch-tokens": 512,
     "lr-scale": 0.6,
     "share": 1.0,

@@ -73,6 +73,7 @@ class _Exam:
 
     gate: Gate
     probes: Sequence[Any] = ()
+    earlier: Sequence[Any] = ()
     others: Sequence[Any] = ()
 
     def take(self, *_: object) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
         parent: Checkpoint,
         documents: object,
         probes: object,
+        earlier: object,
         others: object,
         plan: object,
         settings: Any,

@@ -1,6 +1,7 @@
 """How a lesson's training shows the items, and how far the trained weights go back to those before the lesson."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,16 @@ import torch
 
 from jobs.teach.curriculum import Curriculum, curriculum
 from jobs.teach.memory import Memory, all_wordings
-from jobs.teach.training import Probe, answered, go_back, train
+from jobs.teach.training import Probe, Trained, answered, go_back, train
 from jobs.train.loop.runtime import Runtime
 from jobs.train.loop.stage import StageSettings
 from nanochat_core.chat import Message, Part
-from nanochat_core.checkpoint import load_checkpoint
+from nanochat_core.checkpoint import Checkpoint, load_checkpoint
 from nanochat_core.lessons.items import Item
 from nanochat_core.lessons.records import Plan
 from nanochat_core.model import GPT
 from nanochat_core.store import open_store
+from nanochat_core.training.checkpoint_writer import save_checkpoint
 from nanochat_core.training.distributed import ALONE
 from tests.support.engine_models import BYTES, tiny_model
 from tests.support.lesson_store import SFT, with_model
@@ -126,7 +128,7 @@ def test_training_goes_on_while_the_model_forgets_too_much(tmp_path: Path) -> No
     def steps(documents: list[Probe], others: list[Probe]) -> int:
         tested: list[int] = []
         trained = train(
-            parent, Curriculum(documents), [lesson], others, plan, settings, runtime, lambda *_: tested.append(1)
+            parent, Curriculum(documents), [lesson], [], others, plan, settings, runtime, lambda *_: tested.append(1)
         )
         assert answered(trained.model, [lesson]) == [True]
         return trained.steps
@@ -134,6 +136,30 @@ def test_training_goes_on_while_the_model_forgets_too_much(tmp_path: Path) -> No
     assert steps([lesson], []) == 120
     assert steps([lesson], kept) == 300, "nothing teaches again what is forgotten"
     assert 120 <= steps([lesson, *kept], kept) < 300
+
+
+def test_training_goes_on_until_the_model_is_sure_of_earlier_lessons_again(tmp_path: Path) -> None:
+    lessons = [(np.asarray(ids * 8, dtype=np.int32), np.arange(32) > 0) for ids in ([1, 2, 3, 4], [5, 2, 6, 4])]
+    settings = StageSettings(home=str(tmp_path), model=SFT.model, device="cpu", threads=1, compile=False)
+    store = open_store(str(tmp_path))
+    runtime = Runtime(store, torch.device("cpu"), ALONE, None)
+
+    def taught(parent: Checkpoint, documents: list[Probe], new: Probe, earlier: list[Probe], steps: int) -> Trained:
+        plan = Plan(batch_tokens=64, max_steps=steps, lr_scale=0.5)
+        return train(parent, Curriculum(documents), [new], earlier, [], plan, settings, runtime, lambda *_: None)
+
+    parent = load_checkpoint(with_model(tmp_path), SFT)
+    first = taught(parent, lessons[:1], lessons[0], [], 300)
+    assert answered(first.model, lessons[:1], SURE) == [True]
+    after = dataclasses.replace(SFT, step=2)
+    save_checkpoint(store, after, model=first.model, tokenizer=parent.tokenizer, meta={"finished": True})
+    parent = load_checkpoint(store, after)
+    alone = taught(parent, lessons[1:], lessons[1], [], 300)
+    assert answered(alone.model, lessons, SURE) == [False, True], "the second lesson alone replaces the first"
+    both = taught(parent, lessons, lessons[1], lessons[:1], 600)
+    assert answered(both.model, lessons, SURE) == [True, True]
+    never_sure = [(np.asarray([9, 8] * 16, dtype=np.int32), np.arange(32) > 0)]
+    assert taught(parent, lessons[1:], lessons[1], never_sure, 300).steps == alone.steps
 
 
 def test_an_ability_is_shown_as_written_and_mostly_as_drills() -> None:

@@ -589,7 +589,7 @@ def test_a_group_may_lose_a_tenth_of_its_answers_but_always_one(
 ) -> None:
     lesson = add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
     asked = (OpenQuestion(ask("Who are you?"), "A model.", "A model.", lambda *_: True, group),) * questions
-    exam = Examination(GenerativeTask("lesson", asked, tools=True, max_tokens=1), [], [], [])
+    exam = Examination(GenerativeTask("lesson", asked, tools=True, max_tokens=1), [], [], [], [])
     (rule,) = (rule for rule in lesson_gate(lesson, exam).rules() if group in str(rule))
     before = {f"lesson.{group}": Metric(1.0, "a")}
     for wrong in range(questions + 1):
