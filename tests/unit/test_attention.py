@@ -108,15 +108,10 @@ def test_rows_longer_than_those_of_blocks_are_the_same_on_a_cpu(time: int, windo
     check(cpu_attention, drawn(time, 2, 1), window)
 
 
+@pytest.mark.parametrize(("time", "window"), [(150, 17), (150, 200), (768, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_rows_compiled_for_a_cpu_are_the_same(dtype: torch.dtype) -> None:
-    check(torch.compile(cpu_attention, fullgraph=True, backend="aot_eager"), drawn(768, 2, 1, dtype=dtype), 256)
-
-
-@pytest.mark.parametrize("window", [17, 200])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_compiled_for_a_cpu_is_the_same(dtype: torch.dtype, window: int) -> None:
-    check(torch.compile(cpu_attention, fullgraph=True, backend="aot_eager"), drawn(150, 4, 2, dtype=dtype), window)
+def test_attention_compiled_for_a_cpu_is_the_same(dtype: torch.dtype, time: int, window: int) -> None:
+    check(torch.compile(cpu_attention, fullgraph=True, backend="aot_eager"), drawn(time, 4, 2, dtype=dtype), window)
 
 
 @pytest.mark.parametrize("window", [0, 1, 37, 129, 300])
