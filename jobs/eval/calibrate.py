@@ -15,7 +15,7 @@ from nanochat_core.settings import setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrateSettings(JobSettings):
-    """Show which CPU library was chosen for each computation on this processor, and the measured times.
+    """Show what was chosen for each computation on this processor, a CPU library or a dtype, and the measured times.
 
     Training makes the same measurements when it needs them.
     """

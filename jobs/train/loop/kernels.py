@@ -8,7 +8,7 @@ import torch
 from jobs.train.loop.runtime import RunSettings
 from nanochat_core.attention import choose_attention
 from nanochat_core.config import ModelConfig
-from nanochat_core.cpu_calibration import answers, fastest
+from nanochat_core.cpu_calibration import fastest
 from nanochat_core.cpu_matmul import use_faster_products
 from nanochat_core.device import choose_dtype, cpu_multiplies_bf16
 from nanochat_core.model import GPT
@@ -45,13 +45,7 @@ def _faster_dtype(config: ModelConfig, settings: RunSettings) -> str:
         f"training pass of {rows} x {config.context_length} tokens, width {config.dim}, {config.n_head} heads, "
         f"{config.padded_vocab_size} tokens in the vocabulary, {torch.get_num_threads()} threads"
     )
-    passes = {name: _training_pass(layer, name, rows, settings) for name in ("fp32", "bf16")}
-    if question not in answers():
-        # The first pass in fp32 may ask for the fastest library of its products. ``fastest`` answers only one question
-        # at a time, so these questions must be answered first.
-        for run in passes.values():
-            run()
-    return fastest(question, passes)
+    return fastest(question, {name: _training_pass(layer, name, rows, settings) for name in ("fp32", "bf16")})
 
 
 def _training_pass(config: ModelConfig, precision: str, rows: int, settings: RunSettings) -> Callable[[], None]:
