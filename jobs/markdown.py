@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
 # Characters that, at the start of a line, begin a list, a heading or the underline of a heading.
 _LEADING = re.compile(r"^(\d+)([.)])(?=\s|$)|^([-+=#])")
-# Matches a cell with a number and its unit, such as "4 min 08 s" or "0.55 bits per byte".
+# Matches a cell with a number and its unit, such as "4 min 08 s" or "0.55 bits per byte", an empty cell, and a dash.
 _NUMBER = re.compile(r"(?!`)\W*\d\S*( \w{1,4}){0,3}|—|")
 
 
-# Lines of a block with more characters than this are wrapped, because a page would cut them off or scroll.
+# In a block, lines with more characters than this are wrapped, because a page would cut long lines off or scroll.
 _BLOCK_COLUMNS = 110
 
 
@@ -31,7 +31,7 @@ def code(text: str) -> str:
     line = one_line(text)
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)
-    # Spaces separate a backtick of the text from the fence. Markdown does not show them.
+    # A backtick at the start or end of the text needs a space before the fence. Markdown does not show these spaces.
     inner = f" {line} " if line.startswith("`") or line.endswith("`") else line or " "
     return f"{fence}{inner}{fence}"
 
@@ -48,7 +48,7 @@ def block(text: str) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table. Columns of numbers are aligned right. Cells must escape ``|``."""
+    """The lines of a table. Columns of numbers, except the first column, are aligned right. Cells must escape ``|``."""
     body = list(rows)
     numbers = [all(_NUMBER.fullmatch(row[i]) for row in body) for i in range(len(header))]
     aligned = ["---:" if i and right else "---" for i, right in enumerate(numbers)]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 INK, FAINT, TRAIN, HELD_OUT = "#1f2933", "#d5dbe1", "#2f6fde", "#d9480f"
-# The steps that :func:`smoothed` uses on each side: a share of all steps, or at first a share of the steps so far.
+# How far the values that :func:`smoothed` uses lie before and after a step: a share of the whole run, or at the
+# beginning of a run a share of the steps done so far.
 _REACH, _EARLY_REACH = 0.05, 0.3
 _STYLE: dict[Any, Any] = {
     "axes.titlecolor": INK,
@@ -70,7 +71,11 @@ def log_scale(axis: Any, shown: Callable[[float], str]) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """At most eight round numbers between two positive numbers, with ratios as even as possible."""
+    """At most eight round numbers from ``low`` to ``high``, both positive, for the ticks of a logarithmic axis.
+
+    The ratio of two neighboring ticks is about the same along the axis. In a narrow range, the ticks have equal
+    distances instead.
+    """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         ticks = [digit * 10.0**decade for decade in decades for digit in digits if low <= digit * 10.0**decade <= high]
@@ -78,7 +83,8 @@ def log_ticks(low: float, high: float) -> list[float]:
             return ticks
     if len(ticks) > 6:
         return ticks[:: math.ceil(len(ticks) / 6)]
-    # For less than a decade, the ticks have equal distances, and the distance is a round number.
+    # The range has fewer than three such numbers, so the ticks get equal distances, and the distance is a round
+    # number.
     unit = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = next(unit * factor for factor in (5, 2, 1) if (high - low) / (unit * factor) >= 3)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

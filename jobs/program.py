@@ -1,4 +1,4 @@
-"""The common part of all job programs: two settings, startup and exit, a folder for results, and a command line."""
+"""What all job programs share: settings for the store and the logs, startup and exit, output folders, command lines."""
 
 import dataclasses
 import os
@@ -38,7 +38,7 @@ def run_program(
     run: Callable[[SettingsT], object],
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Run the program ``python -m <module>`` to its end: :func:`run_command` within :func:`run_main`."""
+    """Run the program ``python -m <module>`` to its end, by :func:`run_command` inside of :func:`run_main`."""
     run_main(lambda: run_command(module, name, settings_class, run, argv), f"python -m {module}")
 
 

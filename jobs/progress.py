@@ -102,7 +102,7 @@ class ProgressDisplay:
     def __enter__(self) -> ProgressDisplay:
         if self._bar is not None:
             self._open.enter_context(contextlib.closing(self._bar))
-            # Log lines appear above the bar instead of inside it.
+            # While the bar is open, log lines are written above the bar, so that they do not break it.
             self._open.enter_context(logging_redirect_tqdm())
         return self
 
@@ -144,6 +144,6 @@ def terminal_columns() -> int:
     """Number of columns that a line may fill on the terminal at stderr without wrapping."""
     try:
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    except OSError:  # the terminal has been closed
+    except OSError:  # stderr is no terminal any more
         columns = 0
     return columns - 1 if columns > 1 else _USUAL_COLUMNS

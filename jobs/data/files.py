@@ -34,7 +34,7 @@ ENDINGS = f"{', '.join(_FORMATS)}, or one of these except .parquet, followed by 
 # Regular expression for the endings of files that consist of rows.
 ROWS_ENDING = r"\.(parquet|(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?)"
 
-# Files with these names describe the dataset in whose folder they are, so they are not read as data.
+# Names of files that describe the dataset in their folder. Such files are not read as data.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _READMES = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing", "requirements")
 

@@ -33,7 +33,8 @@ class Stopped(Exception):
 class _Interrupted(Exception):
     """An attempt failed, and another attempt may succeed.
 
-    The server asks to wait ``retry_after`` seconds before the next attempt. 0 if it names no number of seconds.
+    ``retry_after`` is the number of seconds that the server asks to wait before the next attempt; 0 if the server names
+    no number of seconds.
     """
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
@@ -44,10 +45,10 @@ class _Interrupted(Exception):
 def fetch_file(url: str, part: Path, stop: threading.Event, advice: str) -> None:
     """Download ``url`` (http or https) to ``part``, resuming from the bytes that an earlier call left there.
 
-    Before it tries again, it waits: at most :data:`FIRST_WAIT_SECONDS` after the first failure, and twice as long after
-    each further failure in a row. A random factor between 0.5 and 1 shortens the wait, so that many clients do not
-    return at the same moment to a server that has failed. If the server names a longer wait (``Retry-After``), that
-    wait counts. No wait is longer than :data:`LONGEST_WAIT_SECONDS`.
+    This function waits before another attempt: at most :data:`FIRST_WAIT_SECONDS` after the first failure, and twice as
+    long after each further failure in a row. A random factor between 0.5 and 1 shortens the wait, so that many clients
+    do not return at the same moment to a server that has failed. If the server names a longer wait (``Retry-After``),
+    that wait counts. No wait is longer than :data:`LONGEST_WAIT_SECONDS`.
 
     Args:
         stop: ends the download early if it is set.

@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 _READ_CHARACTERS = 2**20
 _BETWEEN_VALUES = re.compile(r"[\s,]*")
-# If a JSON error is at most this many characters before the end of the buffer, the value may continue in the rest of
-# the file. The end of the buffer may cut a word such as "false" or an escape such as "\\ud83d\\ude00", and both are
-# shorter than this. A cut string has an error of its own.
+# If a JSON error is at most this many characters before the end of the buffer, more of the file is read, because the
+# value may continue there. The end of the buffer may cut a word such as "false" or an escape such as "\\ud83d\\ude00",
+# and both are shorter than this. For a string that is cut, the decoder reports "Unterminated string" at its beginning.
 _MAY_CONTINUE_CHARACTERS = 16
 
 
@@ -201,7 +201,10 @@ class _UnreadableValue(UserError):
 
 
 class _ParquetRow(Row):
-    """One row of columns. A value is converted to Python only when it is read: some dates have no Python value."""
+    """One row of a parquet file, whose columns are in memory.
+
+    A value is converted to Python only when it is read, because some dates have no Python value.
+    """
 
     def __init__(self, columns: Mapping[str, pa.ChunkedArray | None], index: int, where: str) -> None:
         """``columns`` has None for a name that two columns share; ``where`` names the row in error messages."""

@@ -45,7 +45,7 @@ def check_replaceable(store: Store, name: str) -> None:
 
 
 def trained_on(store: Store, name: str) -> str | None:
-    """The digest of the dataset that a tokenizer was trained on; None if the tokenizer is missing or does not tell."""
+    """The digest of the dataset that a tokenizer was trained on; None if the tokenizer or the digest is missing."""
     return _meta(store, name).get("dataset") if store.exists(tokenizer_key(name)) else None
 
 

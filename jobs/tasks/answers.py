@@ -3,13 +3,16 @@
 import re
 from decimal import Decimal
 
-# Pattern of a number. Its sign may be before or after the dollar: -$5, $-5. A dot without a digit after it is a full
+# Pattern of a number. Its sign may be before or after a dollar sign: -$5, $-5. A dot without a digit after it is a full
 # stop and not part of the number.
 _NUMBER = re.compile(r"(?<![\w.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?!\w)")
 
 
 def plain_number(match: re.Match[str]) -> str:
-    """The matched number without commas. The groups are the signs before and after the dollar, and the digits."""
+    """The number that ``match`` has found, without commas.
+
+    The three groups of ``match`` are the sign before a dollar sign, the sign after the dollar sign, and the digits.
+    """
     before, after, digits = match.groups()
     return ("-" if before or after else "") + digits.replace(",", "")
 

@@ -41,8 +41,8 @@ class ConversationFiles:
     """Describes the conversations in the rows of a dataset's files.
 
     Attributes:
-        messages: makes the conversation of a row. It raises KeyError for a missing field, ValueError or TypeError for a
-            wrong field.
+        messages: makes the conversation of a row. It raises KeyError for a missing field, and ValueError or TypeError
+            for a wrong field.
         row_format: name of the rows' format. The digest of a mixture depends on this name.
     """
 
@@ -52,7 +52,10 @@ class ConversationFiles:
 
 
 def own_conversations(name: str, hint: str = "") -> ConversationFiles:
-    """Conversations in ``data/<name>/train.jsonl`` of the store. ``hint`` ends the error message for a missing file."""
+    """The user's own conversations in the store, for example in ``data/<name>/train.jsonl``.
+
+    ``hint`` ends the error message for a missing file.
+    """
     origin = 'write it, one {"messages": [{"role": "user", "content": …}, …]} a line' + hint
     return ConversationFiles(DatasetFiles(name, (rf"(data/)?train{REST_OF_NAME}",), "train.jsonl", origin))
 
@@ -123,7 +126,7 @@ def _has_answer(row: Row) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedConversations:
-    """``size`` conversations. ``messages`` makes each conversation from its number."""
+    """``size`` generated conversations. ``messages`` makes each conversation from its number, counted from 0."""
 
     messages: Callable[[int], Messages]
     size: int

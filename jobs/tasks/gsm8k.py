@@ -24,7 +24,7 @@ _TEST = DatasetFiles(
     expected="main/test-00000-of-00001.parquet or test.jsonl",
     origin=on_hub("openai/gsm8k", "main/test*"),
 )
-# Pattern of the number after ``####``. Its sign may be before or after the dollar: -$5, $-5. A dot without a digit
+# Pattern of the number after ``####``. Its sign may be before or after a dollar sign: -$5, $-5. A dot without a digit
 # after it is a full stop and not part of the number.
 _FINAL_NUMBER = re.compile(r"####[ \t]*(-?)[ \t]*\$?[ \t]*(-?)((?:[0-9][0-9,]*)?(?:\.[0-9]+)|[0-9][0-9,]*)")
 _CALCULATION = re.compile(r"<<(.*?)>>", re.DOTALL)
@@ -37,7 +37,7 @@ def final_number(text: str) -> str | None:
 
 
 def same_final_number(reference: str, answer_text: str) -> bool:
-    """Whether an answer ends with the same number as the dataset's answer; 18 and 18.00 are the same number.
+    """Whether an answer has the same number after ``####`` as the dataset's answer; 18 and 18.00 are the same.
 
     A reference without a number after ``####`` raises ValueError.
     """
@@ -48,7 +48,7 @@ def same_final_number(reference: str, answer_text: str) -> bool:
 
 
 def reward(problem: Problem, answer_text: str) -> float:
-    """Reward of reinforcement learning: 1 if the answer ends with the right number after ``####``, else 0."""
+    """Reward of reinforcement learning: 1 if the answer has the right number after ``####``, else 0."""
     return float(same_final_number(problem.answer, answer_text))
 
 
@@ -78,7 +78,10 @@ def task(source: DatasetSource) -> GenerativeTask:
 
 
 def problems(store: Store, held_out: int) -> Problems:
-    """Problems for reinforcement learning: the training split, and the beginning of the test split."""
+    """Problems for reinforcement learning.
+
+    The problems to train on are the training split. The first ``held_out`` problems of the test split are held out.
+    """
     source = DatasetSource(store)
     return Problems(source.read(_TRAIN, _problem), source.read(_TEST, _problem)[:held_out], "gsm8k")
 

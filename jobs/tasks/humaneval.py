@@ -23,7 +23,13 @@ TEST_LIMITS = Limits(wall_seconds=20.0, cpu_seconds=5.0)
 
 @dataclasses.dataclass(frozen=True)
 class CodeProblem:
-    """The beginning of a program, up to the docstring of the function to write, and the tests of that function."""
+    """A problem of HumanEval.
+
+    Attributes:
+        prompt: beginning of a program, up to the docstring of the function to write.
+        test: tests of the function.
+        entry_point: name of the function.
+    """
 
     prompt: str
     test: str

@@ -26,10 +26,11 @@ _SINGLE_LETTERS = re.compile(r"(?<!\w)\w(?!\w)(?:[\s,\-]+\w(?!\w))*")
 
 @dataclasses.dataclass(frozen=True)
 class LetterTask:
-    """A task whose questions are generated.
+    """A task about the letters of words. Its questions are generated.
 
     Attributes:
-        draw: draws an exchange: a question about a word, and its answer. The two splits ask about different words.
+        draw: draws an exchange: a question about a word, and its answer. The training split and the held-out split ask
+            about different words.
         shown: makes the right answer, as reports show it, from the exchange's expected phrase.
         scorer: tells from the exchange's expected phrase whether a response is right.
     """

@@ -27,8 +27,8 @@ _MATCHES: dict[str, Callable[[str, str], bool]] = {
 def own_task(path: Path) -> GenerativeTask | ChoiceTask:
     """The questions of a file, as a task with the file's name.
 
-    A row has ``messages``, ``answer`` and optionally ``match`` (exact, contains, number or regex), or it has
-    ``question``, ``choices`` and the index ``answer``.
+    A row has ``messages``, ``answer`` and optionally ``match``: exact, contains (the default), number or regex. Or the
+    row has ``question``, ``choices`` and the index ``answer``.
 
     Raises UserError if the file does not exist, if its name cannot be the name of a task, if it has rows of both kinds,
     or if a row is wrong. The message names the file and, for a wrong row, the line.

@@ -55,7 +55,7 @@ class Selection:
     """The rules by which an evaluation selects the questions that it asks of each task.
 
     Attributes:
-        items: questions of each task; 0 asks all questions of a dataset, and 200 questions of a generated task.
+        items: number of questions of each task; 0 asks all questions of a dataset, or 200 of a generated task.
         seed: decides which questions are chosen or generated.
         kinds: kinds of conversations that the task ``demo`` asks; None asks every kind.
     """
@@ -66,7 +66,7 @@ class Selection:
 
 
 def open_tasks(names: Sequence[str], source: DatasetSource, selection: Selection) -> list[AnyTask]:
-    """The evaluation tasks of these names; a name that ends in ``.jsonl`` is a file of the user's own questions.
+    """The evaluation tasks with the given names; a name that ends in ``.jsonl`` is a file of the user's own questions.
 
     Raises:
         UserError: a name is unknown, two tasks have the same name, or a task's files are missing or wrong.
@@ -100,7 +100,7 @@ def _open(name: str, source: DatasetSource, selection: Selection) -> AnyTask:
 def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversations | None]:
     """Open the conversations with this name in a mixture: a built-in dataset, a file or folder of this machine, or a
     folder of the store. A name is a path of this machine if it begins with ``/``, ``./``, ``../`` or ``~``, or has the
-    ending of a file of rows.
+    ending of a data file, such as ``.jsonl``.
 
     Returns the training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl`` or
     the names of the files of a local folder state a validation split.
@@ -142,7 +142,7 @@ def _local_conversations(name: str) -> tuple[Conversations, Conversations | None
 
 
 def open_problems(store: Store, name: str, held_out: int) -> Problems:
-    """The problems of reinforcement learning. At most ``held_out`` of them are kept for evaluation.
+    """The problems of the task ``name`` for reinforcement learning. At most ``held_out`` problems are for evaluation.
 
     Raises:
         UserError: the name is unknown, or the store lacks the task's files; the message says how to get them.
