@@ -40,7 +40,7 @@ class DownloadSettings(JobSettings):
     """Download parquet shards into the store; the same command resumes an interrupted download."""
 
     dataset: str = setting(help="name for the dataset in the store")
-    source: str = setting(CLIMBMIX, "URL with {shard} in the place of the number, s3://bucket/prefix, or a folder")
+    source: str = setting(CLIMBMIX, "URL with {shard} in place of the shard's number, s3://bucket/prefix, or a folder")
     source_shards: int = setting(
         CLIMBMIX_SHARDS, "shards at the URL; the last one is the validation split", minimum=2, maximum=MOST_SHARDS
     )
@@ -71,7 +71,7 @@ class ListSettings(JobSettings):
 
 
 def validate(store: Store, name: str) -> dict[str, int]:
-    """Read every document of ``data/<name>``. A UserError names each shard that is not valid.
+    """Read every document of ``data/<name>``. Raises a UserError that names each shard that is not valid.
 
     Returns:
         The counts ``shards``, ``documents`` and ``empty_documents``, and ``text_bytes``: the number of bytes of the

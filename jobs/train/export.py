@@ -40,7 +40,7 @@ class ExportSettings(JobSettings):
 
 
 def export_checkpoint(settings: ExportSettings) -> CheckpointRef:
-    """Write a checkpoint in another format. The folder appears only when all files are written."""
+    """Write a checkpoint in another format. The folder to write to appears only when all files are written."""
     check_model_name(settings.model)
     folder = user_path(settings.folder).absolute()
     _check_empty(folder)

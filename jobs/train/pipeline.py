@@ -116,7 +116,7 @@ class Pipeline:
     """Runs the stages of one recipe for one model.
 
     A stage is done if the store has a result of the stage that was made from the current inputs. So if a stage is
-    trained again and its result changes, all later stages are trained again too.
+    trained again and its result changes, all later stages must be trained again too.
     """
 
     def __init__(self, settings: PipelineSettings, recipe: Recipe, runner: Runner | None = None) -> None:
@@ -388,7 +388,7 @@ def _runner(settings: PipelineSettings) -> Runner:
     """
     if settings.on == "local":
         return Processes(settings.ranks)
-    # The import is here, because only this case needs the package kubernetes.
+    # Only PyTorchJobs need the package kubernetes, so it is imported here and not at the top of the file.
     from jobs.train.cluster.stage_jobs import StageJobs, in_this_cluster
 
     return StageJobs(

@@ -67,12 +67,18 @@ class PretrainSettings(StageSettings):
     row_tokens: int | None = setting(
         None, "tokens per row of a batch, at most the context; the context by default", minimum=16
     )
-    window_pattern: str = setting("SSSL", "attention windows of the layers, repeated: S for short, L for full context")
+    window_pattern: str = setting(
+        "SSSL", "attention windows of the layers, as a pattern that repeats: S for short, L for full context"
+    )
     ratio: float = setting(DEFAULT_RATIO, "training tokens per scaling parameter", minimum=1e-6, maximum=1e6)
     target_flops: float | None = setting(None, "training FLOPs; replaces --ratio", minimum=1.0, maximum=1e30)
     steps: int | None = setting(None, "optimizer steps; replaces --ratio and --target-flops", minimum=1)
     batch_tokens: int | None = setting(None, "tokens per optimizer step; derived from --depth by default", minimum=1)
-    lr_scale: float | None = setting(None, "factor on all learning rates; derived by default", minimum=0.0)
+    lr_scale: float | None = setting(
+        None,
+        "factor on all learning rates except those of smear and backout; derived from the batch size by default",
+        minimum=0.0,
+    )
     matrix_lr_scale: float = setting(
         1.0, "further factor on the learning rates of the matrices inside the blocks", minimum=0.0, maximum=1e6
     )
@@ -88,7 +94,9 @@ class PretrainSettings(StageSettings):
         minimum=0.0,
         maximum=1e6,
     )
-    weight_decay: float | None = setting(None, "weight decay of matrices; derived by default", minimum=0.0)
+    weight_decay: float | None = setting(
+        None, "weight decay of matrices; derived from batch size and horizon by default", minimum=0.0
+    )
     warmup_steps: int = setting(40, "steps of linear warmup", minimum=1)
     warmdown_ratio: float = setting(0.65, "share of the run that is linear warmdown", minimum=0.0, maximum=1.0)
     momentum_warmup_steps: int = setting(400, "steps until Muon's momentum reaches its peak", minimum=1)

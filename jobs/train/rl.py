@@ -77,7 +77,7 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
     sequences = math.ceil(settings.examples / ranks.size) * settings.samples
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.0))
     for group in groups:
-        group["lr"] *= settings.lr_scale  # This scales all rates, including those that do not depend on the batch size.
+        group["lr"] *= settings.lr_scale  # because ``batch_lr_scale`` does not scale all learning rates
     with answering(model, tuned.tokenizer, sequences) as answerer:
         pad_id = tuned.tokenizer.bos_id
         source = RolloutSource(answerer, model, problems.training, reward, settings, steps, pad_id, ranks)

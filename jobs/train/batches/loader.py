@@ -30,7 +30,7 @@ from nanochat_core.model import IGNORE_INDEX
 # Largest number of packers. If there are more ranks than packers, some ranks get no rows. If a batch has more rows than
 # this, some packers fill several rows of each batch.
 MAX_PACKERS = 1024
-# The cache of row groups has room for two of each packer, because a packer reads from one or two row groups at a time.
+# The cache has room for two row groups of each packer, because a packer reads from one or two row groups at a time.
 # The text of a row group of web pages takes about 4 MB.
 _CACHED_BYTES_PER_PACKER = 8 * 2**20
 # The largest and the smallest number of documents in a packer's buffer. Between these limits, the buffer has an eighth

@@ -197,10 +197,11 @@ def repeated(rows: Sequence[int], weight: float) -> list[int]:
 
 
 def _held_out(name: str, count: int) -> list[int]:
-    """Indices of the validation conversations: a random one from each part of the file, the same in every run.
+    """Indices of the conversations that a source of ``count`` conversations holds out, the same in every run.
 
-    Each part gives one conversation, because a file may be ordered by topic. The choice within a part is random,
-    because a file may have a regular pattern: for example, every tenth conversation may be of another kind.
+    The source is divided into about equal parts, and one conversation of each part is held out, because the source may
+    be ordered by topic. The choice within a part is random, because the source may have a regular pattern: for
+    example, every tenth conversation may be of another kind.
     """
     if count < 2:
         raise UserError(f"{name} holds one conversation; at least two are needed, one of them for validation")

@@ -5,8 +5,8 @@ rows would start most rows in the middle of a document, and one document per row
 
 The idea is the best-fit rule of bin packing, applied to a bounded buffer of documents: fill each row with the longest
 buffered document that still fits, refill the buffer, and repeat until no document fits the rest of the row. A document
-that is longer than a row is treated as if it had exactly the length of a row. The rest of a row is then filled or
-padded:
+that is longer than a row is treated as if it had exactly the length of a row. The rest of a row, which no document
+fits, is filled or padded:
 
 - ``fill`` uses the start of the shortest document. The rest of a document that was cut goes back into the buffer. No
   text is lost and no position is wasted. This suits pretraining.

@@ -29,10 +29,10 @@ class Source(Protocol):
         """Number of documents in one epoch."""
 
     def document(self, number: int) -> Document:
-        """The document at this position of the endless sequence."""
+        """The document at position ``number`` of the endless sequence."""
 
     def unseen(self, epochs: float) -> float:
-        """Share of the documents that were never shown after this many epochs."""
+        """Share of the documents that were never shown, after a number of epochs that may be fractional."""
         return max(0.0, 1.0 - epochs)
 
 
@@ -47,7 +47,7 @@ class Texts(Protocol):
 def open_texts(texts: Texts, tokenizer: Tokenizer, *, row_length: int, seed: int, threads: int = 0) -> Source:
     """The documents of a dataset for training: a :class:`WindowSource` if it is small, else a :class:`TextSource`.
 
-    ``threads`` tokenize a small dataset; 0 chooses by the number of cores.
+    ``threads`` is the number of threads that tokenize a small dataset; 0 chooses it by the number of cores.
     """
     small: list[str] = []
     characters = 0
@@ -122,8 +122,8 @@ class EpochShuffle:
 
     def __init__(self, count: int, seed: int) -> None:
         self._count, self._seed = count, seed
-        # The orders of two epochs are cached, because around the end of an epoch, readers ask for examples of both in
-        # turn.
+        # The orders of two epochs are cached, because around the end of an epoch, readers ask in turn for examples of
+        # this epoch and of the next epoch.
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def __call__(self, number: int) -> int:

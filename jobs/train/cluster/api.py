@@ -15,7 +15,7 @@ from nanochat_core.errors import RetryableError, UserError
 
 log = logging.getLogger(__name__)
 
-# An API server that has not answered for this long ends the pipeline, and the Job starts the pipeline again.
+# If the API server has not answered for this long, the pipeline ends, and the pipeline's Job starts it again.
 PATIENCE_SECONDS = 600.0
 _REQUEST_SECONDS = 30.0
 _LONGEST_DELAY = 30.0
@@ -67,12 +67,12 @@ class Api:
         return self._core_object(f"read PodTemplate {name}", self._core.read_namespaced_pod_template, name)
 
     def pods(self, selector: str) -> list[Object]:
-        """The pods that the labels select."""
+        """The pods that the label selector ``selector`` selects."""
         found = self._core_object("list pods", self._core.list_namespaced_pod, label_selector=selector)
         return list(found["items"])
 
     def pytorch_jobs(self, selector: str) -> tuple[list[Object], str]:
-        """The PyTorchJobs that the labels select, and the resource version of this list."""
+        """The PyTorchJobs that the label selector ``selector`` selects, and the resource version of their list."""
         found = self._call(
             "list PyTorchJobs",
             self._objects.list_namespaced_custom_object,
@@ -108,7 +108,9 @@ class Api:
         self._create("create an Event", self._core.create_namespaced_event, self._namespace, event)
 
     def wait_for_change(self, selector: str, version: str, seconds: float) -> None:
-        """Wait up to ``seconds`` until a PyTorchJob that the labels select has changed since this resource version.
+        """Wait up to ``seconds`` until a PyTorchJob that ``selector`` selects has changed since ``version``.
+
+        ``version`` is the resource version of a list of PyTorchJobs, as :meth:`pytorch_jobs` returns it.
 
         The wait ends earlier if the connection breaks or the server has forgotten the version. Therefore the caller
         must list the PyTorchJobs again after every wait.

@@ -137,7 +137,7 @@ def pytorch_job(template: Object, name: str, arguments: Sequence[str], *, pods: 
 
 
 def _container(template: Object, pod: Object) -> Object:
-    """The container of a pod in which the operator starts the program. ``template`` is the pod's PodTemplate."""
+    """The container ``pytorch`` of a pod, in which the operator starts the program. ``template`` is its PodTemplate."""
     found: Object | None = next((c for c in pod["spec"]["containers"] if c["name"] == CONTAINER), None)
     if found is None:
         raise UserError(f"PodTemplate {template['metadata']['name']} has no container of the name {CONTAINER}")

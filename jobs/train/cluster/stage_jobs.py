@@ -48,8 +48,8 @@ _TEMPLATES: dict[Place, str] = {"data": "data", "evaluation": "evaluation", "nod
 _WATCH_SECONDS = 60.0
 _FIRST_DELAY, _LONGEST_DELAY = 10.0, 300.0
 _POLL_SECONDS = 5.0
-# A shared file system may take this long to show what another node has written: NFS caches a folder's list of files for
-# up to a minute.
+# After a stage has succeeded, its result in the store is awaited for this long, because a shared file system may show
+# late what another node has written: NFS caches a folder's list of files for up to a minute.
 _RESULT_SECONDS = 120.0
 
 
@@ -108,7 +108,7 @@ class StageJobs:
         self._status: dict[str, str] = {}
 
     def forward_signals(self) -> None:
-        """From now on, SIGTERM and SIGINT end this process. The stage's pods go on, unless the Job is suspended."""
+        """From now on, SIGTERM and SIGINT end this process. The stage's pods go on, unless the Job has been stopped."""
 
         def end(number: int, _frame: FrameType | None) -> None:
             raise SystemExit(128 + number)
@@ -301,7 +301,7 @@ class StageJobs:
 
     @contextlib.contextmanager
     def _suspended_with_the_job(self) -> Iterator[None]:
-        """Suspends the running attempt if this process ends because the Job is suspended or past its deadline.
+        """If this process ends because the Job is suspended, has failed or is past its deadline, suspends the attempt.
 
         PyTorchJobs of a queue are left to Kueue, which alone decides when they run.
         """

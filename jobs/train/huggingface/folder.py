@@ -19,7 +19,7 @@ from nanochat_core.tokenizer import ASSISTANT_END, BOS, SPECIAL_TOKENS, Tokenize
 MODELING_FILE = Path(__file__).with_name("modeling_nanochat.py")
 CHAT_TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 # The type must not be ``nanochat``: the class of that name in transformers is karpathy/nanochat's network of 2025,
-# which has no smear, value embeddings, windows, skip and backout.
+# which has no smear, value embeddings, windows, skip or backout.
 MODEL_TYPE = "nanochat_gpt"
 
 # Maps the names of our parameters to their names in the exported file. _NETWORK has the parameters outside the blocks;
@@ -59,7 +59,7 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def exported_name(name: str) -> str:
-    """The name of our parameter in ``model.safetensors``."""
+    """The name that our parameter ``name`` has in ``model.safetensors``."""
     if name in _NETWORK:
         return _NETWORK[name]
     if re.fullmatch(r"value_embeddings\.\d+\.weight", name):
@@ -69,7 +69,7 @@ def exported_name(name: str) -> str:
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights in their own dtypes, without the rows that pad the tables and the head."""
+    """The checkpoint's weights in their own dtypes, without the padding rows of the embedding tables and the head."""
     rows = {"embedding.weight", "head.weight"} | {name for name in checkpoint.weights if "value_embeddings" in name}
     size = checkpoint.config.vocab_size
     return {

@@ -27,8 +27,8 @@ QK_SCALE = 1.2
 SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
 VALUE_GATE_SCALE = 3.0
-# Name of the cache in the installed version of transformers: older versions name it ``past_key_values``. Both names are
-# accepted as arguments.
+# Name of the field for the cache in a model's output: ``cache``, or ``past_key_values`` in older versions of
+# transformers. As an argument, the cache may have either name.
 CACHE = next(f.name for f in dataclasses.fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 
 

@@ -15,7 +15,8 @@ from nanochat_core.model import GPT
 from nanochat_core.training.distributed import Ranks
 from nanochat_core.training.fp8 import convert_to_fp8
 
-# A pass over about this many tokens is measured: enough that the overhead of the operations does not decide.
+# To choose a dtype, a pass over about this many tokens is measured. With far fewer tokens, the constant overhead of
+# each operation would take most of the time.
 _MEASURED_TOKENS = 2048
 
 

@@ -15,16 +15,16 @@ log = logging.getLogger("jobs.train")
 
 WRITE_SECONDS = 2.0
 _CURVE_POINTS = 240
-# In the history, the names of held-out metrics begin with these prefixes.
+# Prefixes of the names of held-out metrics in the history.
 _HELD_OUT = ("val_", "core", "pass")
 
 
 class LiveProgress:
     """Writes a stage's progress to the store, without making training wait.
 
-    Progress is written at most every :data:`WRITE_SECONDS`, except progress that is to be written at once. A thread
-    writes the newest progress. If the store is slow, the thread skips all progress but the newest. If a write fails,
-    training continues, and the thread tries to write the next progress.
+    Progress is written at most once in :data:`WRITE_SECONDS`, unless :meth:`update` is told to write it at once. A
+    thread writes the newest progress. If the store is slow, the thread skips all progress but the newest. If a write
+    fails, training continues, and the thread tries to write the next progress.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram, start_http_server
 from nanochat_core.errors import UserError
 
 _STAGE = ["stage"]
-# For each value that a step reports: its name and its gauge.
+# A gauge for each value that a step reports. The key is the name of the value.
 STEP_GAUGES = {
     name: Gauge(f"nanochat_train_{name}", text, _STAGE)
     for name, text in {
@@ -36,7 +36,7 @@ STEP_SECONDS = Histogram(
 DATA_WAIT_SECONDS = Counter("nanochat_train_data_wait_seconds_total", "Time spent waiting for a batch", _STAGE)
 SKIPPED_STEPS = Counter(
     "nanochat_train_skipped_steps_total",
-    "Steps without an update, because loss or gradient was not finite, or a loss had a zero gradient",
+    "Steps without an update, because loss or gradient was not finite, or only the gradient was zero",
     _STAGE,
 )
 LOSS_SPIKES = Counter("nanochat_train_loss_spikes_total", "Steps with a loss far above the recent losses", _STAGE)
@@ -46,7 +46,7 @@ CHECKPOINT_FAILURES = Counter(
 
 
 def serve_metrics(port: int) -> None:
-    """Serve the Prometheus metrics of this process on ``port`` (0: do not serve).
+    """Serve the Prometheus metrics of this process on ``port``; 0 serves none.
 
     Raises UserError if another program uses the port.
     """

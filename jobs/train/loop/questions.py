@@ -19,7 +19,7 @@ _CHAT_TOKENS, _TEXT_TOKENS = 96, 32
 def answer_questions(
     model: GPT, tokenizer: Tokenizer, questions: Sequence[str], *, chat: bool
 ) -> list[tuple[str, str]]:
-    """Pairs of a question and the most likely answer; none if the model cannot answer, for example for lack of memory.
+    """Pairs of a question and the greedy answer; empty if the model cannot answer, for example for lack of memory.
 
     The answers are only for people who watch the training, so an error is logged, and the training goes on.
 

@@ -37,7 +37,7 @@ class RunSettings(JobSettings):
     eval_every: int = setting(250, "steps between evaluations; 0 evaluates only at the end", minimum=0)
     save_every: int = setting(500, "steps between checkpoints; 0 saves only at the end", minimum=0)
     keep: int = setting(2, "number of newest checkpoints to keep", minimum=1)
-    keep_every: int = setting(0, "also keep checkpoints of steps that are multiples of this; 0 keeps none", minimum=0)
+    keep_every: int = setting(0, "also keep checkpoints whose step is a multiple of this; 0 keeps no others", minimum=0)
     resume: bool = setting(True, "resume from the newest checkpoint of this stage and model")
     loader_workers: int = setting(
         0, "threads that tokenize and pack; 0 chooses by the number of cores", minimum=0, maximum=1024

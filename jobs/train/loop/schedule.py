@@ -9,7 +9,8 @@ tokens to parameters, and index 12 for the reference model:
 2. Batch size: the best batch grows as a power of the horizon, ``B = 2^19 (D / D_12)^0.383`` tokens (arXiv 2505.13738),
    rounded to a power of two. The number of steps is ``D / B``.
 3. Learning rates: larger batches have less noisy gradients and allow larger rates, by the factor ``sqrt(B / 2^19)``
-   (arXiv 2205.10287). The parameters of smear and backout keep their rates, as in karpathy/nanochat.
+   (arXiv 2205.10287). The parameters of smear and backout (see :mod:`nanochat_core.model`) keep their rates, as in
+   karpathy/nanochat.
 4. Weight decay: the weights are a moving average of updates over about ``1 / (learning rate * weight decay)`` steps,
    and this time should be a constant share of the run (arXiv 2405.13698). With the learning rates of rule 3 this gives
    ``weight decay = 0.28 sqrt(B / 2^19) D_12 / D``.
@@ -30,7 +31,7 @@ _REFERENCE_CONFIG = ModelConfig.from_depth(12, vocab_size=32768)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """Size and rates of one pretraining run.
+    """The batch size, the number of steps and the rates of one pretraining run.
 
     Attributes:
         batch_tokens: tokens per optimizer step.

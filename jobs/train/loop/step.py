@@ -50,7 +50,7 @@ class StepReport:
         step: number of steps done, this one included.
         tokens: size of the global batch, all ranks together.
         loss: nats per counted token of the global batch.
-        gradient_norm: Euclidean norm over all parameters.
+        gradient_norm: Euclidean norm of the gradient over all parameters.
         lr_factor: the schedule's factor on the learning rates.
         measures: further numbers that the stage measures in a step, such as the mean reward.
         coverage: how much of the data was shown so far, such as the number of epochs; empty if that is not counted.
@@ -162,7 +162,8 @@ class TrainingStep:
         micro_batches = list(self._micro_batches(batch))
         for i, rows in enumerate(micro_batches):
             if i == len(micro_batches) - 1:
-                # In the last micro-batch, the ranks can sum each gradient as soon as the backward pass has computed it.
+                # The optimizer is told which micro-batch is the last one: there, the ranks sum each gradient as soon as
+                # the backward pass has computed it.
                 self._optimizer.expect_gradients()
             loss, measures = self._objective(rows)
             loss = loss / counted

@@ -40,7 +40,7 @@ class Tracker:
             return
         try:
             call()
-        except Exception as error:  # Any error is caught, because these packages raise many types.
+        except Exception as error:  # Any error is caught, because the trackers' packages raise errors of many types.
             self._failed = True
             extra = {"tracker": self._name, "reason": _reason(error)}
             log.warning("tracker failed, training goes on without it", extra=extra)
@@ -49,7 +49,7 @@ class Tracker:
 def open_trackers(
     names: Sequence[str], *, model: str, stage: str, folder: Path, config: Mapping[str, Any], step: int
 ) -> list[Tracker]:
-    """Open the trackers of these names (``tensorboard``, ``wandb``) for one stage of a model.
+    """Open the trackers that ``names`` lists (``tensorboard``, ``wandb``) for one stage of a model.
 
     Args:
         folder: local folder for the trackers' files; TensorBoard's files go to ``<folder>/<model>/<stage>``.
@@ -73,7 +73,7 @@ def open_trackers(
             trackers.append(openers[name]())
         except ImportError as error:
             raise UserError(f"--track {name} needs the package {name}; run: pip install {name}") from error
-        except Exception as error:  # Any error is caught, because these packages raise many types.
+        except Exception as error:  # Any error is caught, because the trackers' packages raise errors of many types.
             reason = _reason(error)
             if step == 0:
                 raise UserError(f"--track {name} cannot be opened: {reason}") from error

@@ -12,8 +12,8 @@ the advantage. Options:
 - Normalization divides A by the standard deviation of the group's rewards (GRPO, arXiv 2402.03300).
 - Off policy, when older weights sampled the tokens, ``ratio * A`` with ``ratio = p(token) / p_sampled(token)`` replaces
   ``A * log p(token)`` (importance sampling). On policy, the ratio is 1 and both terms have the same gradient.
-- Clipping with a constant c uses ``min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``, so that moving the ratio outside
-  this range gains nothing (PPO, arXiv 1707.06347).
+- Clipping with a constant c uses ``min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``, so that a ratio outside of the
+  range from 1 - c to 1 + c gains nothing (PPO, arXiv 1707.06347).
 - A KL penalty keeps the model near a reference model. It uses the estimator k3
   (http://joschu.net/blog/kl-approx.html).
 
@@ -34,7 +34,7 @@ from nanochat_core.chunked_loss import softcapped_cross_entropy
 from nanochat_core.device import precise_dtype
 from nanochat_core.model import GPT, IGNORE_INDEX
 
-# Groups whose rewards have a smaller standard deviation count as having equal rewards.
+# The rewards of the answers to a problem count as equal if their standard deviation is at most this.
 _SMALLEST_DEVIATION = 1e-6
 
 

@@ -59,7 +59,7 @@ class Miniseries:
 
 
 class Laws:
-    """Findings of scaling laws: the IsoFLOP curve of each budget, and the power laws through their minima."""
+    """Findings about scaling laws: the IsoFLOP curve of each budget, and the power laws through the curves' minima."""
 
     title = "Scaling laws"
 
@@ -262,5 +262,5 @@ def _plot_law(axis: Any, law: PowerLaw, over: Sequence[float], label: str) -> No
 
 
 def _spaced(low: float, high: float, count: int = 60) -> list[float]:
-    """Numbers from ``low`` to ``high`` in equal ratios."""
+    """``count`` numbers from ``low`` to ``high``, each the same multiple of the number before it."""
     return [low * (high / low) ** (i / (count - 1)) for i in range(count)]

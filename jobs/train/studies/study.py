@@ -88,7 +88,7 @@ class Failure:
 
 
 def plan_run(store: Store, flags: Sequence[str]) -> PlannedRun:
-    """Plan the run that ``jobs.train.pretrain`` would train with these flags. Raises UserError if a flag is wrong."""
+    """Plan the run that ``jobs.train.pretrain`` would train with ``flags``. Raises UserError if a flag is wrong."""
     settings = load(PretrainSettings, prefix="NANOCHAT_PRETRAIN", program=f"python -m {_PRETRAIN}", argv=flags)
     check_model_name(settings.model)
     if settings.start_from:

@@ -95,7 +95,7 @@ def read_upstream(folder: Path, step: int) -> UpstreamCheckpoint:
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except Exception as error:  # A damaged file makes torch raise errors of many types.
+    except Exception as error:  # Any error is caught, because torch raises errors of many types.
         reason = str(error).strip().partition("\n")[0][:200]
         raise UserError(f"{path} holds no plain tensors, or is damaged: {reason}") from error
     return UpstreamCheckpoint(path, meta, _plain_tensors(path, stored))
@@ -127,7 +127,9 @@ def model_config(source: UpstreamCheckpoint) -> ModelConfig:
 
 
 def convert(source: UpstreamCheckpoint, config: ModelConfig) -> GPT:
-    """Our network with upstream's weights: matrices in fp32, embedding tables in bf16 if upstream's are, else in fp32.
+    """Our network with upstream's weights.
+
+    The matrices are in fp32. The embedding tables are in bf16 if upstream's tables are in bf16, else in fp32.
 
     The rotary tables stay on the device ``meta``, so the model can be saved but not run. Raises UserError if the
     weights do not fit the config.
@@ -174,9 +176,9 @@ def _plain_tensors(path: Path, stored: Any) -> dict[str, Tensor]:
 def _check_version(source: UpstreamCheckpoint) -> None:
     """Refuse weights of early upstream versions, because their network computes other logits than ours.
 
-    Upstream's commit a825e63 (14 March 2026) added the smear, and also changed the scale of queries and keys and the
-    short windows. Earlier versions also had another rotary base, softcap and value gate. No checkpoint records these
-    differences, but weights without a smear must be from an earlier version.
+    Upstream's commit a825e63 (14 March 2026) added the smear (see :mod:`nanochat_core.model`), and also changed the
+    scale of queries and keys and the short windows. Earlier versions also had another rotary base, softcap and value
+    gate. No checkpoint records these differences, but weights without a smear must be from an earlier version.
     """
     if _NETWORK["smear_scale"] not in source.weights:
         raise UserError(

@@ -49,7 +49,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _meta(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The values that upstream's programs read: the model's shape, the step, and defaults for fine-tuning."""
+    """Content of the meta file for upstream's programs: the model's shape, the step, and defaults for fine-tuning."""
     config, meta = checkpoint.config, checkpoint.meta
     shape = {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()}
     batch_tokens = meta.get("plan", {}).get("batch_tokens")

@@ -3,8 +3,8 @@
 ``tokenizer.pkl`` is a pickled ``tiktoken.Encoding``. A pickle is a program, and Python's own loader would let it call
 any function of this machine. So this module interprets the pickle itself: it carries out the few instructions that a
 pickled ``tiktoken.Encoding`` needs (pickle protocol 4 and later) on plain data, and refuses all other instructions. The
-file may name only this class. Instead of an instance, this module makes a record of the constructor's arguments; it
-imports nothing and calls nothing that the file names.
+only class that the file may name is ``tiktoken.Encoding``. Instead of an instance of this class, the module makes a
+record of the constructor's arguments; it imports nothing and calls nothing that the file names.
 """
 
 import dataclasses
