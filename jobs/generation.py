@@ -50,9 +50,9 @@ def read_completion(tokenizer: Tokenizer, completion: Completion) -> Response:
 def continue_text(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingParams = SAMPLING
 ) -> list[list[str]]:
-    """Pairs of a prompt and the model's continuation, cut at the end of the document that the model writes.
+    """Pairs of a prompt and the model's continuation, which ends at the end of the document that the model writes.
 
-    A prompt is cut if it is longer than half of the context.
+    A prompt that is longer than half of the context is cut, also in its pair.
     """
     most = max(1, model.config.context_length // 2)
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:most] for prompt in prompts]

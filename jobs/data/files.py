@@ -179,7 +179,7 @@ def open_binary(path: Path, shown: str) -> io.BufferedReader:
     for mark, compression in _COMPRESSIONS.items():
         if start.startswith(mark):
             file.close()
-            # The Arrow stream is no io.RawIOBase, but it has all methods that BufferedReader calls.
+            # BufferedReader can read the Arrow stream: it is no io.RawIOBase, but has all methods that are called.
             return io.BufferedReader(pa.input_stream(str(path), compression=compression), 2**16)
     return file
 

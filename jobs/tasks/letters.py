@@ -1,7 +1,7 @@
-"""Generated questions about the letters of words: how often a letter occurs, and how the word is spelled.
+"""The tasks ``counting`` and ``spelling``: how often does a letter occur in a word, and how is a word spelled?
 
-The model has to count letters with the Python tool. The words that an evaluation asks about differ from the words that
-the training conversations of these tasks ask about.
+The questions are generated. The model has to count letters with the Python tool. The words that an evaluation asks
+about differ from the words that the training conversations of the two tasks ask about.
 """
 
 import dataclasses

@@ -119,7 +119,8 @@ class Launcher:
 def rank_environments(count: int) -> list[dict[str, str]]:
     """Environment variables for each of ``count`` ranks on this machine.
 
-    The variables give the rank's number, and the address that all ranks share.
+    The variables give the number of ranks, the rank's number and, if there are several ranks, the address at which they
+    meet.
     """
     if count == 1:
         # The variables are set although there is only one rank: this process may itself be a rank, and its own

@@ -109,7 +109,7 @@ class Processes:
         return self._launcher.run([sys.executable, "-m", *stage.arguments(), *quiet], ranks)
 
     def announce(self, reason: str, message: str, *, warning: bool = False) -> None:
-        """Does nothing, because the pipeline's own log reports the same event."""
+        """Does nothing, because the pipeline's own log reports the event."""
 
 
 class Pipeline:

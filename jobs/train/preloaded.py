@@ -52,7 +52,7 @@ class PreloadedJob:
 
 def _run(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """Do the work of ``python -m`` in the forked process."""
-    os.setpgid(0, 0)  # see Launcher._start: Ctrl-C must not reach the job
+    os.setpgid(0, 0)  # a process group of its own, so that Ctrl-C does not reach the job; see Launcher._start
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of the SIG_IGN that preload() has set
     os.environ.clear()
     os.environ.update(environment)

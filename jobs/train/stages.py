@@ -38,7 +38,7 @@ class StageRun:
     done: Callable[[], bool] = lambda: False
 
     def arguments(self) -> list[str]:
-        """The module and its arguments.
+        """Arguments of ``python -m`` that run the stage: the module, the subcommand and the flags.
 
         With ``start_over``, the arguments include ``--no-resume`` until a checkpoint from the current inputs exists.
         """

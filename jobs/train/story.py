@@ -48,7 +48,7 @@ class Story:
         self._told = False
 
     def expect(self, tokens: Mapping[str, int]) -> None:
-        """Set the number of tokens on which each stage trains. The chat page needs it to estimate the time left."""
+        """Set the number of tokens on which each stage trains, so that the chat page can estimate the time left."""
         self._fields["tokens"] = dict(tokens)
 
     @contextlib.contextmanager

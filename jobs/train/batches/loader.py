@@ -68,7 +68,7 @@ class Batch:
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """All tensors by field name."""
+        """The batch's tensors by the names of their fields."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 

@@ -122,8 +122,8 @@ class Mixture:
     def fit(self, tokenizer: Tokenizer, row_length: int, threads: int = 0) -> Fitted:
         """The conversations that have a target within a row of ``row_length`` tokens.
 
-        A conversation that is longer than a row is cut at its end. It is left out if the assistant says nothing before
-        the cut. Tokenizing all conversations takes a while, so the store caches their sizes in ``cache/sizes/``. With
+        A conversation that is longer than a row loses its end. It is left out if the assistant says nothing before the
+        cut. Tokenizing all conversations takes a while, so the store caches their sizes in ``cache/sizes/``. With
         ``threads`` 0, one thread for each core tokenizes. Raises :class:`UserError` if a conversation has a wrong
         format, or if no conversation is left for training or for validation.
         """

@@ -32,7 +32,7 @@ class Source(Protocol):
         """The document at position ``number`` of the endless sequence."""
 
     def unseen(self, epochs: float) -> float:
-        """Share of the documents that were never shown, after a number of epochs that may be fractional."""
+        """Share of the documents that were never shown after ``epochs`` epochs."""
         return max(0.0, 1.0 - epochs)
 
 
@@ -170,7 +170,7 @@ class LengthSource(Source):
 
 
 def default_workers() -> int:
-    """This process's share of the cores, at most 8: more threads would wait for the interpreter's lock."""
+    """Number of threads: this process's share of the cores, at most 8. More would wait for the interpreter's lock."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
     return max(1, min(_MAX_WORKERS, cores // local_processes))

@@ -54,7 +54,7 @@ class Api:
         self._namespace, self._patience, self._clock, self._sleep = namespace, patience, clock, sleep
 
     def job(self, name: str) -> Object:
-        """The Job of this name."""
+        """The Job with the given name."""
         found: Object = self._call(f"read Job {name}", self._objects.get_namespaced_custom_object, *self._jobs, name)
         return found
 
@@ -63,7 +63,7 @@ class Api:
         self._patch(self._jobs, name, {"metadata": {"annotations": dict(annotations)}})
 
     def pod_template(self, name: str) -> Object:
-        """The PodTemplate of this name."""
+        """The PodTemplate with the given name."""
         return self._core_object(f"read PodTemplate {name}", self._core.read_namespaced_pod_template, name)
 
     def pods(self, selector: str) -> list[Object]:

@@ -39,7 +39,7 @@ class PyTorchJob:
         return now
 
     def state(self, pods: Sequence[Object]) -> tuple[str, str] | None:
-        """The state of an unfinished job with these pods, and what it waits for; None if it has just begun to start."""
+        """The state of an unfinished job with ``pods``, and what it waits for; None if it has just begun to start."""
         if self.has("Suspended"):
             if queue := self.queue:
                 return "suspended", f"it waits in the queue {queue} of Kueue; kubectl describe workloads says why"

@@ -20,7 +20,7 @@ _DISRUPTED = "DisruptionTarget"
 # seconds ago. The next attempt then starts. If the pod still runs, the lease on the model's name keeps the pod and the
 # next attempt from writing at the same time.
 _LOST_SECONDS = 300.0
-# A container waits briefly for these reasons whenever it starts, so they are not reported.
+# Reasons for which every container waits briefly when it starts. These reasons are not reported.
 _STARTING = ("ContainerCreating", "PodInitializing")
 
 
@@ -44,7 +44,7 @@ class Outcome:
 
 
 def outcome_of(pods: Sequence[Object]) -> Outcome:
-    """The outcome of a failed attempt with these pods. A pod that is gone counts as preempted.
+    """The outcome of a failed attempt that had ``pods``. A pod that is gone counts as preempted.
 
     If a pod failed by a mistake, this mistake is the outcome, however the other pods ended: they end because the failed
     pod's ranks are lost.

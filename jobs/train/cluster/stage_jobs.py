@@ -6,8 +6,8 @@ that takes over from another process therefore behaves as if it had been there f
 means that the next round reads the same state again.
 
 An attempt of a stage is one PyTorchJob, whose name ends with the attempt's number. Attempts are never deleted, so that
-each round can count them and read how they ended, and their logs can be read. The PyTorchJobs belong to the Job of the
-pipeline: the cluster deletes them together with the Job.
+each round can count them and read how they ended, and so that people can read their logs. The PyTorchJobs belong to the
+Job of the pipeline: the cluster deletes them together with the Job.
 """
 
 import contextlib

@@ -77,7 +77,7 @@ def _merges(names: list[str]) -> Iterator[list[str]]:
 
 
 def _alphabet() -> list[str]:
-    """GPT-2's character for each byte. A printable byte stands for itself; the other bytes get U+0100 and following."""
+    """GPT-2's character for each byte. A printable byte stands for itself; the others get characters from U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]

@@ -23,7 +23,7 @@ _DECAY = 0.9
 
 
 class Progress:
-    """Reports each step and each evaluation to the display, the Prometheus metrics and the trackers."""
+    """Reports each step and each evaluation to the display, the Prometheus metrics and the experiment trackers."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class TrainingDiverged(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One stage of one model.
+    """The settings and the description of a training run, which is one stage of one model.
 
     Attributes:
         meta: description of the run, stored with each checkpoint. The run resumes from a checkpoint only if the

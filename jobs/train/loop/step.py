@@ -32,8 +32,8 @@ _MAX_SKIPPED_IN_A_ROW = 5
 _SPIKE_DEVIATIONS = 6.0
 _SPIKE_DECAY = 0.98
 _SPIKE_AFTER_STEPS = 100
-# Ranks wait this long for ranks that compile. In a large cluster, some ranks find compiled code in a cache, while other
-# ranks compile for many minutes.
+# Ranks wait this long for ranks that compile, because in a large cluster, some ranks find compiled code in a cache,
+# while other ranks compile for many minutes.
 _COMPILE_TIMEOUT_SECONDS = 3600.0
 
 # An objective is a function that computes a micro-batch's loss and further measures, summed over its counted targets.

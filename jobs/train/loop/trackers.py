@@ -1,6 +1,6 @@
 """Experiment trackers: TensorBoard's event files and Weights & Biases.
 
-Both packages are optional and not installed with the jobs.
+The packages ``tensorboard`` and ``wandb`` are optional and not installed with the jobs.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The loss of reinforcement learning: REINFORCE with the group's mean as baseline, and its common variants.
+"""The loss of reinforcement learning: REINFORCE with a problem's mean reward as baseline, and common variants.
 
 The problem: the reward R of an answer is not differentiable in the weights, because the answer is sampled. The
 policy gradient theorem (REINFORCE, Williams 1992) still gives the gradient of the mean reward:
@@ -9,7 +9,7 @@ The baseline b is any number that does not depend on the answer. It does not cha
 good baseline lowers its variance. Here b is the mean reward of all samples for the same problem, and ``A = R - b`` is
 the advantage. Options:
 
-- Normalization divides A by the standard deviation of the group's rewards (GRPO, arXiv 2402.03300).
+- Normalization divides A by the standard deviation of the problem's rewards (GRPO, arXiv 2402.03300).
 - Off policy, when older weights sampled the tokens, ``ratio * A`` with ``ratio = p(token) / p_sampled(token)`` replaces
   ``A * log p(token)`` (importance sampling). On policy, the ratio is 1 and both terms have the same gradient.
 - Clipping with a constant c uses ``min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``, so that a ratio outside of the

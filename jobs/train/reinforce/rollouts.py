@@ -43,8 +43,8 @@ from nanochat_core.training.distributed import Ranks
 
 # At most this many sequences run at a time, because with more, the engine's steps do not become cheaper per token.
 _MAX_RUNNING = 256
-# Time limits of a Python call in seconds. The first limit is for the run itself. The second limit includes the wait for
-# a free sandbox and is long, so that a busy machine does not change any answer.
+# Time limits of a Python call in seconds. The first limit is for the code itself. The second limit includes the wait
+# for a free sandbox and is long, so that a busy machine does not change any answer.
 _CALL_SECONDS, _WAIT_SECONDS = 10.0, 300.0
 # The engine's share of a GPU's free memory; training needs the rest.
 _CUDA_MEMORY_SHARE = 0.4
