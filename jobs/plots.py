@@ -56,7 +56,10 @@ def panels(
 
 
 def log_scale(axis: Any, shown: Callable[[float], str]) -> None:
-    """Make an axis logarithmic. Ranges from a tenth of a decade to many decades get a few readable tick labels."""
+    """Make an axis logarithmic. It gets a few readable tick labels, be it a tenth of a decade long or many decades.
+
+    ``shown`` makes a label from a number.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     if axis.axis_name == "x":

@@ -91,7 +91,7 @@ def make_output_folder(path: str, flag: str) -> Path:
 
 
 def command_line(module: str, *arguments: str, **flags: str) -> str:
-    """The shell command that runs ``python -m <module>`` with these flags and arguments, ready to be copied.
+    """The shell command that runs ``python -m <module>`` with ``flags`` and ``arguments``, ready to be copied.
 
     ``home="x"`` becomes ``--home x``. The command uses the interpreter of this process, because another interpreter
     may lack the project's packages.

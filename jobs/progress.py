@@ -144,6 +144,6 @@ def terminal_columns() -> int:
     """Number of columns that a line may fill on the terminal at stderr without wrapping."""
     try:
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    except OSError:  # stderr is no terminal any more
+    except OSError:  # stderr is no terminal any more, so the usual width is assumed
         columns = 0
     return columns - 1 if columns > 1 else _USUAL_COLUMNS

@@ -23,7 +23,7 @@ class DatasetFiles:
 
     Attributes:
         dataset: name of the dataset's folder.
-        patterns: regular expressions for paths inside that folder; each must match at least one file.
+        patterns: regular expressions for paths inside the dataset's folder; each must match at least one file.
         expected: an example of such a path, for error messages.
         origin: tells the user how to get the files; FOLDER stands for the dataset's folder.
     """

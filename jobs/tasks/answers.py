@@ -26,7 +26,7 @@ def last_number(text: str) -> str | None:
 
 
 def states_number(expected: str, answer_text: str) -> bool:
-    """Whether the last number of an answer equals ``expected`` (18 is 18.00).
+    """Whether the last number of an answer equals ``expected``; 18 equals 18.00.
 
     Raises ValueError if ``expected`` is not a number.
     """
@@ -42,6 +42,6 @@ def same_text(expected: str, answer_text: str) -> bool:
 
 
 def contains_phrase(expected: str, answer_text: str) -> bool:
-    """Whether the answer contains the expected words as whole words; upper and lower case count as equal."""
+    """Whether the answer contains the expected words, whole and in a row; upper and lower case count as equal."""
     phrase = r"\s+".join(map(re.escape, expected.split()))
     return re.search(rf"(?<!\w){phrase}(?!\w)", answer_text, re.IGNORECASE) is not None

@@ -139,7 +139,7 @@ class GeneratedConversations:
 
     @property
     def digest(self) -> str:
-        """sha256 of the size and the first conversations."""
+        """sha256 of the number of conversations, and of the first conversations."""
         made = [self.messages(number) for number in range(_DIGESTED)]
         return hashlib.sha256(json.dumps([self.size, made]).encode()).hexdigest()
 

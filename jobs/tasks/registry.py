@@ -98,7 +98,7 @@ def _open(name: str, source: DatasetSource, selection: Selection) -> AnyTask:
 
 
 def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversations | None]:
-    """Open the conversations with this name in a mixture: a built-in dataset, a file or folder of this machine, or a
+    """Open the conversations that a mixture calls ``name``: a built-in dataset, a file or folder of this machine, or a
     folder of the store. A name is a path of this machine if it begins with ``/``, ``./``, ``../`` or ``~``, or has the
     ending of a data file, such as ``.jsonl``.
 

@@ -204,7 +204,7 @@ def open_training(
     row_tokens: int,
     plan: TrainingPlan,
 ) -> Source:
-    """The training documents of the datasets, mixed by their weights if there are several."""
+    """The training documents of the datasets in ``entries``, mixed by weight if there are several datasets."""
     rows = rows_per_batch(plan.batch_tokens, row_tokens)
     sources = [
         open_texts(

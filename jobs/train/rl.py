@@ -36,7 +36,7 @@ _MOMENTUM = 0.95
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RlSettings(RolloutSettings):
-    """Train a model by reinforcement learning on the problems of a task, starting from its newest SFT checkpoint."""
+    """Train a model by reinforcement learning on a task's problems, starting from the model's newest SFT checkpoint."""
 
     task: str = setting(help="problems to train on: arithmetic (of the demo world) or gsm8k (from the store)")
     reward: str = setting("", "reward function: " + ", ".join(REWARDS) + "; by default the reward of the task")

@@ -1,4 +1,4 @@
-"""A stage of a pipeline, and the interface of its runner, which runs it as processes or as pods."""
+"""A stage of a pipeline, and the interface of the runners. A runner runs stages as processes or as pods."""
 
 import dataclasses
 import hashlib

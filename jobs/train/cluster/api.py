@@ -82,7 +82,7 @@ class Api:
         return found["items"], found["metadata"]["resourceVersion"]
 
     def create_pytorch_job(self, job: Object) -> bool:
-        """Create a PyTorchJob. The result is False if a PyTorchJob of this name exists already."""
+        """Create a PyTorchJob. The result is False if a PyTorchJob of the same name exists already."""
         what = f"create PyTorchJob {job['metadata']['name']}"
         return self._create(what, self._objects.create_namespaced_custom_object, *self._pytorch_jobs, job)
 

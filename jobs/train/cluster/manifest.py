@@ -145,7 +145,7 @@ def _container(template: Object, pod: Object) -> Object:
 
 
 def event(owner: Owner, reason: str, message: str, time: str, *, warning: bool = False) -> Object:
-    """An Event about the Job. Equal events have equal names, so that a restarted pipeline cannot write one twice."""
+    """An Event about the Job ``owner``. Equal events have equal names, so no restarted pipeline can write one twice."""
     digest = hashlib.sha256(f"{owner.uid} {reason} {message}".encode()).hexdigest()[:16]
     return {
         "apiVersion": "v1",

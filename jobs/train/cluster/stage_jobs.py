@@ -187,9 +187,9 @@ class StageJobs:
     def _start(self, stage: StageRun, number: int) -> None:
         """Create the PyTorchJob of an attempt, unless another process of the same Job has just done so.
 
-        While pods of earlier attempts are still running, or while a deleted Job still has a PyTorchJob of this name,
-        the method only waits for a moment. Raises UserError if the Job of this pod is gone, because the cluster would
-        then delete the PyTorchJob immediately.
+        While pods of earlier attempts are still running, or while a deleted Job still has a PyTorchJob of the same
+        name, the method only waits for a moment. Raises UserError if the Job of this pod is gone, because the cluster
+        would then delete the PyTorchJob immediately.
         """
         metadata = self._api.job(self._owner.name)["metadata"]
         if metadata["uid"] != self._owner.uid:

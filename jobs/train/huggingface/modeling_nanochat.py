@@ -125,7 +125,7 @@ class NanochatAttention(nn.Module):
 
 
 class NanochatMLP(nn.Module):
-    """A hidden layer of four times the width, with squared ReLU."""
+    """An MLP whose hidden layer is four times as wide as the residual stream, with squared ReLU."""
 
     def __init__(self, config: NanochatConfig) -> None:
         super().__init__()

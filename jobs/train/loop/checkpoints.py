@@ -149,8 +149,9 @@ class RunCheckpoints:
     def _delete_superfluous(self, written: CheckpointRef) -> None:
         """Delete the run's checkpoints that are not needed any more, and incomplete checkpoints.
 
-        The ``keep`` newest checkpoints stay, and so do the promoted one, the one of ``kept_step``, and those whose step
-        is a multiple of ``keep_every``. The checkpoints that :meth:`replace_after` has chosen are deleted in any case.
+        The following checkpoints stay: the ``keep`` newest checkpoints, the promoted checkpoint, the checkpoint of
+        ``kept_step``, and each checkpoint whose step is a multiple of ``keep_every``. The checkpoints that
+        :meth:`replace_after` has chosen are deleted in any case.
         """
         settings, model, replaced = self._config.settings, self._config.model_name, self._replaced - {written}
         own = [ref for ref in self._stored() if ref not in replaced]

@@ -65,7 +65,7 @@ class LiveProgress:
         eta_seconds: float,
         at_once: bool = False,
     ) -> None:
-        """Report the state after a step. With ``at_once``, it is written without waiting for :data:`WRITE_SECONDS`."""
+        """Report the state after a step. ``at_once`` writes it even if :data:`WRITE_SECONDS` have not passed yet."""
         now = time.monotonic()
         if not self._shown or (not at_once and now - self._written_at < WRITE_SECONDS):
             return

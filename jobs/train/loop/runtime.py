@@ -43,7 +43,7 @@ class RunSettings(JobSettings):
         0, "threads that tokenize and pack; 0 chooses by the number of cores", minimum=0, maximum=1024
     )
     track: tuple[str, ...] = setting((), "experiment trackers to report to, comma separated: tensorboard, wandb")
-    track_dir: str = setting("runs", "local folder for the files of trackers")
+    track_dir: str = setting("runs", "local folder for the files of the experiment trackers")
     rank_timeout: float = setting(
         DEFAULT_TIMEOUT_SECONDS,
         "seconds after which a rank that does not answer ends the job",

@@ -31,7 +31,7 @@ _REFERENCE_CONFIG = ModelConfig.from_depth(12, vocab_size=32768)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """The batch size, the number of steps and the rates of one pretraining run.
+    """Size, learning rates and weight decay of one pretraining run.
 
     Attributes:
         batch_tokens: tokens per optimizer step.

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward passes over micro-batches, the checks of their result, and the update.
+"""One optimizer step: forward and backward passes over micro-batches, checks of loss and gradient, and the update.
 
 The step minimizes the mean loss over the N counted targets of the global batch, that is, of all ranks together. Each
 micro-batch contributes its summed loss divided by N. So the gradients of micro-batches and ranks add up to the gradient
