@@ -37,7 +37,7 @@ def code(text: str) -> str:
 
 
 def block(text: str) -> list[str]:
-    """The lines of a block that shows the text as it is, with its line breaks and indentation."""
+    """The lines of a block that shows the text with its line breaks and indentation; long lines are wrapped."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     wrapped = (

@@ -86,8 +86,8 @@ def log_ticks(low: float, high: float) -> list[float]:
             return ticks
     if len(ticks) > 6:
         return ticks[:: math.ceil(len(ticks) / 6)]
-    # The range has fewer than three of the numbers above, so the ticks get equal distances, and the distance is a round
-    # number.
+    # Fewer than three numbers of the kinds tried above are in the range, so the ticks get equal distances, and the
+    # distance is a round number.
     unit = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = next(unit * factor for factor in (5, 2, 1) if (high - low) / (unit * factor) >= 3)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

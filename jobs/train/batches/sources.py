@@ -172,5 +172,5 @@ class LengthSource(Source):
 def default_workers() -> int:
     """Number of threads: this process's share of the cores, at most 8. More would wait for the interpreter's lock."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by the launcher of the ranks
     return max(1, min(_MAX_WORKERS, cores // local_processes))

@@ -32,7 +32,7 @@ from nanochat_core.store import Store
 
 # The settings that a checkpoint's config.json fixes.
 SHAPE = ("depth", "head_dim", "context_length", "window_pattern")
-# The settings that give the length of a run. Each of them replaces the others.
+# The settings that give the length of a run. If a run is given one of them, it inherits none of them.
 HORIZON = ("steps", "target_flops", "ratio")
 
 FoundT = TypeVar("FoundT")

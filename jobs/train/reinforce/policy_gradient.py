@@ -34,7 +34,7 @@ from nanochat_core.chunked_loss import softcapped_cross_entropy
 from nanochat_core.device import precise_dtype
 from nanochat_core.model import GPT, IGNORE_INDEX
 
-# The rewards of the answers to a problem count as equal if their standard deviation is at most this.
+# The rewards of the answers to a problem count as equal if their standard deviation is at most this value.
 _SMALLEST_DEVIATION = 1e-6
 
 
