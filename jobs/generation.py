@@ -50,9 +50,10 @@ def read_completion(tokenizer: Tokenizer, completion: Completion) -> Response:
 def continue_text(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingParams = SAMPLING
 ) -> list[list[str]]:
-    """Pairs of a prompt and the model's continuation, which ends at the end of the document that the model writes.
+    """For each prompt, a pair of the prompt and the model's continuation.
 
-    A prompt that is longer than half of the context is cut, also in its pair.
+    A prompt is cut if it is longer than half of the context. A continuation ends where the model ends the document, or
+    after ``sampling.max_tokens`` tokens.
     """
     most = max(1, model.config.context_length // 2)
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:most] for prompt in prompts]

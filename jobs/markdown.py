@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
 # Characters that, at the start of a line, begin a list, a heading or the underline of a heading.
 _LEADING = re.compile(r"^(\d+)([.)])(?=\s|$)|^([-+=#])")
-# Matches a cell with a number and its unit, such as "4 min 08 s" or "0.55 bits per byte", an empty cell, and a dash.
+# Matches a cell with a number and its unit, such as "4 min 08 s" or "0.55 bits per byte".
 _NUMBER = re.compile(r"(?!`)\W*\d\S*( \w{1,4}){0,3}|—|")
 
 
-# In a block, lines with more characters than this are wrapped, because a page would cut long lines off or scroll.
+# In a code block, lines with more characters than this are wrapped, because a page would cut them off or scroll.
 _BLOCK_COLUMNS = 110
 
 
@@ -31,13 +31,16 @@ def code(text: str) -> str:
     line = one_line(text)
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)
-    # A backtick at the start or end of the text needs a space before the fence. Markdown does not show these spaces.
+    # Spaces separate a backtick of the text from the fence. Markdown does not show them.
     inner = f" {line} " if line.startswith("`") or line.endswith("`") else line or " "
     return f"{fence}{inner}{fence}"
 
 
 def block(text: str) -> list[str]:
-    """The lines of a block that shows the text with its line breaks and indentation; long lines are wrapped."""
+    """The lines of a Markdown code block that shows the text with its line breaks and indentation.
+
+    Lines of more than :data:`_BLOCK_COLUMNS` characters are wrapped.
+    """
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     wrapped = (
@@ -48,7 +51,10 @@ def block(text: str) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table. Columns of numbers, except the first column, are aligned right. Cells must escape ``|``."""
+    """The lines of a Markdown table. Columns of numbers are aligned right, except the first column.
+
+    In the text of a cell, ``|`` must be escaped already.
+    """
     body = list(rows)
     numbers = [all(_NUMBER.fullmatch(row[i]) for row in body) for i in range(len(header))]
     aligned = ["---:" if i and right else "---" for i, right in enumerate(numbers)]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 INK, FAINT, TRAIN, HELD_OUT = "#1f2933", "#d5dbe1", "#2f6fde", "#d9480f"
-# How far the values that :func:`smoothed` uses lie before and after a step: a share of the whole run, or at the
-# beginning of a run a share of the steps done so far.
+# How far :func:`smoothed` looks on each side of a step: _REACH is a share of all steps. Near the first step,
+# _EARLY_REACH replaces it, which is a share of the steps so far.
 _REACH, _EARLY_REACH = 0.05, 0.3
 _STYLE: dict[Any, Any] = {
     "axes.titlecolor": INK,
@@ -56,9 +56,9 @@ def panels(
 
 
 def log_scale(axis: Any, shown: Callable[[float], str]) -> None:
-    """Make an axis logarithmic. It gets a few readable tick labels, be it a tenth of a decade long or many decades.
+    """Make an axis logarithmic, with a few readable labels, whether it spans a tenth of a decade or many decades.
 
-    ``shown`` makes a label from a number.
+    ``shown`` returns the label of a value.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -74,10 +74,9 @@ def log_scale(axis: Any, shown: Callable[[float], str]) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """At most eight round numbers from ``low`` to ``high``, both positive, for the ticks of a logarithmic axis.
+    """At most eight round numbers from ``low`` to ``high``, which are positive.
 
-    The ratio of two neighboring ticks is about the same along the axis. In a narrow range, the ticks have equal
-    distances instead.
+    The ratios of neighboring numbers are as even as possible. In a short range, the differences are equal instead.
     """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
@@ -86,8 +85,7 @@ def log_ticks(low: float, high: float) -> list[float]:
             return ticks
     if len(ticks) > 6:
         return ticks[:: math.ceil(len(ticks) / 6)]
-    # Fewer than three numbers of the kinds tried above are in the range, so the ticks get equal distances, and the
-    # distance is a round number.
+    # A short range contains too few such numbers, so its ticks have equal distances. The distance is a round number.
     unit = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = next(unit * factor for factor in (5, 2, 1) if (high - low) / (unit * factor) >= 3)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -43,7 +43,10 @@ def run_program(
 
 
 def print_subcommands(program: str, subcommands: Mapping[str, type[JobSettings]]) -> None:
-    """Print the help of a program that consists of subcommands: their names, and the first sentence about each."""
+    """Print the help of a program that consists of subcommands.
+
+    The help has the name of each subcommand, and the first line of the docstring of the subcommand's settings.
+    """
     print(f"usage: {program} COMMAND [FLAGS]; {program} COMMAND --help lists the command's flags\n")
     for name, settings in subcommands.items():
         print(f"  {name:12}{(settings.__doc__ or '').strip().splitlines()[0]}")

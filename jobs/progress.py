@@ -88,8 +88,10 @@ class ProgressDisplay:
         self._done = done
 
     def show(self, facts: Sequence[str], fields: Mapping[str, Any]) -> None:
-        """Draw the bar with ``facts`` to its right, the most important first. Without a terminal, instead log an event
-        with ``fields`` if the interval has passed or the task is complete.
+        """Draw the bar with the short texts ``facts`` to its right, the most important one first.
+
+        Without a terminal, log an event with ``fields`` instead, if the last event was :data:`LOG_INTERVAL_SECONDS` ago
+        or the task is complete.
         """
         now = time.monotonic()
         if self._bar is not None:
@@ -111,7 +113,7 @@ class ProgressDisplay:
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]  # tqdm is generic only in its type stubs.
-    """A bar that shows as many facts as the terminal has room for."""
+    """A progress bar that shows as many of the short texts ``facts`` as the terminal has room for."""
 
     def __init__(self, label: str, total: int, done: int, *, leave: bool) -> None:
         self.facts: Sequence[str] = []  # ``facts`` is set first, because tqdm's constructor already draws the bar.

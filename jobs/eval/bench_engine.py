@@ -44,8 +44,8 @@ from nanochat_core.tokenizer import Tokenizer
 
 log = logging.getLogger("jobs.eval.bench_engine")
 
-# Default numbers of requests: _ROUNDS for each request that runs at a time (--batch-sizes), or _ARRIVALS in total
-# (--rate).
+# Default numbers of requests for a row of the table: with --batch-sizes, _ROUNDS times the number of requests that run
+# at the same time; with --rate, _ARRIVALS.
 _ROUNDS, _ARRIVALS = 4, 64
 # Before a row of the table is measured, warm-up requests with this number of output tokens are sent, as many as run at
 # a time.
@@ -74,7 +74,9 @@ class BenchEngineSettings(JobSettings):
     shared_tokens: int = setting(96, "number of first tokens that all prompts of the mix prefix share", minimum=1)
     samples: int = setting(8, "largest number of continuations of a prompt in the mix samples", minimum=1)
     requests: int = setting(
-        0, "requests per row, at least as many as run at a time; 0 is 4 times as many, or 64 with --rate", minimum=0
+        0,
+        "requests per row of the table, never fewer than run at a time; 0 sends 4 times as many, or 64 with --rate",
+        minimum=0,
     )
     seed: int = setting(0, "seed of lengths and arrival times", minimum=0)
     timeout_seconds: float = setting(600.0, "seconds after which an endpoint's request has failed", minimum=0.001)
@@ -200,7 +202,9 @@ def measure(settings: BenchEngineSettings, client: Client, model: GPT | None, li
 def plan(
     settings: BenchEngineSettings, mix: str, slots: int | None, rate: float | None, vocabulary: int, salt: int
 ) -> tuple[list[BenchRequest], list[BenchRequest], Load]:
-    """The warm-up requests and the measured requests of a row, and the load that sends the measured requests.
+    """The warm-up requests, the measured requests and the load of a row of the table.
+
+    The load says when the measured requests are sent.
 
     Lengths and arrivals follow from the seed. Prompts for an endpoint have new tokens in every run, because the
     endpoint's prefix cache can contain the prompts of an earlier run. ``salt`` is the number of the row: each row gets

@@ -1,4 +1,4 @@
-"""Show which CPU library computes each product of a model fastest: ``python -m jobs.eval.calibrate --depth 4``."""
+"""Show the fastest CPU library for each matrix product of a model: ``python -m jobs.eval.calibrate --depth 4``."""
 
 import dataclasses
 import itertools
@@ -15,20 +15,22 @@ from nanochat_core.settings import setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrateSettings(JobSettings):
-    """Show what was chosen for each computation on this processor, a CPU library or a dtype, and the measured times.
+    """Show which CPU library or dtype was chosen for each computation on this processor, and the measured times.
 
     Training makes the same measurements when it needs them.
     """
 
-    depth: int = setting(0, "also measure products of a model of this depth; 0 shows only earlier times", minimum=0)
-    head_dim: int = setting(64, "head dimension of that model", minimum=2)
-    vocab_size: int = setting(4096, "vocabulary size of that model", minimum=1)
+    depth: int = setting(
+        0, "also measure the matrix products of a model of this depth; 0 shows only earlier times", minimum=0
+    )
+    head_dim: int = setting(64, "head dimension of the model of --depth", minimum=2)
+    vocab_size: int = setting(4096, "vocabulary size of the model of --depth", minimum=1)
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
     again: bool = setting(False, "forget all earlier measurements of this processor first")
 
 
 def shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """The shapes (out_features, in_features) of all large products of a training step."""
+    """The shapes (out_features, in_features) of the weights in all large matrix products of a training step."""
     dim, hidden, rows = config.dim, 4 * config.dim, config.padded_vocab_size
     weights = [(dim, dim), (config.kv_dim, dim), (hidden, dim), (dim, hidden), (rows, dim)]
     # The transposed shapes are included, because the gradient of a layer's input is a product with the transposed

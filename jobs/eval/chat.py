@@ -33,7 +33,8 @@ from nanochat_core.training.leases import leased
 # Ranks wait this long for each other, because a rank with long answers can finish much later than a rank with short
 # answers.
 _RANK_TIMEOUT_SECONDS = 3600.0
-# Number of prompt tokens that a step of the engine may compute for each running sequence.
+# A step of the engine computes at most this many tokens for each sequence that can run at the same time. If the default
+# of the engine is larger, the default applies.
 _BUDGET_PER_SEQUENCE = 8
 # Raise this number when a task, a prompt or a scorer changes, so that earlier results do not count any more.
 _VERSION = 1

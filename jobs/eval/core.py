@@ -46,7 +46,8 @@ class CoreSettings(JobSettings):
 def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks) -> Result:
     """Evaluate a checkpoint, store the result, and return the content of ``result.json``.
 
-    Parts that an earlier run finished are not computed again. If a rank dies, the finished parts stay in the store.
+    The items of a task are evaluated in parts. Parts that an earlier run finished are not computed again. If a rank
+    dies, the finished parts stay in the store.
     """
     checkpoint = pick_checkpoint(store, settings.model, settings.revision, settings.stage)
     bundle = read_bundle(locate_bundle(settings.bundle, store, ranks), settings.max_per_task)

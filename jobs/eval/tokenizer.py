@@ -17,7 +17,7 @@ class TokenizerEvalSettings(JobSettings):
 
     tokenizer: str = setting(help="name of the tokenizer in the store")
     dataset: str = setting("", "text dataset to measure on as well; empty for the tokenizer's training dataset")
-    text_bytes: int = setting(TEXT_BYTES, "bytes of each split of the dataset", minimum=1)
+    text_bytes: int = setting(TEXT_BYTES, "bytes of text to measure on from each split of the dataset", minimum=1)
     gpt2_file: str = setting("", "file of GPT-2's tokens (r50k_base.tiktoken or vocab.bpe); empty for tiktoken's cache")
     gpt4_file: str = setting("", "file of GPT-4's tokens (cl100k_base.tiktoken); empty for tiktoken's cache")
     log_level: Literal["debug", "info", "warning", "error"] = setting("warning", "least severe level that is logged")

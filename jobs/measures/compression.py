@@ -41,7 +41,7 @@ _PIECE_CHARACTERS = 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """A published encoding.
+    """A published encoding, which turns text into tokens.
 
     Attributes:
         pattern: regular expression that splits text before merging.
@@ -216,7 +216,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def render(name: str, evaluation: Mapping[str, Any]) -> str:
-    """The page ``evaluation.md``: bytes per token, and the difference in tokens from each reference."""
+    """The page ``evaluation.md``: bytes per token, and how many tokens more or fewer than each reference are needed."""
     references, vocab_size = evaluation["references"], evaluation["tokenizer"]["vocab_size"]
     header = ["text", "bytes", f"{name} ({vocab_size:,} ids)"]
     for reference, size in references.items():

@@ -15,7 +15,8 @@ _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": ope
 _IN_WORDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 _REQUIREMENT = re.compile(r"\s*([\w.+-]+?)\s*(>=|<=|>|<)\s*(\S+)\s*")
 _LOWER_IS_BETTER = ("bits_per_byte", "loss")
-# Tolerance of comparisons with a margin. Most margins are decimal fractions without an exact binary form.
+# A metric may be worse by this much more than its margin, because most margins are decimal fractions without an exact
+# binary form.
 _ROUNDING = 1e-9
 
 # The default rules permit a decrease of 0.02, because a smaller decrease does not show that a model is worse: two runs

@@ -38,9 +38,9 @@ _PLOTS = {
 _MOST_CHARACTERS = 400
 # Number of answers of each chat task that are quoted.
 _RIGHT_ANSWERS, _WRONG_ANSWERS = 1, 3
-# Of the steps at which training wrote samples, this many are shown: the first, the last, and some between them.
+# Of the steps at which training wrote samples, at most this many are shown: the first, the last, and some between them.
 _SAMPLED_STEPS = 5
-# Of the steps at which the model answered the questions of ``--ask`` during training, this many are shown.
+# Of the steps at which the model answered the questions of ``--ask`` during training, at most this many are shown.
 _ANSWERING_SNAPSHOTS = 10
 
 
@@ -437,7 +437,10 @@ def _spread(points: Sequence[Any], count: int) -> Sequence[Any]:
 
 
 def _learning(report: Report) -> list[str]:
-    """The answers to the same questions at several steps of all stages. Reports of earlier versions have no answers."""
+    """Markdown of the answers to the same questions at several steps of all stages.
+
+    It is empty for a report of an earlier version, because such a report has no answers.
+    """
     snapshots = [
         (stage, point["step"], dict(point["answers"]))
         for stage, described in _stages_of(report).items()

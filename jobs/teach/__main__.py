@@ -140,7 +140,8 @@ def show_lesson(lesson: Lesson, show: Callable[[str], None]) -> None:
     """Show the result of a lesson.
 
     The result is the numbers of right answers before and after the lesson, the answers that the lesson replaces, the
-    rules of the gate that the model failed, and wrong and lost answers.
+    rules of the gate that the model failed, wrong answers to the lesson's questions, and questions to which the model
+    gave the right answer only before the lesson.
     """
     where = f" as {lesson.revision}" if lesson.state == "promoted" else ""
     show(f"{lesson.model} lesson {lesson.number}: {lesson.state}{where}{': ' if lesson.reason else ''}{lesson.reason}")

@@ -178,7 +178,10 @@ def _occurs(word: str, text: str) -> bool:
 
 
 def replaced(text: str, words: Mapping[str, str]) -> str:
-    """The text, with each whole word that is a key of ``words`` replaced by its value. Values stay as they are."""
+    """The text, with each whole word that is a key of ``words`` replaced by its value.
+
+    The inserted values are not searched for further keys.
+    """
     longest_first: Sequence[str] = sorted(words, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first))
     return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", lambda match: words[match[0]], text)

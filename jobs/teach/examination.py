@@ -11,9 +11,9 @@ The questions form groups:
   in common with the lesson's questions. The group ``near.computed`` has the lesson's questions with other arguments, if
   fine-tuning taught the model to compute the answers (:mod:`neighbors`).
 - ``own``: held-out questions that the model answered itself before its first lesson (:mod:`rehearsal`). After the
-  lesson, an answer is right if it contains the earlier answer. Only answers whose every token had a high probability
-  are used. This group has questions only if the model's fine-tuning is not known. The questions of ``near.worded`` are
-  then also questions that the model answered itself.
+  lesson, an answer is right if it contains the earlier answer. A question is used only if each token of the earlier
+  answer had a high probability. This group has questions only if the model's fine-tuning is not known. The questions of
+  ``near.worded`` are then also questions that the model answered itself.
 - ``kept``: held-out conversations of the model's recipe that the lesson does not contradict; if the model's fine-tuning
   is not known, conversations about the assistant, and conversations in which it calculates. Each kind of conversation
   is also a group of its own, such as ``kept.fact``.
@@ -70,9 +70,9 @@ class Examination:
 
     Attributes:
         task: the questions of all groups.
-        probes: the lesson's questions as written, trained and held-out wordings of these questions, and drills, with
-            their right answers, as tokens. Once the model is sure of the answers to all probes, training lowers the
-            learning rate to zero and then ends.
+        probes: the lesson's questions as written, trained and held-out wordings of these questions, and drills (worked
+            examples with new arguments), with their right answers, as tokens. Once the model gives the right answers to
+            all probes with a high probability, training lowers the learning rate to zero and then ends.
         earlier: the questions of earlier lessons as written, with the answers that are still valid. The questions that
             the model answers rightly before the lesson become probes of the training too.
         others: further questions from the same sources as the groups ``kept``, ``near.worded`` and ``own``, with their

@@ -46,8 +46,9 @@ MODEL, NUMBER, ATTEMPTS = "nanochat/model", "nanochat/lesson", "nanochat/attempt
 _KEPT_SECONDS = 3600
 _POD_SUFFIX = "-master-0"
 _DIGEST_DIGITS = 8
-# A shared file system may take this long to show what another node has written: NFS caches a folder's list of files for
-# up to a minute.
+# If the store does not have the result of a lesson this long after its PyTorchJob has ended, the result counts as
+# missing. A shared file system may show late what another node has written: NFS caches a folder's list of files for up
+# to a minute.
 _RESULT_SECONDS = 120.0
 # Exit code that is assumed for a program that the cluster has stopped: 128 + SIGTERM.
 _STOPPED = 143
@@ -210,7 +211,7 @@ class LessonJobs:
         self._settling[model].start()
 
     def stop(self) -> None:
-        """End the processes of this program. The PyTorchJobs go on."""
+        """End the processes that this program has started. The PyTorchJobs go on."""
         for child in self._canceling.values():
             end(child)
 

@@ -23,7 +23,8 @@ from nanochat_core.errors import UserError
 from nanochat_core.lessons.items import Item, normal
 from nanochat_core.sandbox import SandboxExecutor
 
-# Largest number of variants, which are the lesson's questions with other arguments: in total, and for each question.
+# Largest number of variants (questions of the lesson with other arguments). MOST is for all questions of the lesson
+# together, and MOST_OF_A_QUESTION for one question.
 MOST, MOST_OF_A_QUESTION = 100, 20
 # Questions with more words than this are left out, because fine-tuning teaches no calculation in such long questions.
 _LONGEST = 40
@@ -53,9 +54,10 @@ class Computed:
 
 
 def computed(conversations: Sequence[Conversation], items: Sequence[Item]) -> list[Computed]:
-    """The single questions that fine-tuning taught the model to compute, and that the lesson answers without code.
+    """The lesson's questions whose answers fine-tuning taught the model to compute, and the lesson states without code.
 
-    ``conversations`` are the conversations of fine-tuning, and ``items`` are the items of the lesson.
+    ``conversations`` are the conversations of fine-tuning, and ``items`` are the items of the lesson. Items that are
+    longer conversations or texts are left out.
     """
     stated = [item for item in items if item.alone and all(part.type == "text" for part in item.messages[-1].parts)]
     forms = _forms(conversations) if stated else {}
@@ -133,7 +135,7 @@ def _possible_forms(words: Sequence[str]) -> Iterator[_Form]:
 
 
 def _values(example: Ability, words: Sequence[str], form: _Form) -> dict[Value, str] | None:
-    """The word for each argument of the example.
+    """For each argument of the example, the word that the question has in its place.
 
     None if a word does not fit its argument, or if two different words stand in the place of one argument. A number
     fits only a number, a single letter fits only a single letter, and a longer word fits only a longer word.

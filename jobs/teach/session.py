@@ -181,7 +181,7 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
         state, reason = "queued", f"the lesson began anew, because {error}"
         log.warning("the lesson begins anew", extra={"lesson": lesson.number, "reason": str(error)})
     except (NameInUse, SystemExit):
-        # Another program uses a name that the lesson needs, or somebody asked this process to end. Neither is the fault
+        # Another program has a lease that the lesson needs, or somebody asked this process to end. Neither is the fault
         # of the lesson, so the attempt is not counted.
         with contextlib.suppress(UserError):
             _written(store, read_lesson(store, lesson.model, lesson.number), lease, attempts=lesson.attempts)
@@ -415,8 +415,8 @@ def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
     kept = [f"lesson.kept:{lesson.plan.margin}"] if "kept" in exam.groups else []
 
     def margins(prefix: str, margin: float) -> list[str]:
-        # In every group, one right answer may be lost. In a small group, one answer may be a larger share than
-        # ``margin``, so the margin is then raised to this share.
+        # In each group whose name begins with ``prefix``, one right answer may be lost. In a small group, one answer
+        # may be a larger share than ``margin``, so the margin is then raised to this share.
         groups = sorted(group for group in asked if group.startswith(prefix))
         return [f"lesson.{group}:{max(margin, math.ceil(1000 / asked[group]) / 1000)}" for group in groups]
 

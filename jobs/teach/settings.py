@@ -11,21 +11,25 @@ from nanochat_core.settings import setting
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeachSettings(JobSettings):
-    """Teach a promoted model what a file says, and promote the taught model if nothing else has become worse."""
+    """Teach a promoted model what a file says, and promote the taught model if the promotion gate accepts it."""
 
     lesson: tuple[str, ...] = setting(
         help="the model, and the file to learn from (.jsonl, .md or text), with or without --lesson before them; "
         "without a file, the model's queued and interrupted lessons are given",
         positional=True,
     )
-    list: bool = setting(False, "list the model's lessons instead")
+    list: bool = setting(False, "only list the model's lessons")
     roll_back: int | None = setting(
-        None, "promote the model of this lesson again instead; 0 is the model before its first lesson", minimum=0
+        None,
+        "only promote again the model that the lesson with this number made; 0 is the model before its first lesson",
+        minimum=0,
     )
-    cancel: int | None = setting(None, "cancel this lesson instead, before the gate decides on it", minimum=1)
+    cancel: int | None = setting(
+        None, "only cancel the lesson with this number, before the gate decides on it", minimum=1
+    )
     end_canceled: int | None = setting(
         None,
-        "end this canceled lesson instead, after its program has ended; jobs.teach.watch does this",
+        "only end the canceled lesson with this number, after its program has ended; jobs.teach.watch uses this flag",
         minimum=1,
     )
     until: int = setting(
@@ -45,11 +49,16 @@ class TeachSettings(JobSettings):
         minimum=0.01,
         maximum=1.0,
     )
-    lr_scale: float = setting(Plan.lr_scale, "factor on pretraining's unscaled learning rates", minimum=0.0)
+    lr_scale: float = setting(
+        Plan.lr_scale, "factor on pretraining's learning rates before any other scaling", minimum=0.0
+    )
     batch_tokens: int = setting(Plan.batch_tokens, "tokens per optimizer step", minimum=16)
     max_steps: int = setting(Plan.max_steps, "largest number of optimizer steps", minimum=1, maximum=100_000)
     margin: float = setting(
-        Plan.margin, "largest decrease in the share of right answers to other questions", minimum=0.0, maximum=1.0
+        Plan.margin,
+        "largest permitted decrease in the share of right answers to other questions",
+        minimum=0.0,
+        maximum=1.0,
     )
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to train on")

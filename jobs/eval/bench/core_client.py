@@ -24,7 +24,7 @@ class CoreClient:
         longest: the largest number of tokens that a prompt and its output may have together.
         description: the model, as JSON values.
         steps: number of forward passes of the last run.
-        step_seconds: time that the steps of the last run took, scheduling and sampling included.
+        step_seconds: seconds that the steps of the last run took, including scheduling and sampling.
     """
 
     def __init__(self, engine: Engine, description: dict[str, Any]) -> None:

@@ -9,7 +9,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """Token counts of one choice, or of a whole request if the server does not count each choice."""
+    """Token counts of one choice, which is one of the answers to a request.
+
+    If the server does not count each choice, the counts are those of the whole request.
+    """
 
     prompt: int
     output: int
@@ -26,7 +29,7 @@ class RequestResult:
         finished: when the request's last choice ended, or when the request failed.
         first_tokens: when the first token of each choice arrived.
         gaps: seconds between consecutive tokens of a choice. If tokens arrive together, the time since the token before
-            them is divided equally among them.
+            them is divided equally among them. Tokens that arrive together with the first token have the gap 0.
         counts: the numbers of tokens; empty if the request failed.
         error: a short description of the failure; empty if the request was answered. Equal causes have equal
             descriptions.
@@ -44,7 +47,7 @@ class RequestResult:
     _last: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def tokens_came(self, now: float, choice: int, count: int) -> None:
-        """Record that ``count`` tokens of ``choice`` arrived."""
+        """Record that ``count`` tokens of the choice with the index ``choice`` arrived at the time ``now``."""
         if count == 0:
             return
         if choice not in self.first_tokens:

@@ -73,9 +73,9 @@ def least_costs(config: ModelConfig, item_bytes: int, counts: Sequence[TokenCoun
     windows = np.array(config.windows)
 
     def attended(start: int, stop: int) -> int:
-        """Number of keys that tokens attend to, summed over the layers and over contexts of ``start`` to ``stop - 1``.
+        """Number of keys to which the tokens at the positions ``start`` to ``stop - 1`` attend, summed over the layers.
 
-        A token's context is the number of tokens up to and including the token.
+        The first token has the position 1.
         """
         # In a layer with a window, a token attends at most to the window's tokens and to itself.
         return int(np.minimum(np.arange(start, stop)[:, None], windows + 1).sum())

@@ -51,7 +51,8 @@ def table_line(row: Row) -> str:
 def plot_benchmark(path: Path, rows: Sequence[Row]) -> None:
     """Write a PNG with throughput and latencies over the load. Lines of p50 are solid, and lines of p95 are dashed.
 
-    Either all rows have ``slots``, a number of sequences, or all rows have ``rate``, in requests per second.
+    The load is ``slots``, the number of sequences that run at the same time, or else ``rate``, the number of requests
+    per second. It is the same field in all rows.
     """
     load, label = ("rate", "requests per second sent") if rows[0]["slots"] is None else ("slots", "sequences at a time")
     mixes = list(dict.fromkeys(row["mix"] for row in rows))

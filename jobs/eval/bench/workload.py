@@ -53,9 +53,10 @@ class Shape:
 
 
 def choices_per_request(mix: str, shape: Shape, slots: int) -> int:
-    """The number of continuations of each request.
+    """The number of continuations that each request asks for.
 
-    ``slots`` is a multiple of this number, so requests fill all slots.
+    ``slots`` is the number of sequences that run at the same time. It is a multiple of the returned number, so that
+    whole requests fill all slots.
     """
     return math.gcd(slots, shape.samples) if mix == "samples" else 1
 
@@ -63,9 +64,10 @@ def choices_per_request(mix: str, shape: Shape, slots: int) -> int:
 def make_requests(
     mix: str, shape: Shape, *, count: int, choices: int, vocabulary: int, seed: int, content_seed: Sequence[int]
 ) -> list[BenchRequest]:
-    """Return ``count`` requests of one of :data:`MIXES`.
+    """Return ``count`` requests of one of :data:`MIXES`. Each asks for ``choices`` continuations of its prompt.
 
-    The lengths are drawn with ``seed``, and the prompts' tokens with ``content_seed``.
+    The lengths are drawn with ``seed``. The prompts' tokens are drawn with ``content_seed`` from the token ids below
+    ``vocabulary``.
     """
     lengths, content = np.random.default_rng(seed), np.random.default_rng(content_seed)
     shared = content.integers(vocabulary, size=shape.shared).tolist()

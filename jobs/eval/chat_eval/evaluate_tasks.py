@@ -1,4 +1,4 @@
-"""Evaluates a model on chat tasks, chunk by chunk. A chunk is some questions of one task. One rank answers it."""
+"""Evaluates a model on chat tasks, chunk by chunk. A chunk is a group of questions of one task, for one rank."""
 
 import contextlib
 import dataclasses

@@ -104,7 +104,7 @@ def _decode(context: Context, client: CoreClient, model: GPT, size: int) -> Resu
 
 
 def _under_load(context: Context, model: GPT, config: EngineConfig) -> list[Result]:
-    """Measure requests of different lengths that arrive at random times. Times are in seconds, p50 and p95."""
+    """Measure requests of different lengths that arrive at random times. A latency is a pair (p50, p95) in seconds."""
     scale = context.scale
     shape, count, rows = _shape(4 * scale.prompt_tokens, scale.output_tokens), scale.loaded_requests, []
     with _client(context, model, config) as client:

@@ -15,7 +15,10 @@ DEPTHS = (12, 20, 26)
 
 
 def plan_memory(_context: Context) -> Result:
-    """Bytes of memory that each model needs in bf16, for training with the micro-batch of a GPU and for serving."""
+    """Bytes of memory that a model of each depth needs in bf16 for training and for serving.
+
+    A micro-batch of the training has ``FULL.train_rows`` rows, as in the measurements on a GPU.
+    """
     return {"plans": [plan(FULL.model(depth), FULL.train_rows) for depth in DEPTHS]}
 
 

@@ -27,11 +27,11 @@ _MOST_GRADIENT = {"bf16": 0.1, "fp8": 0.3}
 
 
 class WrongNumbers(Exception):
-    """A result is farther from fp32 than rounding explains."""
+    """A result differs from the result in fp32 by more than rounding explains."""
 
 
 def check_numerics(context: Context) -> Result:
-    """Measure the errors. Raises WrongNumbers if one of them is too large."""
+    """Measure the errors of this device's log probabilities and gradients. Raises WrongNumbers if one is too large."""
     result = {"log_probabilities": _engine_errors(context), "gradients": _gradient_errors(context)}
     engine = result["log_probabilities"]
     wrong = []

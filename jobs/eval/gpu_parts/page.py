@@ -97,7 +97,7 @@ def _outcome(name: str, outcome: Document | None) -> tuple[str, str, str]:
 
 
 def _goal(share: float | None, least: float) -> str:
-    """A share, in bold if it reaches the goal."""
+    """A share as a text in percent, in bold if the share is at least ``least``."""
     return percent(share) if share is None or share < least else f"**{percent(share)}**"
 
 

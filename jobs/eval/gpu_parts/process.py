@@ -61,7 +61,7 @@ def run_part(name: str, task: dict[str, Any], seconds: float) -> Result | None:
 
 
 def outcome_of(task: dict[str, Any]) -> Result:
-    """Run the part that ``task`` names in this process. Returns the outcome as :func:`run_part` describes it."""
+    """In this process, run the part that ``task`` names. Returns the outcome as :func:`run_part` describes it."""
     scale = FULL if task["scale"] == "full" else SMALL
     limits = Limits(**task["limits"]) if task["limits"] else None
     peer, transformers = (Path(task[name]) if task[name] else None for name in ("peer", "transformers"))

@@ -108,7 +108,7 @@ def _measure_training(context: Context, depth: int, precision: str, rows: int) -
     passes, updates = passes / context.scale.train_steps, updates / context.scale.train_steps
     accumulated = max(GLOBAL_BATCH // step.tokens, 1)
     whole = accumulated * step.tokens / (accumulated * passes + updates)
-    # If the table of peaks lacks the card, the measured FLOP/s of matrix products replace its peak.
+    # If peak_flops does not know the card, the measured FLOP/s of matrix products take the place of the card's peak.
     peak = peak_flops(context.device) or (context.limits.flops_per_second if context.limits else None)
     return {
         "parameters": sum(parameter.numel() for parameter in step.model.parameters()),

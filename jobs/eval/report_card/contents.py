@@ -36,7 +36,7 @@ def gather(
     """
     final = list(stages.values())[-1]
     base, model = stages.get("base"), final.ref.model
-    # The pipeline stores the recipe with which it trains a model. Other models have no recipe.
+    # The pipeline stores the recipe with which it trains a model. For other models, the recipe is empty.
     origin = read_origin(store, model) or {"recipe": ""}
     report: Report = {
         "model": model,
@@ -181,7 +181,10 @@ def _made_from(checkpoint: Checkpoint) -> str:
 
 
 def _rl_curve(history: list[dict[str, Any]]) -> Report | None:
-    """The first, best and last values of reinforcement learning's metrics."""
+    """The first and the last value of each metric of reinforcement learning.
+
+    The reward on held-out problems has its best value between the two. None if no reward was recorded.
+    """
     rewards, tested, passes = (
         [point[name] for point in history if name in point] for name in ("reward", "heldout_reward", "pass_at_k")
     )

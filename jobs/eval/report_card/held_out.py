@@ -109,7 +109,7 @@ def first_documents(store: Store, datasets: Sequence[str], size: int) -> list[st
 
 
 def xz_bits_per_byte(text: bytes) -> float:
-    """The bits per byte that ``xz -9`` needs for a text: a yardstick that a language model should beat."""
+    """The bits per byte that ``xz -9`` needs for a text. A good language model needs fewer."""
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 

@@ -83,7 +83,10 @@ class Scorer:
 
     @torch.inference_mode()
     def _losses(self, trees: list[Tree], greedy: bool) -> np.ndarray:
-        """The losses of all targets of the trees, (targets,) float64, option after option."""
+        """The losses of all targets of the trees, (targets,) float64, option after option.
+
+        With ``greedy``, a loss is 0 if the target is the most likely token, and 1 otherwise.
+        """
         attend = TreeAttention(trees, self._windows, self.device)
         prefixes, nodes = [tree.prefix for tree in trees], [tree.ids for tree in trees]
         none = [self._network.no_token]
