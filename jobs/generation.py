@@ -42,7 +42,7 @@ def read_completion(tokenizer: Tokenizer, completion: Completion) -> Response:
     parts = completion_parts(tokenizer, completion)
     codes = [event.code for event in completion.tool_events if isinstance(event, ToolCall)]
     outputs = [event.output for event in completion.tool_events if isinstance(event, ToolResult)]
-    # If the answer ended before its last call returned, this call has no output and is left out.
+    # If the answer ended before its last tool call returned, this call has no output and is left out.
     calls = tuple(zip(codes, outputs, strict=False))
     return Response("".join(part.text for part in parts if part.type == "text"), calls)
 

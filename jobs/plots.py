@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 INK, FAINT, TRAIN, HELD_OUT = "#1f2933", "#d5dbe1", "#2f6fde", "#d9480f"
-# How far :func:`smoothed` looks on each side of a step: _REACH is a share of all steps. Near the first step,
-# _EARLY_REACH replaces it, which is a share of the steps so far.
+# How far :func:`smoothed` looks on each side of a step: _REACH is a share of all steps. For the first steps,
+# _EARLY_REACH is used instead, a share of the steps so far.
 _REACH, _EARLY_REACH = 0.05, 0.3
 _STYLE: dict[Any, Any] = {
     "axes.titlecolor": INK,

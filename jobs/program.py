@@ -24,7 +24,10 @@ class JobSettings:
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG003
-        """Values that replace the defaults of settings. ``given`` has the values of flags and environment variables."""
+        """Values that replace the defaults of settings, by the settings' names.
+
+        ``given`` has the values of flags and environment variables. They take precedence over the returned values.
+        """
         return {}
 
 

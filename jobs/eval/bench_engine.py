@@ -134,7 +134,7 @@ class BenchEngineSettings(JobSettings):
 
 
 def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str, Any]:
-    """Measure and show row after row, write ``bench.png`` and ``bench.json``, and return the content of ``bench.json``.
+    """Measure and show the table row by row, write ``bench.png`` and ``bench.json``, and return the JSON's content.
 
     Raises:
         UserError: the model or server is missing, requests do not fit the model, or no request was answered.

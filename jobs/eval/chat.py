@@ -103,7 +103,7 @@ def run(
 def evaluation_of(
     settings: ChatEvalSettings, store: Store, checkpoint: Checkpoint, tasks: Sequence[AnyTask], device: torch.device
 ) -> Evaluation:
-    """The evaluation of a checkpoint on these tasks.
+    """The evaluation of a checkpoint on ``tasks``.
 
     The tasks and the sampling determine the evaluation's folder in the store. So results on different tasks are in
     separate folders, and so are results of greedy and of sampled answers.

@@ -219,7 +219,7 @@ def main(settings: GenerateSettings) -> None:
     """Write the text to standard output. Python calls go to standard error, so that a pipe gets only the text."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # because some terminals cannot show every character
+            stream.reconfigure(errors="replace")  # a terminal shows "?" for a character that it lacks
 
     def write(stream: TextIO, text: str) -> None:
         stream.write(text)

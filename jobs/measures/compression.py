@@ -27,7 +27,7 @@ from nanochat_core.paths import user_path
 from nanochat_core.store import Store
 from nanochat_core.tokenizer import Tokenizer
 
-# The text of each domain, by its name in the table.
+# The text of each domain, by the domain's name in the table of the results.
 DOMAIN_SAMPLES: dict[str, str] = tomllib.loads(Path(__file__).with_name("domain_samples.toml").read_text("utf-8"))
 
 _PUBLISHED = "https://openaipublic.blob.core.windows.net"

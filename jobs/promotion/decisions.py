@@ -58,7 +58,7 @@ def folder(model: str) -> str:
 
 
 def decisions(store: Store, ref: CheckpointRef) -> list[Decision]:
-    """The decisions on a checkpoint of this name, the newest last."""
+    """The decisions on the checkpoint with the name ``ref``, the newest last."""
     return _read(store, _key(ref))[1]
 
 

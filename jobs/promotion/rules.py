@@ -72,7 +72,7 @@ class Require:
         return cls(match[1], match[2], bound)
 
     def judge(self, metrics: Mapping[str, Metric], _promoted: Mapping[str, Metric] | None) -> Outcome:
-        """The outcome for a model with these metrics."""
+        """The outcome of this rule for a model with the given metrics."""
         rule, wanted = f"{self.metric}{self.comparison}{self.bound:g}", f"{_IN_WORDS[self.comparison]} {self.bound:g}"
         if self.metric not in metrics:
             return Outcome(rule, False, f"{self.metric} was not measured; {wanted} is required")
@@ -104,7 +104,10 @@ class NoWorse:
         return cls(name, margin, optional)
 
     def judge(self, metrics: Mapping[str, Metric], promoted: Mapping[str, Metric] | None) -> Outcome:
-        """The outcome for a model with these metrics. ``promoted`` is None if no other model is promoted."""
+        """The outcome of this rule for a model with the given metrics.
+
+        ``promoted`` has the metrics of the promoted model, and is None if no other model is promoted.
+        """
         rule = f"{self.metric} worse by at most {self.margin:g}"
         if promoted is None:
             return Outcome(rule, None, "no other checkpoint is promoted")

@@ -61,20 +61,21 @@ class Evaluation:
         return "/".join(filter(None, (_ROOT, self.ref.model, self.ref.revision, self.name, self.key)))
 
     def result(self) -> Result | None:
-        """The finished result for these weights and settings, or None if the store does not have it.
+        """The finished result of this evaluation, or None if the store does not have it.
 
-        Raises NewerFormatError if a newer version of nanochat wrote the result there, and UserError if it is damaged.
+        Raises NewerFormatError if a newer version of nanochat wrote the file of the result, and UserError if the file
+        is damaged.
         """
         key = f"{self.folder}/result.json"
         found = _read_result(self.store, key) if self.store.exists(key) else None
         return found if found is not None and found["identity"] == self._identity() else None
 
     def part(self, name: str) -> Json | None:
-        """The value that :meth:`save_part` stored under this name, in this run or an earlier one, or None."""
+        """The value that :meth:`save_part` stored as the part ``name``, in this run or an earlier one, or None."""
         return read_json(self.store, self._part(name))
 
     def save_part(self, name: str, value: Json) -> None:
-        """Store a finished part, so that a later run need not compute it again."""
+        """Store ``value`` as the finished part ``name``, so that a later run need not compute it again."""
         self.store.write(self._part(name), _json(value))
 
     def finish(self, result: Mapping[str, Json]) -> Result:

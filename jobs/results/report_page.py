@@ -45,7 +45,7 @@ _ANSWERING_SNAPSHOTS = 10
 
 
 def render(report: Report, plots: Sequence[str] = ()) -> str:
-    """Return the page as Markdown. ``plots`` are files beside the page. A section without lines is left out."""
+    """Return the page ``report.md``. ``plots`` are files beside the page. A section without lines is left out."""
     sections = [_head(report)]
     for title, section in _SECTIONS.items():
         if lines := section(report):
@@ -360,7 +360,7 @@ def _exchange(example: Report) -> list[str]:
         if "\n" in ran.strip() or "\n" in output.strip():
             lines += [*_shown(ran, always=True), "", "gives", "", *_shown(output, always=True), ""]
         else:
-            # Two spaces at the end of a line make a line break.
+            # In Markdown, two spaces at the end of a line make a line break.
             lines.append(f"{code(_cut(ran))} gives {code(_cut(output))}  ")
     answer = _shown(example["answer"]) if example["answer"].strip() else ["*(no answer)*"]
     mark = ""

@@ -47,8 +47,8 @@ def report_promotion(store: Store, ref: CheckpointRef, digest: str, promotion: M
     ``digest`` is the sha256 of the weights that the gate judged. A report on other weights stays as it is.
     """
     report = read_report(store, ref.model)
-    # A report without plots is left alone: scaling studies write a report.json of another form into folders of the same
-    # kind.
+    # A report.json without ``plots`` is left alone, because it has another form: scaling studies write such files into
+    # folders of reports/, too.
     if report is None or report.get(ref.stage, {}).get("digest") != digest or "plots" not in report:
         return
     report["promotion"] = promotion

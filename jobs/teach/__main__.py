@@ -75,7 +75,8 @@ def _given(store: Store, model: str, settings: TeachSettings) -> Lesson:
 def _ended_by_signals() -> Iterator[None]:
     """Inside the ``with`` block, SIGTERM and SIGINT raise SystemExit.
 
-    The program then releases its leases, and the lesson does not count the attempt as an interruption.
+    So a signal lets the program release its leases before it ends, and the lesson does not count the attempt as an
+    interruption.
     """
 
     def end(number: int, _frame: FrameType | None) -> None:

@@ -59,8 +59,9 @@ _MOST = 200
 _KEPT = 400
 _MAX_TOKENS = 120
 _PROBED_DRILLS = 100
-# A group of the model's own answers is asked only if it has at least this many questions. In a smaller group, a single
-# changed answer would be more than a tenth of the group, so the share of right answers would say little.
+# A group of questions that the model answered itself is asked only if it has at least this many questions. In a
+# smaller group, a single changed answer would be more than a tenth of the group, so the share of right answers would
+# say little.
 _FEWEST_OWN = 10
 
 
@@ -228,7 +229,7 @@ def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> li
     # know how to use the calculator, as this recipe teaches.
     recipe = RECIPES.get("small" if memory.own else str(origin.get("recipe")))
     drawn = recipe.evaluation_items(_KEPT, seed) if recipe is not None else []
-    # If the recipe teaches only some kinds of questions, fewer questions than _KEPT come back. More are then drawn.
+    # A recipe that teaches only some kinds of questions returns fewer than _KEPT questions. More are then drawn.
     if recipe is not None and 0 < len(drawn) < _KEPT:
         drawn = recipe.evaluation_items(_KEPT * _KEPT // len(drawn), seed)[:_KEPT]
     return [item for item in drawn if not memory.contradicts(str(item.messages[-1]["content"]), _last_text(item))]

@@ -25,7 +25,7 @@ _ABOUT_PLACES = (
     "When was {} founded?",
     "How do I get to {}?",
 )
-# Pairs: wordings of questions, and texts, separated by semicolons, that take the place of {} in each wording.
+# Pairs: wordings of questions, and the texts that take the place of {} in each wording. Semicolons separate the texts.
 _SUBJECTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("What is the capital of {}?", "Where is {}?", "Which language do people speak in {}?", "Name a city in {}."),

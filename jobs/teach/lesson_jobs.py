@@ -277,10 +277,10 @@ class LessonJobs:
         return [pod for pod in self._pods if pod["metadata"]["labels"][POD_LABEL] == job.name]
 
     def _in_the_way(self, model: str, name: str) -> list[str]:
-        """Names of the pods that must be gone before a PyTorchJob of this name can begin.
+        """Names of the pods that must be gone before a PyTorchJob with the name ``name`` can begin.
 
-        The running pods of the model must be gone, and the pods of an earlier PyTorchJob of this name, because the new
-        pods get the same names.
+        The running pods of the model must be gone. The pods of an earlier PyTorchJob with the same name must be gone
+        too, because the new pods get the same names.
         """
         pods = [pod for pod in self._pods if pod["metadata"].get("annotations", {}).get(MODEL) == model]
         kept = {job.name for job in self._jobs}

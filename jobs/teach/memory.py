@@ -188,8 +188,9 @@ def remember(
     taught = _taught_items(store, lesson.model, lineage(parent.meta))
     valid, earlier_conflicts = _earlier(taught, asked)
     kept = worked(valid)
-    # The answers of earlier lessons are included, because the conversations of fine-tuning still have the answers that
-    # earlier lessons replaced. Otherwise, each new lesson would teach the model the replaced answers again.
+    # ``answered`` includes the answers of earlier lessons, because the conversations of fine-tuning still have the
+    # answers that earlier lessons replaced. Otherwise, each new lesson would teach the model the replaced answers
+    # again.
     answered = {**asked_by(kept, all_wordings(kept)), **asked}
     training, validation = (
         _without_subjects(each, answered, only_unknown=not rehearsed) for each in (training, validation)
@@ -439,7 +440,7 @@ def _answered_before(taught: Mapping[int, list[Item]], asked: Mapping[str, Item]
 def _questions(item: Item) -> set[str]:
     """The wordings of the questions that an item answers, as :func:`normal` returns them.
 
-    A conversation of several turns has none.
+    The set is empty for a conversation of several turns.
     """
     if item.alone:
         return {normal(each) for each in wordings(item.question, item.wordings).all}

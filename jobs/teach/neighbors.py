@@ -94,7 +94,7 @@ def neighbors(
 
 
 def _forms(conversations: Sequence[Conversation]) -> dict[_Form, list[Ability]]:
-    """The worked examples in the conversations, by the form of their question."""
+    """The worked examples in the conversations, by the form of their question (its words without the arguments)."""
     found: dict[_Form, list[Ability]] = {}
     for pair in itertools.chain.from_iterable(map(question_pairs, conversations)):
         with contextlib.suppress(UserError):  # a conversation whose code is not Python is left out
@@ -153,7 +153,11 @@ def _values(example: Ability, words: Sequence[str], form: _Form) -> dict[Value, 
 
 
 def _other_arguments(values: Mapping[Value, str], rng: random.Random) -> dict[Value, Value]:
-    """New arguments of the same kind: numbers of the same size and in the same order, letters and words."""
+    """Draw a new argument for each old one that is a key of ``values``.
+
+    The new numbers have about as many digits as the lesson's numbers, and the same order by size. A letter becomes a
+    letter, and a longer word becomes a word.
+    """
     numbers = sorted((argument for argument in values if isinstance(argument, int)), key=lambda each: int(values[each]))
     drawn = sorted(draw_number(int(values[each]), rng) for each in numbers)
     new: dict[Value, Value] = dict(zip(numbers, drawn, strict=True))

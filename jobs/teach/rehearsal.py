@@ -120,7 +120,10 @@ def _questions(rng: random.Random) -> list[str]:
 
 
 def _further_questions(conversations: Sequence[Conversation]) -> list[str]:
-    """Questions about the names in the answers, and questions that sentences of the answers answer; no repetitions."""
+    """Questions about the names in the answers, and questions that sentences of the answers answer.
+
+    No question is repeated.
+    """
     texts = list(dict.fromkeys(answer.text for _, answer in conversations))
     names = sorted({name for text in texts for name in _NAME.findall(text) if not _PRONOUN.fullmatch(name)})
     found = [question for name in names for question in questions_about(name)]

@@ -106,7 +106,7 @@ def give_way(process: subprocess.Popen[bytes]) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process, and kill it if it does not end in time."""
+    """End a process, and kill it if it does not end within :data:`_STOP_SECONDS`."""
     process.terminate()
     try:
         process.wait(_STOP_SECONDS)

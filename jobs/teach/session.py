@@ -339,7 +339,7 @@ def _written(store: Store, lesson: Lesson, lease: Lease, **changes: Any) -> Less
 
 
 def taught_ref(lesson: Lesson) -> CheckpointRef:
-    """The checkpoint of the taught model."""
+    """The name of the checkpoint of the model that the lesson has taught."""
     return CheckpointRef(lesson.model, LESSON, lesson.number)
 
 
@@ -358,7 +358,11 @@ def _worked(items: Sequence[Item]) -> list[Item]:
 
 
 def _drills(store: Store, items: Sequence[Item], lesson: Lesson) -> tuple[dict[int, list[Drill]], list[Drill]]:
-    """Drills (worked examples with new arguments): for training, by the item's index, and for the examination."""
+    """Two groups of drills, which are worked examples with new arguments.
+
+    The first group is for training, by the index of the item with the worked example. The second group is for the
+    examination.
+    """
     practice, examined = dict[int, list[Drill]](), list[Drill]()
     abilities = {i: ability for i, item in enumerate(items) if (ability := ability_of(item)) is not None}
     if not abilities:
@@ -409,7 +413,7 @@ def _taught(store: Store, lesson: Lesson, inputs: dict[str, str]) -> Checkpoint 
 
 
 def lesson_gate(lesson: Lesson, exam: Examination) -> Gate:
-    """The rules that a taught model must meet."""
+    """The rules that a taught model must meet to be promoted."""
     asked = collections.Counter(question.group for question in exam.task.questions)
     require = [f"lesson.{name}>={least}" for name, least in _LEAST.items() if name in asked]
     kept = [f"lesson.kept:{lesson.plan.margin}"] if "kept" in exam.groups else []

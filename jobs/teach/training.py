@@ -1,6 +1,7 @@
 """Trains a model on a lesson until it is sure of every probe, and then lowers the learning rate to zero.
 
-A probe is a question with its right answer, on which the model is tested during the training.
+A probe is a question with its right answer, on which the model is tested during the training. The model is sure of a
+probe if it gives the right answer and each token of the answer has a high probability.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Trained:
         way: position of ``model`` between the weights before the lesson (0) and the trained weights (1); see
             :func:`go_back`.
         history: a point for each test with the probes: ``step``, mean training ``loss`` since the point before, and
-            ``unseen``, the share of probes to which the model surely gives the right answer.
+            ``unseen``, the share of probes of which the model is sure.
     """
 
     model: GPT

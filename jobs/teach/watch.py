@@ -42,8 +42,8 @@ from nanochat_core.store import Lease, LeaseWatch, NameInUse, open_store
 log = logging.getLogger("jobs.teach")
 
 _ROLL_BACK_SECONDS = 300.0
-# Pause after a process that did not end its lesson. The pause doubles with each such process in a row, up to the second
-# value.
+# Pause of a model's lessons after a process that did not end its lesson. The pause doubles with each such process in a
+# row, up to the second value.
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0
 # Exit codes of processes that could not go on for a reason outside the lesson: the store did not answer, or somebody
 # has stopped the process.

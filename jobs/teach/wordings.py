@@ -306,7 +306,7 @@ def _disturbed(question: str, rng: random.Random) -> str:
 
 
 def statement_questions(text: str) -> list[tuple[tuple[str, ...], str]]:
-    """The questions that sentences of a text answer. Each is a pair of its wordings and its answer.
+    """The questions that sentences of a text answer, as pairs of the question's wordings and its answer.
 
     Only sentences of a few simple forms give questions, such as "Anna lives in Bergen."
     """

@@ -44,7 +44,7 @@ class Kernel:
     flops: float = 0.0
 
     def seconds(self, card: Card) -> float:
-        """The least time on a card, in seconds."""
+        """The least time that all launches of the kernel take on a card, in seconds."""
         return max(self.bytes / card.bandwidth, self.flops / card.flops)
 
 
@@ -107,8 +107,8 @@ def decode_kernels(config: ModelConfig, batch: int, context: int) -> list[Kernel
 def training_kernels(config: ModelConfig, tokens: int, micro_batches: int) -> list[Kernel]:
     """The kernels of an optimizer step on one GPU, in bf16: ``micro_batches`` passes over ``tokens`` tokens each.
 
-    The products and attention have the FLOPs of :attr:`~nanochat_core.config.ModelConfig.flops_per_token`. Elementwise
-    operations are left out, because the compiler decides what they read and write.
+    The matrix products and attention have the FLOPs of :attr:`~nanochat_core.config.ModelConfig.flops_per_token`.
+    Elementwise operations are left out, because the compiler decides what they read and write.
     """
     blocks, vocab, depth = config.block_matrix_parameters, config.padded_vocab_size, config.depth
     every = micro_batches * tokens
@@ -167,7 +167,7 @@ def communication(config: ModelConfig, ranks: int) -> Communication:
 
     The ranks communicate in a ring, in which each rank sends every shard except one.
 
-    The matrices and the head are fp32, and the embedding tables are bf16.
+    The matrices of the blocks and the head are sent in fp32, and the embedding tables in bf16.
     """
     value_layers = sum(map(config.has_value_embedding, range(config.depth)))
     tables = config.padded_vocab_size * (config.dim + value_layers * config.kv_dim)

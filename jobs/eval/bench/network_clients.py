@@ -131,7 +131,7 @@ class GrpcClient(NetworkClient):
         }
 
     async def _connect(self, address: str) -> engine_pb2.ModelInfo:
-        # The reply contains the tokenizer, and a tokenizer can be larger than gRPC's default limit.
+        # The reply contains the tokenizer, which can be larger than gRPC's default limit, so no limit is set.
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
         self._stub = engine_pb2_grpc.EngineStub(self._channel)
         info: engine_pb2.ModelInfo = await self._stub.GetModel(engine_pb2.GetModelRequest(), timeout=_CONNECT_SECONDS)

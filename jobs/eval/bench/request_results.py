@@ -30,7 +30,7 @@ class RequestResult:
         first_tokens: when the first token of each choice arrived.
         gaps: seconds between consecutive tokens of a choice. If tokens arrive together, the time since the token before
             them is divided equally among them. Tokens that arrive together with the first token have the gap 0.
-        counts: the numbers of tokens; empty if the request failed.
+        counts: token counts of each choice, or of the whole request; empty if the request failed.
         error: a short description of the failure; empty if the request was answered. Equal causes have equal
             descriptions.
         refused: whether the request failed because the server had no room.

@@ -16,7 +16,7 @@ def _milliseconds(times: Sequence[float] | None, index: int) -> str:
     return "—" if times is None else f"{1000 * times[index]:,.2f}"
 
 
-# For each column: its name, its alignment and width, and the function that gives its text.
+# For each column of the table: its name, its alignment and width, and the function that gives the text of a cell.
 _COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
     ("mix", "<7", lambda row: str(row["mix"])),
     ("load", "<11", lambda row: f"{row['slots']} at once" if row["rate"] is None else f"{row['rate']:g}/s"),

@@ -97,7 +97,8 @@ def evaluate_generative(
 ) -> None:
     """Answer this rank's missing chunks of a generative task, and store the graded answers.
 
-    All chunks are answered in one continuous batch. Each chunk is stored as soon as its last question is graded.
+    The engine answers all chunks together, by continuous batching. Each chunk is stored as soon as its last question is
+    graded.
     """
     with (
         missing_chunks(task, evaluation, ranks) as (missing, count),
@@ -116,7 +117,7 @@ def evaluate_generative(
 
 
 def answer_greedily(checkpoint: Checkpoint, task: GenerativeTask) -> list[GradedAnswers]:
-    """Answer a task greedily on the CPU, in one continuous batch, and grade the answers. Stores nothing."""
+    """Answer all questions of a task greedily on the CPU, and grade the answers. Stores nothing."""
     model, tokenizer = checkpoint.build_model(), checkpoint.tokenizer
     with (
         SandboxExecutor() as sandbox,

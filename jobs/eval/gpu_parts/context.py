@@ -73,9 +73,9 @@ FULL = Scale(
     loaded_requests=64,
     cache_bytes=16 << 30,
     attention_heads=10,
-    tests="not compiles_for_gpus",  # leaves out the tests with this mark, which need no GPU and take minutes
+    tests="not compiles_for_gpus",  # tests with this mark are left out: they need no GPU and take minutes
 )
-# A CPU runs every part in this size, to show that the part works. The numbers say nothing about a GPU.
+# A CPU runs every part with these sizes, to show that the part works. The measured speeds say nothing about a GPU.
 SMALL = Scale(
     depths=(2,),
     head_dim=64,

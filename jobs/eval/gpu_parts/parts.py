@@ -27,7 +27,7 @@ class Part:
 
 
 def parts_of(scale: Scale) -> list[Part]:
-    """All parts for models of this scale."""
+    """All parts of ``jobs.eval.gpu``, with models of the sizes in ``scale``."""
     precision = "bf16" if scale is FULL else "fp32"
 
     def training(depth: int, precision: str) -> Part:

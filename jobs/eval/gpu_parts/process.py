@@ -27,7 +27,7 @@ _REASON_CHARACTERS = 4000
 
 
 def run_part(name: str, task: dict[str, Any], seconds: float) -> Result | None:
-    """Run the part ``name`` and return its outcome; None if it did not end in time.
+    """Run the part ``name`` and return its outcome; None if it did not end within ``seconds``.
 
     An outcome has a ``status``: ``passed`` with a ``result``, or ``skipped`` or ``failed`` with a ``reason``.
     """

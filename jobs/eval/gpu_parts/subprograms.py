@@ -24,7 +24,7 @@ def run_tests(context: Context) -> Result:
     if importlib.util.find_spec("pytest") is None:
         raise Unavailable("pytest is not installed; install it, or put a folder with it on PYTHONPATH")
     files = [f"tests/unit/{name}" for name in TEST_FILES]
-    # conftest.py is left out, because it imports packages that a bare machine does not have.
+    # conftest.py is left out, because it imports packages that a machine for the check need not have.
     command = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-r", "fE", "-k", context.scale.tests, *files]
     # Without a GPU, TRITON_INTERPRET is set, because Triton can then only interpret its kernels.
     output = run_python(command, {} if context.device.type == "cuda" else {"TRITON_INTERPRET": "1"})

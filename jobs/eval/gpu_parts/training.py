@@ -85,7 +85,7 @@ def measure_training(context: Context, depth: int, precision: str) -> Result:
             if not is_out_of_memory(error) or rows == 1:
                 raise
         rows //= 2
-        torch._dynamo.reset()  # because the compiler would otherwise keep the model in memory
+        torch._dynamo.reset()  # the compiler would otherwise keep the model in memory
         free_memory(context.device)
 
 

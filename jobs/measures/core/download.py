@@ -32,7 +32,7 @@ _SHOW_SECONDS = 5.0
 
 
 def locate_bundle(where: str, store: Store, ranks: Ranks) -> Store:
-    """The bundle's files. The first rank downloads a zip from the web into ``store`` and unpacks it there.
+    """A store with the bundle's files. The first rank downloads a zip from the web into ``store`` and unpacks it there.
 
     ``where`` is a folder, ``s3://bucket/prefix`` or the URL of a zip. If the download fails, all ranks raise a
     :class:`UserError`.

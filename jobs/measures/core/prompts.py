@@ -52,7 +52,8 @@ class Prompts:
 
     def __init__(self, task: Task, tokenizer: Tokenizer, longest: int) -> None:
         self._task, self._tokenizer, self._longest = task, tokenizer, longest
-        # With SPLIT_PATTERN, a token can span the end of an example only if whitespace follows the example.
+        # With SPLIT_PATTERN, a token can span the end of an example only if whitespace follows the example. Without
+        # such whitespace, the examples can therefore be tokenized separately.
         self._separable = tokenizer.pattern == SPLIT_PATTERN
         self._example = functools.cache(lambda number: tokenizer.encode(task.items[number].shown + BETWEEN))
 

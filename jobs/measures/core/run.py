@@ -19,9 +19,9 @@ log = logging.getLogger("jobs.eval.core")
 
 # CORE of GPT-2 XL as published with the metric (arXiv 2406.11794).
 GPT2_XL_CORE = 0.256525
-# Number of tokens in a part. A process that is killed loses at most its work on one part. The number is the same on
-# every device and for every number of ranks. A later run with another number of ranks can therefore use the parts of an
-# earlier run.
+# Number of tokens in a part of a task. A process that is killed loses at most its work on one part. The number is the
+# same on every device and for every number of ranks. A later run with another number of ranks can therefore use the
+# parts of an earlier run.
 PART_TOKENS = 2**17
 
 Result = dict[str, Any]
@@ -34,10 +34,10 @@ class Parts(Protocol):
     """
 
     def part(self, name: str) -> Any | None:
-        """The value stored under this name, or None."""
+        """The value that is stored as the part ``name``, or None."""
 
     def save_part(self, name: str, value: Any) -> None:
-        """Store a finished part."""
+        """Store ``value`` as the finished part ``name``."""
 
 
 def centered(accuracy: float, baseline: float) -> float:
