@@ -85,7 +85,7 @@ def log_ticks(low: float, high: float) -> list[float]:
             return ticks
     if len(ticks) > 6:
         return ticks[:: math.ceil(len(ticks) / 6)]
-    # A short range contains too few such numbers, so its ticks have equal distances. The distance is a round number.
+    # A short range contains too few of the numbers above, so its ticks have equal distances: a round number.
     unit = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = next(unit * factor for factor in (5, 2, 1) if (high - low) / (unit * factor) >= 3)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -1,4 +1,4 @@
-"""What all job programs share: settings for the store and the logs, startup and exit, output folders, command lines."""
+"""The common part of all job programs: two settings, startup and exit, a folder for results, and a command line."""
 
 import dataclasses
 import os
@@ -41,7 +41,7 @@ def run_program(
     run: Callable[[SettingsT], object],
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Run the program ``python -m <module>`` to its end, by :func:`run_command` inside of :func:`run_main`."""
+    """Run the program ``python -m <module>`` to its end: :func:`run_command` within :func:`run_main`."""
     run_main(lambda: run_command(module, name, settings_class, run, argv), f"python -m {module}")
 
 
@@ -97,7 +97,7 @@ def make_output_folder(path: str, flag: str) -> Path:
 
 
 def command_line(module: str, *arguments: str, **flags: str) -> str:
-    """The shell command that runs ``python -m <module>`` with ``flags`` and ``arguments``, ready to be copied.
+    """The shell command that runs ``python -m <module>`` with the given flags and arguments, ready to be copied.
 
     ``home="x"`` becomes ``--home x``. The command uses the interpreter of this process, because another interpreter
     may lack the project's packages.

@@ -51,7 +51,7 @@ class Run:
         figures: costs and losses of the model's stages under names such as ``base.final_loss``, and the values of
             ``metrics``.
         metrics: the metrics of the model's last checkpoint, by the names that the promotion gate uses.
-        histories: the training history of each stage.
+        histories: for each stage, the history of its training: a dictionary of values for each recorded step.
     """
 
     name: str

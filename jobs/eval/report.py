@@ -74,7 +74,7 @@ def write_report(store: Store, report: Mapping[str, Any], histories: Mapping[str
     The promotion gate's decisions are in the same folder and are kept.
     """
     model = report["model"]
-    read_report(store, model)  # This raises an error if a newer version wrote the report.
+    read_report(store, model)  # raises an error for a report of a newer version, so that it is not replaced
     kept = {key.removeprefix(f"reports/{model}/"): store.read(key) for key in store.keys(folder(model))}
     with store.publish(f"reports/{model}", last="report.json") as target:
         for name, content in kept.items():

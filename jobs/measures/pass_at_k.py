@@ -21,5 +21,8 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def mean_pass_at_k(right: Sequence[int], samples: int) -> list[float]:
-    """The mean of pass@1, pass@2, …, pass@``samples`` over problems, each with its number of right samples."""
+    """The means over problems of pass@1, pass@2, …, pass@``samples``.
+
+    ``right`` has the number of right samples of each problem.
+    """
     return [sum(pass_at_k(samples, count, k) for count in right) / len(right) for k in range(1, samples + 1)]

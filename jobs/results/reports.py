@@ -29,7 +29,7 @@ def read_report(store: Store, model: str) -> Report | None:
 
 
 def is_reported(store: Store, model: str, *checkpoints: Checkpoint) -> bool:
-    """Whether the report on ``model`` covers these checkpoints and all evaluations of them in the store."""
+    """Whether the report on ``model`` covers the given checkpoints and all their evaluations in the store."""
     report = read_report(store, model)
     if report is None:
         return False

@@ -129,7 +129,7 @@ class Memory:
 
 
 def lineage(meta: Mapping[str, object]) -> list[int]:
-    """The numbers of the lessons that a checkpoint with this metadata has learned, the oldest first."""
+    """The numbers of the lessons that a checkpoint with the metadata ``meta`` has learned, the oldest first."""
     found = meta.get("lessons", [])
     return [int(each) for each in found] if isinstance(found, list) else []
 
@@ -328,7 +328,7 @@ def _conflicts(conversations: Sequence[Conversation], asked: Mapping[str, Item])
 
 
 def _item_for(question: str, asked: Mapping[str, Item]) -> Item | None:
-    """The item of the lesson with this question, also if the question follows a greeting such as "Hello!"."""
+    """The item of the lesson that asks ``question``, which may begin with a greeting such as "Hello!"."""
     if item := asked.get(normal(question)):
         return item
     parts = _parts(question)

@@ -68,7 +68,7 @@ class Processes:
     """Runs one process at a time. The process gives one model all its waiting lessons."""
 
     def __init__(self, start: Callable[[str], subprocess.Popen[bytes]]) -> None:
-        """``start`` starts ``jobs.teach`` for a model."""
+        """``start`` starts a process of ``jobs.teach`` for the model with the given name."""
         self._start = start
         self._process: subprocess.Popen[bytes] | None = None
         self._model, self._attempts = "", dict[int, int]()

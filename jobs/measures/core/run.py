@@ -41,7 +41,10 @@ class Parts(Protocol):
 
 
 def centered(accuracy: float, baseline: float) -> float:
-    """Scale an accuracy: guessing becomes 0, an accuracy of 1 stays 1, and below guessing the result is negative."""
+    """Scale an accuracy so that ``baseline``, the accuracy of guessing, becomes 0, and 1 stays 1.
+
+    An accuracy below ``baseline`` becomes negative.
+    """
     return (accuracy - baseline) / (1 - baseline)
 
 
