@@ -110,14 +110,20 @@ class BenchEngineSettings(JobSettings):
 
     @property
     def slots(self) -> list[int]:
-        """The numbers of ``--batch-sizes``: how many sequences run at the same time in each row of a mix."""
+        """The numbers of ``--batch-sizes``: how many sequences run at the same time.
+
+        The table has a row for each mix and number.
+        """
         if wrong := next((text for text in self.batch_sizes if not text.isdecimal() or not int(text)), None):
             raise UserError(f"--batch-sizes has {wrong!r}; use whole numbers of at least 1, comma separated")
         return [int(text) for text in self.batch_sizes]
 
     @property
     def rates(self) -> list[float]:
-        """The numbers of ``--rate``: requests per second in each row of a mix. Empty without this flag."""
+        """The numbers of ``--rate``: requests per second. The table has a row for each mix and number.
+
+        Empty if the flag is not given.
+        """
         return [_positive(text, "--rate") for text in self.rate]
 
     @property
@@ -134,7 +140,9 @@ class BenchEngineSettings(JobSettings):
 
 
 def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str, Any]:
-    """Measure and show the table row by row, write ``bench.png`` and ``bench.json``, and return the JSON's content.
+    """Measure and show the table row by row, and write ``bench.png`` and ``bench.json``.
+
+    Returns the content of ``bench.json``.
 
     Raises:
         UserError: the model or server is missing, requests do not fit the model, or no request was answered.

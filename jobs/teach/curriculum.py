@@ -31,7 +31,7 @@ _EARLIER_SHARE = 0.15
 
 
 class Curriculum(Source):
-    """The documents of a lesson in the order in which they are shown. The last document is followed by the first."""
+    """The documents of a lesson in the order in which they are shown. After the last one, the first one follows."""
 
     def __init__(self, documents: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         """``documents`` are pairs of token ids, (length,) int32, and a mask, (length,) bool, with True for targets."""

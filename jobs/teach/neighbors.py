@@ -54,7 +54,7 @@ class Computed:
 
 
 def computed(conversations: Sequence[Conversation], items: Sequence[Item]) -> list[Computed]:
-    """The lesson's questions whose answers fine-tuning taught the model to compute, and the lesson states without code.
+    """The questions that the lesson answers without code, although fine-tuning taught the model to compute the answers.
 
     ``conversations`` are the conversations of fine-tuning, and ``items`` are the items of the lesson. Items that are
     longer conversations or texts are left out.

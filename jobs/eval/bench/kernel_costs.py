@@ -60,8 +60,8 @@ def decode_kernels(config: ModelConfig, batch: int, context: int) -> list[Kernel
     """
     dim, kv, depth, vocab = config.dim, config.kv_dim, config.depth, config.padded_vocab_size
     seen = [min(context, window + 1) for window in config.windows]
-    # The number of splits of each layer is needed because each split writes its sums in fp32, and another kernel reads
-    # them.
+    # The number of splits of each layer decides how many bytes are moved, because each split writes its sums in fp32,
+    # and another kernel reads the sums.
     splits = [-(-keys // _SPLIT) for keys in seen]
 
     def product(name: str, into: int, out: int, count: int, added: int = 0) -> Kernel:
@@ -113,8 +113,8 @@ def training_kernels(config: ModelConfig, tokens: int, micro_batches: int) -> li
     blocks, vocab, depth = config.block_matrix_parameters, config.padded_vocab_size, config.depth
     every = micro_batches * tokens
     attention = sum(12.0 * config.dim * min(window, config.context_length) for window in config.windows)
-    # Bytes that a pass forward and a pass backward move for each weight: each of the two passes reads the weight in
-    # fp32, writes it in bf16, and reads it in bf16.
+    # Bytes that a forward and a backward pass move for each weight: each of the two passes reads the weight in fp32,
+    # writes it in bf16, and reads it in bf16.
     casts = 2 * (_FP32 + 2 * _BF16)
     dim, kv = config.dim, config.kv_dim
     shapes = [(dim, dim), (dim, dim), (kv, dim), (kv, dim), (4 * dim, dim), (dim, 4 * dim)]
@@ -163,7 +163,7 @@ class Communication:
 
 
 def communication(config: ModelConfig, ranks: int) -> Communication:
-    """The communication of one step on ``ranks`` ranks.
+    """The bytes that each of ``ranks`` ranks sends in one step.
 
     The ranks communicate in a ring, in which each rank sends every shard except one.
 

@@ -13,7 +13,7 @@ from nanochat_core.device import DTYPES
 from nanochat_core.engine import Engine, EngineConfig, SamplingParams
 from nanochat_core.model import GPT
 
-# A small model is enough, because it shows the same errors as a large model.
+# A small model is enough, because a wrong kernel changes the results of a small model too.
 MODEL = ModelConfig.from_depth(4, vocab_size=512, head_dim=64, context_length=512)
 _PROMPT_LENGTHS, _OUTPUT_TOKENS = (5, 40, 300), 32
 # Largest permitted difference, in fp32, between a log probability of the engine and of a plain forward pass. The engine
