@@ -14,14 +14,15 @@ from torch import Tensor
 
 from nanochat_core.errors import UserError
 
-# Smallest number of queries in a block of :func:`blockwise_attention`. A small block computes few scores that the mask
-# hides, but a large block multiplies matrices faster.
+# Smallest number of queries in a block of :func:`blockwise_attention`. The number is a compromise: a smaller block
+# computes fewer scores that the mask hides, but a larger block multiplies matrices faster.
 BLOCK_ROWS = 64
 # A row is divided into at most this many blocks. Longer rows have larger blocks, so that the compiled code stays small.
 BLOCKS = 8
-# Longest rows, in tokens, that are computed in blocks: with a window that covers the whole row, and with a shorter one.
-# The backward pass stores the attention weights of all blocks, so its memory grows with the row's length times the
-# window's length.
+# A row with more tokens than this is not computed in blocks: BLOCKWISE_TIME is the limit if the window covers the whole
+# row, and BLOCKWISE_WINDOW_TIME is the limit if the window is shorter. Longer rows use SDPA, because blockwise
+# attention keeps the attention weights of all blocks for the backward pass. Their size is the row's length times the
+# window's.
 BLOCKWISE_TIME, BLOCKWISE_WINDOW_TIME = 512, 2048
 # The packages of FlashAttention, fastest first. Each line has the package's module, and the lowest and the highest
 # compute capability that the package supports. The first module is FlashAttention 3, which runs only on Hopper GPUs.

@@ -85,6 +85,8 @@ def render_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> tu
 
     The result is ``(ids, mask)`` of equal length. The mask is 1 for tokens that the assistant produces: its text, its
     code, the tokens around the code and the end of its message. It is 0 for all other tokens, including tool output.
+
+    Raises UserError if the conversation has only a system message.
     """
     special = tokenizer.special_ids
     ids, mask = [special[tok.BOS]], [0]

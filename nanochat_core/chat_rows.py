@@ -15,8 +15,8 @@ _SPEAKERS = {
     "assistant": "assistant",
     "model": "assistant",
 }
-# The names of three fields, one line for each form of row: the question, further input to the question, and the answer.
-# A row may leave the input out; an empty name means that the form has no input.
+# Each line names the three fields of one form of row: the question, further input to the question, and the answer. A
+# row may leave the input out; an empty name means that the form has no input.
 _ALPACA_FIELDS = (
     ("instruction", "input", "output"),  # Alpaca
     ("instruction", "context", "response"),  # Dolly
@@ -30,8 +30,9 @@ def row_messages(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
     - ``{"messages": [{"role": "user", "content": …}, …]}``, as in the chat API;
     - ``{"conversations": [{"from": "human", "value": …}, …]}``, as in ShareGPT's files;
-    - ``{"instruction": …, "input": …, "output": …}``, as in Alpaca's files; ``input`` is optional. Rows with Dolly's
-      names of these fields, or with ``prompt`` and ``completion`` or ``response``, are read in the same way.
+    - ``{"instruction": …, "input": …, "output": …}``, as in Alpaca's files; ``input`` is optional. Two other
+      kinds of rows are read in the same way: rows with the field names of the data set Dolly (``instruction``,
+      ``context`` and ``response``), and rows with ``prompt`` and either ``completion`` or ``response``.
 
     A row of any form may have a system message in the field ``system``. Raises KeyError or ValueError if the row has
     another form.

@@ -9,8 +9,8 @@ import math
 from nanochat_core.errors import UserError
 from nanochat_core.formats import with_format, without_format
 
-# The rows of the embedding tables and of the head are padded to a multiple of this, because tensor cores multiply
-# matrices in tiles.
+# The number of rows in the embedding tables and in the head is rounded up to a multiple of this, because tensor cores
+# multiply matrices in tiles.
 VOCAB_MULTIPLE = 64
 # Window lengths are rounded up to a multiple of this, the tile size of attention kernels.
 WINDOW_MULTIPLE = 128

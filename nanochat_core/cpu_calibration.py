@@ -62,7 +62,8 @@ def fastest(
 
     try:
         if question not in answers():
-            # The first run of a candidate may ask another question, and only one question is answered at a time.
+            # Each candidate runs once before the lock is taken, because its first run may ask another question, which
+            # needs the same lock.
             for run in candidates.values():
                 run()
         with _kept_answers() as kept:

@@ -23,7 +23,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def choose_device(name: str) -> torch.device:
-    """The device ``cpu``, ``cuda``, ``mps`` (Apple's GPUs), or ``auto``: CUDA if torch sees a CUDA device, else CPU.
+    """The device with the name ``cpu``, ``cuda``, ``mps`` (Apple's GPUs) or ``auto``.
+
+    ``auto`` is CUDA if torch sees a CUDA device, and the CPU otherwise.
 
     Raises UserError if ``name`` is ``cuda`` or ``mps`` and torch sees no such device.
     """

@@ -1,7 +1,8 @@
-"""The replicas of a service: each address of each name is one replica.
+"""Looks up the replicas of a service: each address of the service's host names is one replica.
 
-A name may have many addresses (a headless Service of Kubernetes, a service that Compose runs several times). Names are
-looked up again every few seconds, so replicas may join and leave while the process runs.
+A host name may have many addresses, for example the name of a headless Service in Kubernetes, or of a service that
+Compose runs several times. Names are looked up again every few seconds, so replicas may join and leave while the
+process runs.
 """
 
 import asyncio

@@ -5,9 +5,10 @@ has format 1, because the files from before version 0.1.0 have no number. A read
 refuses a newer format with :class:`NewerFormatError`. A reader never treats a newer file as damaged, because damaged
 files are replaced.
 
-Raise the number of a file when an older reader would misread the new content. If older readers may ignore a new field,
-the number stays: readers ignore the unknown fields of most files. In some files every field matters, for example in the
-shape of a model. These files are read with ``known`` fields, and an unknown field is refused like a newer format.
+Raise the format number of a kind of file when an older reader would misread the new content. If older readers may
+ignore a new field, the number stays: readers ignore the unknown fields of most files. In some files every field
+matters, for example in the shape of a model. These files are read with ``known`` fields, and an unknown field is
+refused like a newer format.
 """
 
 from collections.abc import Collection, Mapping

@@ -35,11 +35,11 @@ class ServiceChannel:
         self._closed = False
 
     def unary_unary(self, method: str, **codecs: Any) -> "_Method":
-        """A method that answers with one message. The generated stubs call this."""
+        """The remote method ``method``, which answers with one message. The generated stubs call this function."""
         return _Method(self, "unary_unary", method, codecs)
 
     def unary_stream(self, method: str, **codecs: Any) -> "_Method":
-        """A method that answers with a stream of messages. The generated stubs call this."""
+        """The remote method ``method``, which answers with a stream. The generated stubs call this function."""
         return _Method(self, "unary_stream", method, codecs)
 
     async def close(self) -> None:

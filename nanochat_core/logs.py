@@ -83,7 +83,7 @@ def _finite(value: Any) -> Any:
 
 
 def configure(service: str, level: str = "info") -> None:
-    """Sends all logging of this process to stderr; a program calls it once, when it starts.
+    """Sends all logging of this process to stderr. A program calls this function once, when it starts.
 
     The lines are JSON, unless stderr is a terminal.
     """

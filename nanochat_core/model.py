@@ -166,7 +166,8 @@ class GPT(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draws the initial weights with a generator on the parameters' device; None means torch's global generator."""
         dim, depth = self.config.dim, self.config.depth
-        # A uniform distribution on [-bound, bound] has standard deviation bound / sqrt(3).
+        # A uniform distribution on [-bound, bound] has the standard deviation bound / sqrt(3), which is 1 / sqrt(dim)
+        # here.
         bound = (3 / dim) ** 0.5
         _normal(self.embedding.weight, 0.8, generator)
         _normal(self.head.weight, 0.001, generator)

@@ -22,7 +22,7 @@ from pathlib import Path
 SPINS = 1000
 # Milliseconds that a waiting thread of Intel's or LLVM's library spins; the default of both libraries is 200.
 BLOCK_MILLISECONDS = 0
-# Variables by which a user chooses how threads wait. If one of them is set, its value is kept.
+# Variables by which a user chooses how threads wait. If one of them is set, :func:`limit_spinning` changes nothing.
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _LIBRARIES = ("libgomp", "libiomp", "libomp")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from nanochat_core.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# Most characters in a name. File systems allow names of at most 255 bytes, and this limit leaves room for the longer
-# temporary name that a file has while it is written.
+# Maximum number of characters in a name. File systems allow names of at most 255 bytes, and this limit leaves room for
+# the longer temporary name that a file has while it is written.
 _LONGEST_NAME = 200
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 

@@ -23,7 +23,8 @@ OnOutput = Callable[[sandbox_pb2.ExecuteEvent], None]
 
 # The sandbox stops the code at the time limit and answers TIMEOUT. The client waits this much longer for that answer.
 _ANSWER_SECONDS = 1.0
-# A sandbox that does not answer a health check within _HEALTH_SECONDS counts as hung.
+# A sandbox that does not answer a health check within _HEALTH_SECONDS counts as hung. The next check begins
+# _POLL_SECONDS after the end of a check.
 _HEALTH_SECONDS, _POLL_SECONDS = 3.0, 0.5
 # If no sandbox can take a call, the call waits this long for a sandbox, but at most a quarter of its time limit.
 _PATIENCE_SECONDS = 2.0
@@ -158,7 +159,7 @@ class Sandboxes:
         (rendezvous hashing). All clients therefore choose the same sandbox for a session, and few sessions change their
         sandbox when a sandbox joins or leaves.
 
-        Returns None if there is still no such sandbox.
+        Returns None if there is no such sandbox after that time.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):

@@ -111,16 +111,16 @@ class Tokenizer:
         return [token_id for piece in _pieces(text) for token_id in self._encoding.encode_ordinary(piece)]
 
     def encode_array(self, text: str) -> npt.NDArray[np.uint32]:
-        """:meth:`encode` as an array, without creating a Python integer for each token."""
+        """The ids of :meth:`encode` as an array (tokens,), without creating a Python integer for each token."""
         if _may_have_long_run(text):
             return np.asarray(self.encode(text), dtype=np.uint32)
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, which only encode_ordinary replaces
+        except UnicodeEncodeError:  # raised for a lone surrogate, which only encode_ordinary replaces
             return np.asarray(self.encode(text), dtype=np.uint32)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 2) -> list[list[int]]:
-        """:meth:`encode` of several texts on ``threads`` threads."""
+        """The ids of several texts, each encoded by :meth:`encode`, on ``threads`` threads."""
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(self.encode, texts))
 

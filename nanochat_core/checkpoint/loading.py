@@ -230,8 +230,8 @@ class TrainerState:
     manifest: Manifest
     values: dict[str, Any]
     _store: Store
-    # For each file, the rows of each tensor that the file stores: (index of the first row, number of rows), by the
-    # tensor's name.
+    # Maps each file to the tensors that it stores. Each tensor's name is mapped to the index of its first row in the
+    # file, and to the number of its rows in the file.
     _index: dict[str, dict[str, tuple[int, int]]]
     _opened: dict[str, Any] = dataclasses.field(default_factory=dict)
 

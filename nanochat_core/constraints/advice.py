@@ -10,9 +10,9 @@ from nanochat_core.constraints.constraint import Constraint, ConstraintError, Co
 _REPETITION = re.compile(r"\\.|\{(?P<least>\d+)(?:,(?P<most>\d*))?\}|(?P<other>[*+?])", re.DOTALL)
 # Keywords of JSON schema whose value is a number of repetitions.
 _COUNTS = ("maxItems", "minItems", "maxLength", "minLength", "maxProperties", "minProperties")
-# The advice for a schema names the first cause that applies: the worst pattern, if it has at least _LARGE repetitions
-# or a count of at least _LARGE; the keyword with the highest count, if this count is at least _LARGE; the schema's
-# size.
+# The advice for a schema names one cause. It is the most expensive pattern if this pattern has at least _LARGE
+# repetitions or a count of at least _LARGE. Otherwise, it is the keyword with the highest count if this count is at
+# least _LARGE. Otherwise, it is the size of the schema.
 _LARGE = 100
 
 

@@ -22,7 +22,7 @@ _JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "ke
 # Grammar of the kind TEXT_OR_JSON_SCHEMA. The first character decides: text that begins with a brace must match the
 # schema, and all other text is allowed.
 _TEXT_OR_JSON = "start: (TEXT | json)?\nTEXT: /[^{](.|\\n)*/\njson: %json "
-# All limits except ``max_items_in_row`` are lower than the defaults of llguidance, because the defaults allow each
+# All numbers except ``max_items_in_row`` are lower than the defaults of llguidance, because the defaults allow each
 # sequence 250,000 lexer states of about 2 kB each, and 14 ms per step.
 _LIMITS: Mapping[str, Any] = {
     "initial_lexer_fuel": 50_000,
@@ -128,7 +128,7 @@ def read_schema(constraint: Constraint) -> dict[str, Any]:
         raise ConstraintError(constraint.kind, f"it is not valid JSON ({error})") from error
     if not isinstance(schema, dict):
         raise ConstraintError(constraint.kind, "a schema is a JSON object")
-    schema.pop("x-guidance", None)  # llguidance's options, with which a schema could switch checks off
+    schema.pop("x-guidance", None)  # removed, because llguidance reads options here that can switch checks off
     return schema
 
 

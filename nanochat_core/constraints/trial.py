@@ -28,9 +28,10 @@ MOST_BYTES = 64 << 20
 # Limit of the CPU time for one token of a completion, in seconds. The limit is short, because all sequences of a batch
 # wait for this work. The slowest token with a schema of 1,000 properties takes 15 ms.
 MOST_STEP_SECONDS = 0.05
-# Seconds within which the process must answer. The limit is high, because other processes may use most of the CPU time.
+# Seconds within which the compiling process must answer. The limit is high, because other processes may use most of the
+# CPU time.
 _PATIENCE_SECONDS = 60.0
-# The only environment variables that the process gets, because other variables may contain secrets.
+# The only environment variables that the compiling process gets, because other variables may contain secrets.
 _VARIABLES = ("PATH", "LD_LIBRARY_PATH")
 
 
@@ -58,7 +59,7 @@ class Trial:
 
     @property
     def started(self) -> bool:
-        """Whether the process runs. Otherwise, the next constraint must wait until the process has started."""
+        """Whether the compiling process runs. Otherwise, the next constraint must wait until it has started."""
         return self._process is not None
 
     def run(self, constraint: Constraint) -> int:

@@ -42,7 +42,8 @@ _LIMIT = re.compile("too (big|large|many|complex)|grammar size")
 # number of tokens of each completion.
 _REHEARSAL_SECONDS = 0.1
 _REHEARSAL_TOKENS = 128
-# Compilations get less CPU time than a step of the engine if both need the same core.
+# Increase of this process's nice value, so that a compilation gets less CPU time than a step of the engine if both need
+# the same core.
 _NICENESS = 5
 
 
@@ -157,7 +158,7 @@ def _peak_bytes() -> int:
 
 
 def _limit_resources() -> None:
-    """Let the kernel end this process if it takes too much CPU time, and let allocations beyond the limit fail."""
+    """Let the kernel end this process if it takes too much CPU time, and refuse memory beyond the limit."""
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
         with open("/proc/self/statm") as statm:

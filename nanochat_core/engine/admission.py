@@ -112,7 +112,10 @@ class Admission:
                 raise UserError(f"{name} has token {token}, which is outside the vocabulary of {vocab_size}")
 
     def _check_continued(self, request: Request) -> None:
-        """Check the choices that another engine began. ``continuation.replay`` later checks their tokens and events."""
+        """Check the indices, the token ids and the lengths of the choices that another engine began.
+
+        ``continuation.replay`` later checks whether an engine can have produced their tokens and events.
+        """
         most = self._max_length(request) - len(request.prompt)
         seen = set[int]()
         for said in request.continued:

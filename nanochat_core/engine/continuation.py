@@ -18,7 +18,7 @@ from nanochat_core.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class End:
-    """The work that remains after the tokens that the other engine has reported, before the next token is sampled."""
+    """The work that remains after the replay of another engine's tokens, before the next token is sampled."""
 
     unsaid: tuple[Token, ...] = ()  # tokens of a tool's output that are not reported yet, but are in the sequence
     finish_reason: FinishReason | None = None
@@ -34,7 +34,7 @@ def replay(seq: Sequence, said: Continuation, tools: ToolLoop) -> End:
     Raises a :class:`UserError` if the model, the tools and the constraint cannot have produced these tokens and events.
     """
     if said.tokens:
-        seq.scored = seq.prompt_length  # the client got the prompt's log probabilities with the first token
+        seq.scored = seq.prompt_length  # not scored again: the client got the scores with the first token
     return _Replay(seq, said, tools).run()
 
 

@@ -93,7 +93,7 @@ class PrefixCache:
     def __init__(self, groups: Items[CacheGroup], block_size: int) -> None:
         self.indexes = [PrefixIndex(group.num_blocks) for group in groups]
         # Blocks that will be computed soon: the hash of each, and the admitted sequence that computes it. Other
-        # sequences that need one of these blocks wait instead of computing it again.
+        # sequences that need one of these blocks wait for the block instead of computing it again.
         self.pending: dict[bytes, Sequence] = {}
         self._groups = groups
         self._block_size = block_size

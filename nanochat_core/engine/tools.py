@@ -220,6 +220,6 @@ def truncate(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
     keep = max_tokens
     while len(ids) > max_tokens:
         text = tokenizer.decode_bytes(ids[:keep]).decode("utf-8", errors="ignore")
-        keep -= 1  # a word cut in the middle may encode to more tokens than the whole word
+        keep -= 1  # the next try is shorter, because a word cut in the middle may encode to more tokens
         ids = tokenizer.encode(text)
     return text

@@ -124,11 +124,13 @@ def read_items(path: str) -> list[Item]:
 def parse_items(content: bytes, name: str) -> list[Item]:
     """The items in the content of a file. The ending of ``name`` determines the format.
 
-    - JSON lines (``.jsonl``, ``.ndjson`` or ``.json``): ``{"question", "answer"}``, also with ``wordings`` (further
-      wordings of the question) and ``expect`` (text that a right answer contains); ``{"text"}``; or a conversation, as
-      for fine-tuning.
-    - Markdown (``.md`` or ``.markdown``): ``Q:`` and ``A:``, with Python in a code block between them if code computes
-      the answer; ``User:`` and ``Assistant:`` for conversations; or questions as headings.
+    - JSON lines (``.jsonl``, ``.ndjson`` or ``.json``): each line is an object with ``question`` and ``answer``, an
+      object with ``text``, or a conversation, as for fine-tuning. Questions and conversations may also have
+      ``wordings`` (further wordings of the last question) and ``expect`` (text that a right answer contains).
+    - Markdown (``.md`` or ``.markdown``): a question follows ``Q:``, and its answer follows ``A:``. If code computes
+      the answer, a block of Python code is between them. In a conversation, a message follows ``User:`` or
+      ``Assistant:``. A heading that ends with a question mark is a question too, and the paragraphs below it are the
+      answer.
     - Plain text (any other ending), and other paragraphs of Markdown: texts to remember.
 
     Equal items are returned once. Raises a UserError that names the wrong line, paragraph or item.

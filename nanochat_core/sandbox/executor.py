@@ -127,8 +127,8 @@ class SandboxExecutor:
     def start(self) -> SandboxExecutor:
         """Choose and test the isolation profile, then begin to start workers. Blocks for about 100 ms.
 
-        Raises SandboxUnavailable if the configured profile fails its self-test or, with ``auto``, every profile fails,
-        and if the scratch folder or the folder of cgroups cannot be used.
+        Raises SandboxUnavailable if the configured profile fails its self-test (with ``auto``: if every profile fails),
+        or if the scratch folder or the folder of cgroups cannot be used.
         """
         self._thread.start()
         atexit.register(self.close)

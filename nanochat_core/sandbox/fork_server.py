@@ -274,7 +274,7 @@ class ForkServer:
         for waiting in self._starting.values():
             if not waiting.done():
                 waiting.set_exception(WorkerFailed(f"the sandbox's fork server cannot fork: {reason}"))
-                waiting.exception()  # marks it as read; otherwise asyncio logs it if nobody waits any more
+                waiting.exception()  # marks the exception as read, so asyncio does not log it if nobody waits
         for ended in self._running.values():
             if not ended.done():
                 ended.set_result(None)

@@ -35,7 +35,7 @@ class CodeNotBegun(WorkerFailed):
 
 
 class Status(enum.Enum):
-    """How a call ended. The names are the same as in ``sandbox.proto``."""
+    """How a call ended. The names in ``sandbox.proto`` are the same, with the prefix ``STATUS_``."""
 
     OK = "ok"
     ERROR = "error"
@@ -186,9 +186,15 @@ class SandboxConfig:
     memory_bytes: int = setting(256 << 20, "default limit of a call's memory in bytes", minimum=1 << 20)
     output_bytes: int = setting(64 << 10, "default limit of stdout, of stderr and of the result in bytes", minimum=1)
     max_wall_seconds: float = setting(30.0, "largest time limit that a call can ask for, in seconds", minimum=0.01)
-    max_cpu_seconds: float = setting(30.0, "largest limit of CPU time, in seconds", minimum=0.01)
-    max_memory_bytes: int = setting(1 << 30, "largest limit of memory, in bytes", minimum=1 << 20)
-    max_output_bytes: int = setting(1 << 20, "largest limit of each output, in bytes", minimum=1)
+    max_cpu_seconds: float = setting(
+        30.0, "largest limit of CPU time that a call can ask for, in seconds", minimum=0.01
+    )
+    max_memory_bytes: int = setting(
+        1 << 30, "largest limit of memory that a call can ask for, in bytes", minimum=1 << 20
+    )
+    max_output_bytes: int = setting(
+        1 << 20, "largest limit of each output that a call can ask for, in bytes", minimum=1
+    )
     max_file_bytes: int = setting(
         4 << 20,
         "largest total size of the files and stdin of a request, and of the files of an answer, in bytes",
@@ -196,8 +202,8 @@ class SandboxConfig:
     )
     max_files: int = setting(
         100,
-        "largest number of files of a request and of an answer; a request also has at most a sixteenth of "
-        "scratch-files",
+        "largest number of files of a request and of an answer; the number of a request's files is also limited to a "
+        "sixteenth of scratch-files",
         minimum=0,
     )
     sessions: int = setting(
@@ -205,7 +211,9 @@ class SandboxConfig:
         "largest number of sessions whose files are kept in memory; a further session replaces the least recently used",
         minimum=1,
     )
-    session_seconds: float = setting(600.0, "seconds after its last call until a session is forgotten", minimum=0.1)
+    session_seconds: float = setting(
+        600.0, "seconds after the last call of a session until it is forgotten", minimum=0.1
+    )
 
     @property
     def default_limits(self) -> Limits:

@@ -120,7 +120,7 @@ class Profile(abc.ABC):
 
 
 class PodProfile(Profile):
-    """For restricted containers: needs neither privileges nor namespaces."""
+    """The profile for restricted containers. It needs neither privileges nor namespaces."""
 
     name = "pod"
     mounts = protocol.MOUNTS_IF_ALLOWED
@@ -136,7 +136,7 @@ class PodProfile(Profile):
 
 
 class BwrapProfile(Profile):
-    """For machines with user namespaces: the worker cannot see the machine's other files, processes or networks."""
+    """The profile for machines with user namespaces. A worker cannot see other files, processes or networks."""
 
     name = "bwrap"
     mounts = protocol.MOUNTS_EXIST
@@ -163,11 +163,12 @@ class BwrapProfile(Profile):
 
 
 class GvisorProfile(BwrapProfile):
-    """Like ``bwrap``, but inside gVisor, so code cannot reach the machine's kernel. Refuses to run on another kernel.
+    """The profile ``bwrap`` inside gVisor, so that code cannot reach the machine's kernel.
 
-    gVisor lacks parts of Landlock that the sandbox needs. It cannot make existing mounts read-only. It cannot let
-    another process decide about system calls, so code cannot start threads. Its file systems in memory do not limit the
-    number of files. Source: gVisor's system-call compatibility reference.
+    The profile refuses to run on another kernel than gVisor's. gVisor lacks parts of Landlock that the sandbox needs.
+    It cannot make existing mounts read-only. It cannot let another process decide about system calls, so code cannot
+    start threads. Its file systems in memory do not limit the number of files. Source: gVisor's system-call
+    compatibility reference.
     """
 
     name = "gvisor"
@@ -219,13 +220,16 @@ def resource_limits(config: SandboxConfig) -> bytes:
         resource.RLIMIT_FSIZE: config.scratch_bytes,
     }
     if not config.threads:
-        # The kernel counts all threads of the user, so a limit above 0 would not limit the threads of a call.
+        # This limit can only forbid all threads. A limit above 0 would not limit the threads of one call, because the
+        # kernel counts all threads of the user.
         limits[resource.RLIMIT_NPROC] = 0
     return b"".join(struct.pack("=IQ", number, value) for number, value in limits.items())
 
 
 def file_rules(interpreter: Interpreter, packages_hidden: bool = False) -> list[PathRule]:
-    """The Landlock rules. Paths are the same with and without bubblewrap, and ``.`` is the scratch folder.
+    """The Landlock rules for the files that code may use.
+
+    Paths are the same with and without bubblewrap, and ``.`` is the scratch folder.
 
     With ``packages_hidden``, empty file systems already cover the installed packages, so few rules suffice.
     """

@@ -28,7 +28,9 @@ class Session:
 
 
 class Sessions:
-    """Keeps at most ``limit`` sessions, but always those in use. Forgets each one ``idle_seconds`` after its last call.
+    """Keeps at most ``limit`` sessions, or more if more are in use. Forgets a session that was idle for too long.
+
+    A session is forgotten ``idle_seconds`` after its last call.
 
     Attributes:
         waiting: number of calls that wait for another call of their session.

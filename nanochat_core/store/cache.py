@@ -22,9 +22,9 @@ class DownloadCache:
     """Keeps each file at ``folder/<version>/<key>``.
 
     When an object is replaced, its version changes. The new object then has another path, so the cache cannot return
-    the old content. The total size of the files is at most ``limit_bytes``; None means no limit. The limit is exceeded
-    by a file that alone is larger, during simultaneous downloads, and by files that :meth:`keeping` protects, until the
-    end of the ``with`` block.
+    the old content. The total size of the files is at most ``limit_bytes``; None means no limit. The total can exceed
+    the limit in three cases: one file alone is larger than the limit, several files are downloaded at the same time, or
+    a ``with`` block of :meth:`keeping` still protects files.
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:

@@ -25,7 +25,7 @@ class S3Store(Store):
 
         ``cache`` keeps the files that :meth:`fetch` downloads.
         """
-        import boto3  # not at the top: only the jobs and the engine install boto3
+        import boto3  # imported here, because only the jobs and the engine install boto3
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 

@@ -1,4 +1,4 @@
-"""Sends spans to an OpenTelemetry collector over OTLP/HTTP. Needs the packages of the extra ``tracing``."""
+"""Sends spans to an OpenTelemetry collector over OTLP/HTTP. This module needs the packages of the extra ``tracing``."""
 
 import threading
 

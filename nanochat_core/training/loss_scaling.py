@@ -4,7 +4,7 @@
 class LossScaler:
     """The factor by which fp16 training multiplies the loss, adapted in each step.
 
-    Problem: fp16 rounds gradients below about 6e-8 to zero.
+    Problem: fp16 rounds gradients below about 3e-8, half of its smallest positive number, to zero.
 
     Idea: multiplying the loss by ``factor`` before the backward pass makes all gradients larger. Dividing the gradients
     by ``factor`` afterwards restores their size. The factor should be as large as possible without an overflow, and

@@ -36,8 +36,8 @@ class Isolation:
         os.environ.clear()  # a launcher and Python's start-up have added PWD and LC_CTYPE
         if packages:
             sys.path.append(os.fsdecode(packages))
-            # The fork server must have only one thread, and matplotlib must use neither a display nor a folder in the
-            # home folder.
+            # With these variables, the packages start no threads, because the fork server must have only one thread,
+            # and matplotlib uses neither a display nor a folder in the home folder.
             os.environ.update(
                 dict.fromkeys(_THREAD_VARIABLES, "1"), MPLBACKEND="agg", MPLCONFIGDIR=os.fsdecode(self._scratch)
             )
@@ -99,7 +99,7 @@ class Isolation:
                 os._exit(0)
             os.wait()
         except OSError:
-            os._exit(1)  # a restricted container; the executor then gives each worker a folder
+            os._exit(1)  # this container is restricted, so the executor gives each worker a folder
         os._exit(0)
 
     def _make_mount_point(self) -> None:

@@ -20,8 +20,8 @@ import protocol
 _REQUESTS, _RESULT = 0, 3
 _PyCF_ONLY_AST, _PyCF_ALLOW_TOP_LEVEL_AWAIT, _CO_COROUTINE = 0x400, 0x2000, 0x80
 _NAME = "<code>"
-# Most frames in a printed traceback. Without this limit, printing the traceback of an endless recursion can take longer
-# than the call itself.
+# Maximum number of frames in a printed traceback. Without this limit, printing the traceback of an endless recursion
+# can take longer than the call itself.
 _SHOWN_FRAMES = 1100
 _Module = type(sys)
 # Size of a thread's stack. It is smaller than the default, because the stacks of all threads count as memory of the

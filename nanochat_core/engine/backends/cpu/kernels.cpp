@@ -410,8 +410,8 @@ void finish(const Shape &s, const Batch &b, T *x, const T *y, T *kept, const T *
   }
 }
 
-// In products with eight-bit weights: the number of outputs and the maximum number of rows that are computed together.
-// A weight is converted to float once for all these rows.
+// A product with eight-bit weights computes TILE outputs of at most PRODUCT_ROWS rows together, so that a weight is
+// converted to float only once for these rows.
 constexpr int TILE = 2 * LANES;
 constexpr int PRODUCT_ROWS = 8;
 
@@ -476,14 +476,15 @@ void multiply_int8(const float *x, const int8_t *weight, const float *scale, con
   }
 }
 
-// In products with fp32 weights: the number of outputs and the maximum number of rows that are computed together. The
-// sums of a row fill two registers, so all sums and a few weights fit into 16 registers.
+// A product with fp32 weights computes FLOAT_TILE outputs of at most FLOAT_ROWS rows together. The sums of a row fill
+// two registers, so all sums and a few weights fit into 16 registers.
 constexpr int FLOAT_TILE = 2 * WIDTH;
 constexpr int FLOAT_ROWS = 6;
 // Number of rows whose inputs stay in the processor's cache while all weights are read.
 constexpr int64_t ROWS_IN_CACHE = 48;
 
-// For every number of rows, sums are added in the order of the inputs, by fused multiply-adds.
+// Products of ROWS rows of x with a tile of fp32 weights. For every number of rows, sums are added in the order of the
+// inputs, by fused multiply-adds.
 template <int ROWS>
 inline void multiply_float_tile(const float *x, const float *weight, int64_t inputs, float (*sums)[FLOAT_TILE]) {
   part total[ROWS][2] = {};

@@ -100,7 +100,7 @@ def find_cached() -> Path | None:
     features = " ".join(sorted(processor_features()))
     parts = (SOURCE.read_bytes(), repr((compiler, _FLAGS)).encode(), features.encode())
     identity = hashlib.sha256(b"\0".join(parts)).hexdigest()
-    from nanochat_core.paths import cache_folder  # not at the top: main() runs without the rest of the project
+    from nanochat_core.paths import cache_folder  # imported here, because main() runs without other modules
 
     folder = cache_folder()
     path = folder / f"{identity[:24]}.so"

@@ -160,8 +160,8 @@ class CpuNetwork(ServingWeights):
             place = byref(attend.layer(index, qkv.size(1), self._value_tables.get(index), self._value_table.size(1)))
             kernels.nanochat_prepare(shape, batch, place, qkv.data_ptr())
             if wanted is not None and index == len(layers) - 1:
-                # The last layer computes only keys and values of the other tokens, because no later layer needs these
-                # tokens.
+                # If the logits of a token are not needed, the last layer computes only its keys and values, because no
+                # later layer reads the token.
                 if not len(wanted):
                     return x[:0]
                 x, middle, queries = (each.index_select(0, wanted) for each in (x, middle, queries))

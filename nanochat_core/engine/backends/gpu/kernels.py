@@ -25,6 +25,7 @@ def enter(x0, x, scale, embedding, smear, ids, previous_ids, scales, epsilon, di
         smear: (vocabulary, 1) factor of the previous token's embedding.
         ids, previous_ids: (tokens,) ids of each token and of the token before it.
         scales: (4,) fp32; the first two numbers are the residual scale and the skip scale of the first block.
+        WIDTH: ``dim`` rounded up to a power of two.
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
@@ -200,7 +201,7 @@ def combine(
     SPLIT: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
-    """Combine the splits of :func:`attend_tokens`. One program runs per token and head.
+    """Combine the results of :func:`attend_tokens` for the splits of each token. One program runs per token and head.
 
     Args:
         out: (tokens, HEADS, HEAD_DIM) receives the attention.
@@ -241,7 +242,7 @@ def attend_tiles(
 ):
     """Compute attention of a tile: up to ROWS successive tokens of one sequence. One program runs per tile and head.
 
-    The kernel reads keys block by block and uses the running softmax of FlashAttention (arXiv 2205.14135).
+    The kernel reads TILE keys at a time and uses the running softmax of FlashAttention (arXiv 2205.14135).
 
     Args:
         out, queries: (tokens, HEADS, HEAD_DIM).

@@ -22,13 +22,13 @@ _EPSILON = torch.finfo(torch.float32).eps
 # begin at multiples of SPLIT, so the order of additions depends only on a token's position.
 SPLIT = 256
 _SPLIT_TILE = 32
-# When attention is computed in tiles of tokens: the maximum number of tokens in a tile, which is also the maximum
-# number of keys that a tile reads at a time.
+# When attention is computed in tiles of tokens, a tile has at most this many tokens and reads at most this many keys at
+# a time.
 LARGEST_TILE = 64
 # In elementwise kernels, one program processes this number of values.
 _CHUNK = 1024
-# The package of FlashAttention 3, which runs on Hopper GPUs. Other FlashAttention packages do not support all sizes of
-# cache blocks.
+# The package of FlashAttention 3, and the major compute capability of the GPUs on which it runs (Hopper). The engine
+# uses no other FlashAttention package, because other packages do not support all sizes of cache blocks.
 _FLASH_MODULE, _FLASH_CAPABILITY = "flash_attn_interface", 9
 
 FlashKernel = Callable[..., Any]

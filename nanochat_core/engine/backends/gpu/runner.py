@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 # In a large step, the last layer computes only the tokens whose logits are needed, if the step has at least this many
-# tokens for each of them. If more logits are needed, attention of all tokens in tiles is faster than attention of the
-# needed tokens one by one.
+# times as many tokens. Otherwise, the last layer computes all tokens, because attention of all tokens in tiles is then
+# faster than attention of the needed tokens one by one.
 LEAST_TOKENS_PER_ROW = 4
 
 Compute = Callable[[], Tensor]
