@@ -128,7 +128,7 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Token ids that end an assistant's message: the end token itself, or the start of another document."""
+    """Ids of the tokens that end an assistant's message: its end token, and the token that begins a document."""
     return frozenset({tokenizer.special_ids[tok.ASSISTANT_END], tokenizer.bos_id})
 
 

@@ -100,7 +100,7 @@ class ModelConfig:
 
     @property
     def block_matrix_parameters(self) -> int:
-        """Number of parameters in the matrices inside the blocks, without the small gates."""
+        """Number of parameters in the matrices of all transformer blocks, without the small matrices of the gates."""
         attention = 2 * self.dim * self.dim + 2 * self.dim * self.kv_dim
         return self.depth * (attention + 8 * self.dim * self.dim)
 

@@ -50,8 +50,8 @@ def fastest(
     Args:
         question: describes the computation, including the shape and the number of threads. Equal questions have equal
             candidates.
-        candidates: the ways to compute it. The first candidate is the default. Another candidate is chosen only if it
-            saves at least the share :data:`LEAST_GAIN` of the default's time.
+        candidates: the ways to compute the result. The first candidate is the default. Another candidate is chosen only
+            if it saves at least the share :data:`LEAST_GAIN` of the default's time.
         equal: returns whether all candidates compute the same bits. If they do not, the first candidate is chosen, so
             that machines that measure separately also compute the same bits.
     """

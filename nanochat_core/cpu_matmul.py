@@ -90,7 +90,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     x, weight = ctx.saved_tensors
     rows, columns = gradient.reshape(-1, gradient.size(-1)), x.reshape(-1, x.size(-1))
-    # torch's default library computes the gradient of the weight, because oneDNN would copy both factors first. If the
+    # torch's default library computes the gradient of the weight, because oneDNN would copy both factors first. If this
     # gradient has more columns than rows, its transpose is computed, because a product is a tenth faster if its result
     # has at least as many rows as columns.
     of_weight = rows.T @ columns if rows.size(-1) >= columns.size(-1) else (columns.T @ rows).T

@@ -76,8 +76,8 @@ def to_device(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
 def free_memory(device: torch.device) -> None:
     """Returns unreferenced memory to the device, for other allocations and other processes.
 
-    Call it outside of ``except`` blocks. An exception that is being handled refers to all local variables of the
-    functions that it passed through, so their memory is still in use.
+    Call this function outside of ``except`` blocks. An exception that is being handled refers to all local variables of
+    the functions that it passed through, so their memory is still in use.
     """
     gc.collect()
     if device.type == "cuda":
@@ -111,7 +111,7 @@ def prepare_cpu(threads: int) -> None:
     """
     if threads:
         torch.set_num_threads(threads)
-    # A thread inherits this setting when it starts, so set it before the first parallel operation.
+    # A thread inherits the setting for denormal numbers when it starts, so this call precedes all parallel operations.
     torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     if mallopt is not None:  # only glibc has mallopt

@@ -159,7 +159,7 @@ class GPT(nn.Module):
 
     @property
     def value_tables(self) -> dict[int, nn.Embedding]:
-        """The value embedding of each layer that has one."""
+        """The value embeddings, by the index of their layer. Some layers have none."""
         return {int(layer): cast(nn.Embedding, table) for layer, table in self.value_embeddings.items()}
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 CHECK_SECONDS = 1.0  # shortest time between two checks of the files
 
-FileState = list[tuple[int, int, int]]  # of each file: inode, modification time in ns, size in bytes
+FileState = list[tuple[int, int, int]]  # for each file: inode, modification time in ns, size in bytes
 
 
 class RotatingFiles(Generic[T]):

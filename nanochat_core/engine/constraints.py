@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 # Maximum total size in bytes of the grammars and refusals that are kept for later requests.
 CACHE_BYTES = 64 << 20
-# Every grammar or refusal counts as at least this many bytes. The size of smaller ones cannot be measured, because the
+# Every grammar or refusal counts as at least this many bytes. A smaller size cannot be measured, because the
 # operating system counts a process's memory in steps of 256 KiB.
 LEAST_BYTES = 512 << 10
 

@@ -68,8 +68,8 @@ class Sequence:
         self.scored = self.prompt_length if request.sampling.prompt_logprobs is None else 1
         self.prompt_scores: list[Token] = []  # log probabilities not reported yet
         self.matcher: Matcher | None = None  # follows the sampled tokens through the request's constraint, if any
-        # Times in seconds of the monotonic clock. ``arrived_at`` is set right after this constructor. The other two are
-        # None before the sequence has run for the first time, and before its first token.
+        # Times in seconds of the monotonic clock. ``arrived_at`` is set right after this constructor. ``admitted_at``
+        # is None until the sequence first runs, and ``last_token_at`` is None until a token is sampled.
         self.arrived_at = 0.0
         self.admitted_at: float | None = None
         self.last_token_at: float | None = None

@@ -35,7 +35,7 @@ class LessonLists:
         """At most ``limit`` lessons of a model, without details, and whether there are more of them.
 
         Args:
-            after: number of the last lesson of the page before; None for the first page.
+            after: number of the last lesson of the previous page; None for the first page.
             newest_first: whether the newest lesson comes first; otherwise the oldest comes first.
         """
         known = self._known(model)

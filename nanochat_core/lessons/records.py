@@ -119,8 +119,8 @@ class Lesson:
             last; empty until the lesson begins.
         conflicts: the earlier answers that the lesson contradicts. Each has the ``question``, the earlier answer
             ``before``, the lesson's answer ``after``, and the origin ``from`` of the earlier answer.
-        training: the number of ``steps``, the ``seconds``, and the points of the ``history``. They are updated
-            during the training.
+        training: the number of ``steps``, the ``seconds``, and the points of the ``history``, all updated during the
+            training.
         before, after: the number of questions ``asked`` and the number of ``right`` answers in each group of
             :mod:`jobs.teach.examination`, before and after the lesson.
         wrong: the lesson's questions that the taught model answers wrongly.

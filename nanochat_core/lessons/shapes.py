@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# The shape of a value: a type; a list with the shape of its members; a mapping with the shape of each field; a mapping
-# with the only key ``str`` and the shape of all values; or a tuple of shapes, of which the value has any one. float
-# includes whole numbers.
+# The shape of a JSON value. A type is a shape. A list with one shape describes a list whose members have this shape. A
+# mapping describes an object by the shape of each field or, if the only key is ``str``, by the shape of all fields. A
+# tuple describes a value that has any one of the shapes in the tuple. The type float includes whole numbers.
 Shape = type | list[Any] | Mapping[Any, Any] | tuple[Any, ...]
 
 

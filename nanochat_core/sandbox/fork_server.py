@@ -125,7 +125,9 @@ class ForkServer:
 
     @classmethod
     async def start(cls, profile: Profile, scratch: ScratchRoot) -> ForkServer:
-        """Start a server and wait until it can fork. Its workers use the folders of ``scratch``.
+        """Start a server and wait until it can fork.
+
+        Workers that cannot mount file systems use the folders of ``scratch``.
 
         Raises WorkerFailed if the server ends before it can fork, and ServerLate if it takes too long.
         """

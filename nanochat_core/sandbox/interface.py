@@ -152,7 +152,7 @@ class SandboxConfig:
     scratch_bytes: int = setting(
         16 << 20, "bytes that a call may store in its scratch folder, and largest size of a file", minimum=4096
     )
-    scratch_files: int = setting(1000, "files that a call may store", minimum=1)
+    scratch_files: int = setting(1000, "largest number of files and folders in the scratch folder of a call", minimum=1)
     threads: int = setting(
         8, "threads that a call may run beside its main thread, if the kernel can limit them; 0 forbids them", minimum=0
     )

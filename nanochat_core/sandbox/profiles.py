@@ -136,7 +136,10 @@ class PodProfile(Profile):
 
 
 class BwrapProfile(Profile):
-    """The profile for machines with user namespaces. A worker cannot see other files, processes or networks."""
+    """The profile for machines with user namespaces.
+
+    A worker sees only the files that it needs. It sees no other processes and no network.
+    """
 
     name = "bwrap"
     mounts = protocol.MOUNTS_EXIST

@@ -301,8 +301,8 @@ def _alternative(conditions: tuple[Condition, ...], action: int) -> bytes:
 def _check(condition: Condition, skip: int) -> bytes:
     """Return instructions that check ``condition``.
 
-    If it is true, the program continues after these instructions. If it is false, the program also jumps over the
-    ``skip`` instructions that follow them.
+    If the condition is true, the program continues after the returned instructions. If the condition is false, the
+    program also jumps over the ``skip`` instructions that follow them.
     """
     # Each argument has eight bytes. The low 32 bits come first, because x86-64 and arm64 are little-endian.
     low = _ARGUMENTS + 8 * condition.argument

@@ -1,1 +1,4 @@
-"""Traces a request through all services: log lines, headers and exported spans carry its id and its trace's id."""
+"""Traces a request through all services.
+
+Log lines, headers and exported spans carry the request's id and the id of its trace.
+"""

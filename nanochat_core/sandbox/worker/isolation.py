@@ -33,7 +33,7 @@ class Isolation:
         self._around, self._scratch, self._options = scratch, os.path.join(scratch, b"call"), options
         self._rulesets: dict[bytes, int] = {}
         kernel.allocate_from_one_arena()
-        os.environ.clear()  # a launcher and Python's start-up have added PWD and LC_CTYPE
+        os.environ.clear()  # removes PWD and LC_CTYPE, which a launcher and Python's start-up have added
         if packages:
             sys.path.append(os.fsdecode(packages))
             # With these variables, the packages start no threads, because the fork server must have only one thread,

@@ -183,12 +183,18 @@ def file_rules(ruleset_attribute: bytes, rules: list[tuple[bytes, int]]) -> int:
 
 
 def restrict_files(ruleset: int) -> None:
-    """From now on, allow only the file accesses of the rules ``ruleset``. Needs no_new_privs."""
+    """From now on, allow only the file accesses of the rules ``ruleset``.
+
+    The process must have called :func:`give_up_new_privileges`.
+    """
     _check(_syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock")
 
 
 def restrict_system_calls(program: FilterProgram) -> None:
-    """From now on, allow only the system calls that the seccomp filter allows. Needs no_new_privs."""
+    """From now on, allow only the system calls that the seccomp filter allows.
+
+    The process must have called :func:`give_up_new_privileges`.
+    """
     _prctl("seccomp", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 

@@ -3,8 +3,8 @@
 Problem: if every rank keeps the whole optimizer state and makes every update, more ranks save neither memory nor the
 time of the updates.
 
-Idea: the parameters form units, and each rank owns a part of every unit, except of units that ``adamw`` does not
-divide. The rank keeps only the optimizer state of its part and updates only its part. A step has three stages:
+Idea: the parameters form units, and each rank owns a part of every unit (``adamw`` explains which units are not
+divided). The rank keeps only the optimizer state of its part and updates only its part. A step has three stages:
 
 1.  Reduce: the gradients of all ranks are summed, and each rank receives the sum for its own part. The reduction of a
     unit starts as soon as the backward pass has completed the unit's gradients, and overlaps with the rest of the

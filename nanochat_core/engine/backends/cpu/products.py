@@ -64,7 +64,7 @@ class TiledWeight:
 def faster_weight(weight: Tensor) -> Weight:
     """The fp32 ``weight`` (out_features, in_features) in the form whose products are faster on this processor.
 
-    If torch cannot pack weights for oneDNN, this is the kernel's form.
+    If torch cannot pack weights for oneDNN, the result is the kernel's form.
     """
     if weight.numel() <= _MOST_UNMEASURED or not packs(torch.float32):
         return TiledWeight(weight)

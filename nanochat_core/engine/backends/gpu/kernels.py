@@ -350,7 +350,7 @@ def leave(x, middle, scales, epsilon, dim, WIDTH: tl.constexpr):
 
 @triton.jit
 def softcap(logits, raw, count, columns, raw_columns, cap, SIZE: tl.constexpr):
-    """Compute ``cap * tanh(raw)`` of the first ``columns`` of each row.
+    """Compute ``cap * tanh(raw)`` of the first ``columns`` numbers of each row.
 
     Args:
         logits: (rows, columns) fp32.

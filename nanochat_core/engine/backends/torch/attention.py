@@ -32,7 +32,7 @@ from nanochat_core.model import GPT, QK_SCALE
 
 KEY_MULTIPLE = 16
 # Chunks share a padded batch if the lengths of their contexts lie between the same two successive powers of two. A
-# context of fewer tokens than this counts as this many.
+# context with fewer tokens than this number is treated like a context with this number of tokens.
 SMALLEST_BUCKET = 256
 
 
