@@ -92,4 +92,4 @@ def configure(service: str, level: str = "info") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx logs every request at level info
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # because httpx logs every request at level info

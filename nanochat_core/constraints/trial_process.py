@@ -52,7 +52,7 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     setup = json.loads(sys.stdin.buffer.readline())
     compiler = Compiler(Tokenizer.from_json(setup["tokenizer"]), setup["vocab_size"])
-    compiler.compile(Constraint(ConstraintKind.JSON_OBJECT))  # loads llguidance, so that no measured compilation does
+    compiler.compile(Constraint(ConstraintKind.JSON_OBJECT))  # loads llguidance before any compilation is measured
     os.nice(_NICENESS)
     _answer({})
     for line in sys.stdin.buffer:
@@ -73,7 +73,7 @@ def _outcome(compiler: Compiler, constraint: Constraint) -> dict[str, Any]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # discards panics, which quote the constraint
             _limit_resources()
             os.write(writer, json.dumps(_compiled(compiler, constraint)).encode())
-        except BaseException:  # a panic in a Rust library is a BaseException, not an Exception
+        except BaseException:  # also catches a panic in a Rust library, which is not an Exception
             os._exit(1)
         os._exit(0)
     os.close(writer)

@@ -239,11 +239,11 @@ class AsyncEngine:
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
             error = EngineDead("the engine has been stopped")
-        except BaseException as cause:  # a panic in a Rust library is a BaseException, not an Exception
+        except BaseException as cause:  # also catches a panic in a Rust library, which is not an Exception
             self._step_began = None
             log.exception("engine_died")
             error = EngineDead(f"the engine's device loop died: {cause!r}")
-            if self._engine is not None:  # false if stop() has abandoned this thread
+            if self._engine is not None:  # after stop() has abandoned this thread, nobody is told
                 self._loop.call_soon_threadsafe(self._on_death)
         self._loop.call_soon_threadsafe(self._fail, error)
 

@@ -15,7 +15,7 @@ class CacheGroup:
 
     layers: tuple[int, ...]  # indices of the layers
     window: int | None  # number of earlier tokens that a token sees; None means all earlier tokens
-    num_blocks: int  # a block stores keys and values of ``block_size`` tokens for every layer of the group
+    num_blocks: int  # each stores the keys and values of ``block_size`` tokens for all layers of the group
     most_held: int = sys.maxsize  # maximum number of blocks that one sequence uses in this group
 
     def first_visible_block(self, computed: int, block_size: int) -> int:

@@ -122,7 +122,7 @@ class Compilations:
         error: Exception | None = None
         try:
             grammar = await run_in_daemon_thread(self._grammars.compile, job.constraint, trial)
-        except BaseException as failure:  # a panic in a Rust library is a BaseException, not an Exception
+        except BaseException as failure:  # also catches a panic in a Rust library, which is not an Exception
             error = failure if isinstance(failure, Exception) else TrialEnded(repr(failure))
         if not job.result.done():  # a request still waits
             del self._jobs[job.constraint]

@@ -28,7 +28,8 @@ class EngineOptions:
     """The settings of an engine that are also flags of the engine service."""
 
     quantization: Literal["none", "int8"] = setting(
-        "none", "int8 rounds the weight matrices to eight bits (only on CPUs); faster while few answers are generated"
+        "none",
+        "int8 rounds the weight matrices to eight bits (only on CPUs), which is faster while few answers are generated",
     )
     kernels: bool = setting(True, "compute with the engine's own kernels if they are available")
     block_size: int = setting(16, "tokens per block of the KV cache", minimum=1)

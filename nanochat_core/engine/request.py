@@ -42,7 +42,7 @@ class SamplingParams:
     logits. With a constraint, a stop token is possible only after a matching text.
     """
 
-    temperature: float = 0.0  # 0 is greedy
+    temperature: float = 0.0  # 0 means greedy decoding
     top_k: int = 0  # keep the k most likely tokens, and tokens that tie with the last of them; 0 keeps all tokens
     top_p: float = 1.0  # keep the smallest set of most likely tokens whose probability reaches p; 1 keeps all
     min_p: float = 0.0  # keep tokens with at least this fraction of the highest probability; 0 keeps all
@@ -53,7 +53,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted from a token's logit once per occurrence in the completion
     seed: int | None = None  # None lets the engine choose a seed
     max_tokens: int = 0  # maximum number of sampled tokens and tool tokens together; 0 means up to the context length
-    stop_token_ids: frozenset[int] = frozenset()  # each ends the sequence and is reported as its last token
+    stop_token_ids: frozenset[int] = frozenset()  # any of these tokens ends the sequence and is its last reported token
     # For each sampled token, its log probability is reported, and also the log probabilities of this number of the most
     # likely tokens. None reports no log probabilities.
     logprobs: int | None = None

@@ -23,7 +23,7 @@ class TokenBatch:
         ids: list[int] = []
         previous: list[int] = []
         positions: list[int] = []
-        # (index in the batch, sequence) of each token that the previous step is still sampling.
+        # The index in the batch and the sequence of each token that the previous step is still sampling.
         self.unknown: list[tuple[int, Sequence]] = []
         for chunk in chunks:
             tokens, start = chunk.seq.tokens, chunk.start
@@ -38,7 +38,7 @@ class TokenBatch:
                 ids += chunk.tokens
                 previous += ids[len(previous) - 1 : -1]
                 positions += range(start + 1, chunk.end)
-        # (3, tokens): the ids of the tokens, the ids of the tokens before them, and their positions.
+        # An array (3, tokens) of the tokens' ids, the ids of the tokens before them, and the tokens' positions.
         self.rows = np.array([ids, previous, positions], dtype=np.int64)
 
     def fill_in(self, ids: Tensor, previous: LaunchedStep | None) -> None:

@@ -25,7 +25,7 @@ class ToolOutput:
 
     status: str  # a sandbox status in lower case, or "unavailable"
     output: str  # text for the model; an error is one line that the model can read
-    pictures: tuple[Picture, ...] = ()  # for people; the model does not see them
+    pictures: tuple[Picture, ...] = ()  # pictures for people; the model does not see them
 
 
 class ToolRunner(Protocol):

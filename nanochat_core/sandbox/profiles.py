@@ -259,7 +259,7 @@ def namespace_options(program: str, forbid_more: bool = True, share_network: boo
     options = ["--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
     options += ["--share-net"] if share_network else []
     options += ["--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
-    options += ["--setenv", "LD_BIND_NOW", "1"]  # see ForkServer.start
+    options += ["--setenv", "LD_BIND_NOW", "1"]  # a comment in ForkServer.start says why
     # The fork server keeps the capability CAP_SYS_ADMIN to mount scratch file systems. Its workers give up the
     # capability.
     options += ["--cap-add", "CAP_SYS_ADMIN"]

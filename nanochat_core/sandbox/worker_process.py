@@ -72,7 +72,7 @@ class ProcessUsage:
         try:
             with open(f"/proc/{self._pid}/status", "rb") as status:
                 for line in status:
-                    if line.startswith((b"VmHWM:", b"VmRSS:")):  # gVisor reports only VmRSS
+                    if line.startswith((b"VmHWM:", b"VmRSS:")):  # VmRSS is for gVisor, which has no VmHWM
                         self.peak_memory_bytes = max(self.peak_memory_bytes, int(line.split()[1]) * 1024)
                         return
         except OSError:

@@ -112,7 +112,7 @@ class Lease:
             self._thread.join()
         # An error is ignored, because other programs then only have to wait until the lease has expired.
         with contextlib.suppress(StoreError, LeaseLost):
-            self.renew()  # so that no other program takes the lease over before the removal
+            self.renew()  # prevents that another program takes the lease over before it is removed
             assert self._version is not None
             self._store.remove_version(self._key, self._version)
 
@@ -152,7 +152,8 @@ class Lease:
         while True:
             content, version = self._read()
             holder = _parsed(content)
-            # If the token is this program's own, an earlier write of this loop succeeded, but its answer was lost.
+            # If the token is this program's own, this program has the lease already: an earlier write of this loop
+            # succeeded, but the store's answer was lost.
             if holder.get("token") == self._holder["token"]:
                 self._version = version
                 return

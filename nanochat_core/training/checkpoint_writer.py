@@ -183,8 +183,8 @@ class CheckpointWriter:
         if kind is None:
             self.wait()
         elif not issubclass(kind, RankLost):
-            with contextlib.suppress(UserError):  # the error that ended the block is reported instead
-                self._end()  # not wait(), because ranks without an error do not take part in its checks
+            with contextlib.suppress(UserError):  # the caller reports the error that ended the block
+                self._end()  # wait() is not called, because its checks would also need the ranks without an error
 
     def _write(self, ref: CheckpointRef, contents: _Contents) -> None:
         for wait in (*self._retry_seconds, None):

@@ -147,7 +147,7 @@ def _read(count: int) -> bytes:
 
 def examine(context: str, tests: str, function: str) -> None:
     """Run ``check(candidate)`` of ``tests``. Each call of ``candidate`` becomes a message to the other side."""
-    sys.setrecursionlimit(10_000)  # encode and decode call themselves once for each level of a nested value
+    sys.setrecursionlimit(10_000)  # high, because encode and decode call themselves for each level of a nested value
 
     def candidate(*arguments: object, **named: object) -> Any:
         for value in (*arguments, *named.values()):

@@ -100,7 +100,7 @@ def give_up_new_privileges() -> None:
     _prctl("no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            break  # there are no more capabilities, or this process is unprivileged and cannot gain one
+            break  # nothing is left to drop: no more capabilities exist, or this process can gain none
     # An error of the next call is ignored, because the call fails only on kernels without ambient capabilities.
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     _prctl("non-dumpable", _PR_SET_DUMPABLE, 0)

@@ -158,7 +158,7 @@ def _evaluate(code: str, namespace: dict[str, object]) -> object:
 
 def _run_coroutines(parts: list[types.CodeType], namespace: dict[str, object]) -> object:
     """Run the parts of the code one after the other, like :func:`_evaluate`, but in an event loop."""
-    import asyncio  # most calls do not need asyncio, and importing it takes long
+    import asyncio  # imported here, because most calls do not need asyncio, and importing it takes long
 
     value: object = None
     with asyncio.Runner() as loop:

@@ -25,7 +25,7 @@ def serve(control_fd: int) -> None:
     os.closerange(3, control_fd)
     os.closerange(control_fd + 1, 1024)
     while (free := os.dup(0)) < _MOST_WORKER_FDS:
-        pass  # keeps the numbers that workers give to their pipes occupied, so no other descriptor gets one of them
+        pass  # occupies the numbers that workers later give to their pipes, so no other descriptor gets one of them
     os.dup2(control_fd, free)
     os.dup2(0, control_fd)
     control = _socket.socket(fileno=free)
@@ -33,7 +33,7 @@ def serve(control_fd: int) -> None:
     isolation = Isolation(protocol.unpack(control.recv(_SETUP_BYTES)[4:]))
     runner.warm_up()
     gc.collect()
-    gc.freeze()  # the collector would otherwise write to, and so copy, the pages that workers share
+    gc.freeze()  # otherwise, the collector would write to the pages that workers share, so they would be copied
     ready = protocol.pack([protocol.READY, b"private" if isolation.private else b""])
     control.sendmsg([ready], _rights(isolation.listener) if isolation.listener >= 0 else [])
     workers: dict[int, tuple[bytes, int]] = {}  # for each pidfd, the number and the process id of its worker

@@ -160,7 +160,11 @@ class _Layout:
         self.rows = rows
 
     def split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views of the four parts: (4 + groups, tokens), (tiles, 4), (2, rows rounded up), (rows, groups, blocks)."""
+        """Views of the four parts.
+
+        Their shapes are (4 + groups, tokens) for the numbers per token, (tiles, 4) for the tiles, (2, rows rounded up)
+        for the numbers per sequence, and (rows, groups, blocks) for the block tables.
+        """
         by_token, tiles, sequences, tables = buffer.split(self._sizes)
         shape = (-1, self.groups, self.blocks)
         return by_token.view(-1, self.tokens), tiles.view(-1, 4), sequences.view(2, -1), tables.view(shape)
