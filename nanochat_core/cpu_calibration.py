@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 # A candidate that is not the default must save at least this share of the default's time. Smaller differences are
 # mostly noise.
 LEAST_GAIN = 0.05
-# The candidates run in turn until each has run _LEAST_RUNS times, and until _SECONDS times the number of candidates
-# have passed. The fastest run of a candidate counts.
+# The candidates run in turn until each has run _LEAST_RUNS times, and until _SECONDS seconds per candidate have passed.
+# The fastest run of a candidate counts.
 _LEAST_RUNS, _SECONDS = 4, 0.1
 
 

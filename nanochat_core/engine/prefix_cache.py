@@ -106,7 +106,8 @@ class PrefixCache:
         # At least one known token must be computed, because the next token is sampled from its logits.
         hashes = self.hashes_of(seq)[: (len(seq.tokens) - 1) // size]
         found = [[digest in index.by_hash for digest in hashes] for index in self.indexes]
-        # A group with a window needs only the end of the prefix, so earlier blocks may be missing from that group.
+        # Number of blocks in the longest prefix for which every group has the needed blocks. A group with a window
+        # needs only the end of the prefix, so earlier blocks may be missing from that group.
         longest = 0
         # For each group, the number of successive found blocks that end with block i.
         consecutive = [0] * len(self._groups)

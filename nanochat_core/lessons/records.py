@@ -331,7 +331,7 @@ def lessons(store: Store, model: str, leave_out: Collection[int] = ()) -> list[L
     """The lessons of a model, the oldest first. Lessons with a number in ``leave_out`` are left out and not read."""
     found = []
     for number in sorted(numbers(store, model).difference(leave_out)):
-        with contextlib.suppress(NoLesson):  # somebody has just removed the lesson
+        with contextlib.suppress(NoLesson):  # raised if somebody has just removed the lesson
             found.append(read_lesson(store, model, number))
     return found
 

@@ -74,7 +74,7 @@ def load_library(path: str) -> None:
 
 
 def allocate_from_one_arena() -> None:
-    """Let all threads allocate from one arena. By default, glibc reserves 64 MiB of address space for each thread."""
+    """Let all threads allocate from one arena, because glibc otherwise reserves 64 MiB of address space per thread."""
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_M_ARENA_MAX, 1)
 

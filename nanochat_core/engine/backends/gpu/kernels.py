@@ -280,7 +280,8 @@ def attend_tiles(
         distance = position[:, None] - key[None, :]
         score = tl.where((distance >= 0) & (distance <= window), score, -float("inf"))
         higher = tl.maximum(top, tl.max(score, 1))
-        steady = tl.where(higher == -float("inf"), 0.0, higher)  # ``higher`` is -inf if the row has seen no key yet
+        # If the row has seen no key yet, ``higher`` is -inf, and the subtractions below would give NaN.
+        steady = tl.where(higher == -float("inf"), 0.0, higher)
         fade = tl.exp(top - steady)
         share = tl.exp(score - steady[:, None])
         weight = weight * fade + tl.sum(share, 1)

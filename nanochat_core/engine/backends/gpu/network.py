@@ -58,7 +58,7 @@ class GpuNetwork(ServingWeights):
         super().__init__(model)
         self._flash = flash
         self._score_scale = QK_SCALE**2 * self.config.head_dim**0.5
-        # A tile has as many tokens as fit into shared memory.
+        # A tile has as many tokens as fit into shared memory, but at least 16 and at most LARGEST_TILE.
         self.tile_rows = max(16, min(LARGEST_TILE, 16384 // (self.config.head_dim * self.dtype.itemsize)))
         config = self.config
         self._heads = {"HEADS": config.n_head, "KV_HEADS": config.n_kv_head, "HEAD_DIM": config.head_dim}
