@@ -257,7 +257,7 @@ class Engine:
             raise RuntimeError(f"{len(self._requests)} requests are in flight; weights change between requests")
         if (model.config, model.compute_dtype) != (self.model_config, self._dtype):
             raise ValueError("the new weights belong to a model with another configuration or dtype")
-        self._launched = None  # the requests of this step have ended, so the tokens of the step are not needed
+        self._launched = None  # the requests of the launched step have ended, so its tokens are not needed
         self.runner.load(model)
         self.blocks.forget()
 

@@ -244,8 +244,8 @@ class WorkerProcess:
         for fd in (self.stdin, self.stdout, self.stderr, self.result):
             os.set_blocking(fd, False)
         self._has_pipes = True
-        # Only untrusted code could end the worker, and no code runs yet. Therefore, the process id still belongs to the
-        # worker.
+        # The returned process id still belongs to the worker: only untrusted code could end the worker, and no code
+        # runs yet.
         handle, self._pid, self.ended = await self.server.fork(self._scratch or "", [*children, *peers])
         self.handle = self._own(handle)
         for fd in children:

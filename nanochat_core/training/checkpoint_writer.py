@@ -157,7 +157,7 @@ class CheckpointWriter:
         one of a newer version of nanochat. Earlier checkpoints stay complete.
         """
         if self._thread is not None:
-            # gather() raises RankLost if a rank hangs.
+            # All ranks call gather() again and again while they wait, because it raises RankLost if a rank hangs.
             while any(self._training_ranks.gather(self._writes_after(_CHECK_SECONDS))):
                 pass
         self._end()
