@@ -68,7 +68,10 @@ class ModelHost:
 
     @property
     def training(self) -> TrainingWatch:
-        """Reads from the store how far the model's training has come. It may go on while an earlier revision serves."""
+        """Reads from the store how far the model's training has come.
+
+        The training may go on while an earlier revision serves.
+        """
         return self._loader.training
 
     def load(self) -> Load:
@@ -77,7 +80,7 @@ class ModelHost:
         return Load(*map(sum, zip(*loads, strict=True))) if loads else Load()
 
     def longest_step(self) -> float:
-        """Seconds since the start of the oldest engine step (computation of a batch) that still runs; 0 without one."""
+        """Seconds since the oldest running engine step (computation of a batch) began; 0 if no step runs."""
         return max((model.engine.step_seconds() for model in self.models), default=0.0)
 
     async def follow(self, poll_seconds: float) -> None:
@@ -98,8 +101,8 @@ class ModelHost:
             snapshot = False
             try:
                 ref = await run_in_daemon_thread(self._loader.wanted_ref)
-                # The success of wanted_ref() shows that the store answers only if no revision is configured, because
-                # wanted_ref() does not read the store otherwise.
+                # If a revision is configured, wanted_ref() does not read the store, so the success of wanted_ref() does
+                # not show that the store answers.
                 store_answered = store_answered or not self._loader.revision
                 if ref is None and self._loader.snapshots:
                     ref = await run_in_daemon_thread(self._loader.newest_snapshot)
@@ -133,7 +136,10 @@ class ModelHost:
             await asyncio.sleep(poll_seconds)
 
     async def reload(self, revision: str) -> ServedModel:
-        """Serve ``revision`` (empty: the promoted revision). If an error is raised, the current model keeps serving."""
+        """Serve ``revision``, or the promoted revision if ``revision`` is empty.
+
+        If an error is raised, the current model keeps serving.
+        """
         name = self._loader.model
         if revision:
             return await self.serve(CheckpointRef.parse(name, revision))

@@ -18,7 +18,7 @@ from nanochat_core.tracing.span import current_span
 current_caller: contextvars.ContextVar[str] = contextvars.ContextVar("current_caller", default="")
 
 _UNAVAILABLE = ToolOutput("unavailable", "error: the Python sandbox is unavailable")
-# Files with these endings are pictures that a browser can show.
+# Endings of picture files that a browser can show, and the media type of each.
 _MEDIA_TYPES = {
     ".png": "image/png",
     ".svg": "image/svg+xml",

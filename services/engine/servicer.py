@@ -142,7 +142,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         return await self._read(context, lambda: read_report(self._store, model.ref.model, request.file))
 
     async def GetProgress(self, _: engine_pb2.GetProgressRequest, context: Context) -> engine_pb2.Progress:
-        """Read the progress of the model's training from the store. Works even while no model is loaded."""
+        """Read the progress of the model's training from the store. The call works even while no model is loaded.
+
+        The status is UNAVAILABLE while the store does not answer. The status is NOT_FOUND if the store has no progress.
+        It is FAILED_PRECONDITION if a newer version of this project wrote the progress.
+        """
         current = self._host.current
         served = current.ref.revision if current else ""
         return await self._read(context, lambda: self._host.training.progress(served))

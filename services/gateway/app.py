@@ -59,8 +59,9 @@ def create_app(settings: GatewaySettings, lookup: Lookup = addresses_of) -> Fast
     """Builds the application. It is connected to engines and sandboxes from its startup to its shutdown.
 
     ``lookup`` returns the addresses of a host name; the default asks the system's resolver. The application's
-    ``state.drain`` and ``state.metrics`` exist from the beginning, its ``state.pool`` and ``state.sandboxes`` after the
-    startup.
+    ``state.drain`` and ``state.metrics`` exist from the beginning. Its ``state.pool`` and ``state.sandboxes`` exist
+    after the startup.
+
     Raises UserError if the TLS files, the key store, the store of the lessons or the trace exporter of the settings
     cannot be used.
     """

@@ -26,7 +26,9 @@ def https_context(settings: HttpsSettings) -> ssl.SSLContext | None:
         context.set_alpn_protocols(["http/1.1"])
         try:
             context.load_cert_chain(*paths, password="")
-        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError; a key with a password is a ValueError
+        # ssl.SSLError is an OSError. The ssl module raises ValueError for an unusable argument, such as a path with a
+        # null byte.
+        except (OSError, ValueError) as error:
             message = f"the HTTPS files {' and '.join(paths)} do not belong together or are damaged: {error}"
             raise UserError(message) from error
         if read_files("HTTPS", paths) != before:

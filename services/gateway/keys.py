@@ -26,7 +26,7 @@ from services.gateway.admission.usage import FIELDS, last_days, table_rows
 from services.gateway.settings import MAX_LIMIT, KeyStoreSettings
 
 PROGRAM = "python -m services.gateway.keys"
-# A command waits at least this long for Redis, even if the settings have a shorter time limit.
+# Shortest time limit of a command's wait for Redis. It replaces a shorter time limit in the settings.
 _PATIENCE_SECONDS = 10.0
 
 
@@ -40,8 +40,8 @@ class CreateSettings(KeyStoreSettings):
     )
     requests_per_minute: int | None = setting(
         None,
-        "limit of this key on requests per minute; 0 sets no limit; a key that is created without any of the three "
-        "limits gets the limits of the gateway",
+        "limit of this key on requests per minute; 0 sets no limit; a key that is created with none of the limits on "
+        "requests, tokens and answers gets the limits of the gateway",
         minimum=0,
         maximum=MAX_LIMIT,
     )

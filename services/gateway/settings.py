@@ -21,7 +21,7 @@ class KeyStoreSettings:
         "",
         "URL of the Redis that keeps keys, usage and limits for all gateways: "
         "redis://[user:password@]host:port/database, or rediss:// for TLS; if empty, keys-file has the keys, and each "
-        "gateway counts for itself",
+        "gateway counts requests, tokens and answers for itself",
         env="NANOCHAT_REDIS_URL",
         secret=True,
     )
@@ -46,8 +46,8 @@ class AdmissionSettings(KeyStoreSettings):
 
     redis_failure: Literal["open", "closed"] = setting(
         "open",
-        "behavior while Redis does not answer: with open, each gateway counts for itself and accepts the keys that it "
-        "knows; with closed, it answers 503",
+        "behavior while Redis does not answer: with open, each gateway counts requests, tokens and answers for itself "
+        "and accepts the keys that it knows; with closed, it answers 503",
     )
     anonymous_scopes: tuple[str, ...] = setting(
         ("chat", "sandbox", "metrics"),
@@ -92,7 +92,7 @@ class HttpsSettings:
     https_certificate: str = setting(
         "", "PEM file with the certificate that clients see, and its chain; may be replaced while the gateway runs"
     )
-    https_key: str = setting("", "PEM file with the private key of that certificate")
+    https_key: str = setting("", "PEM file with the private key of the certificate in https-certificate")
 
     def __post_init__(self) -> None:
         if bool(self.https_certificate) != bool(self.https_key):

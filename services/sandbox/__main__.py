@@ -77,7 +77,8 @@ async def _probe(service: GrpcService, executor: SandboxExecutor, seconds: float
     serving = True
     while True:
         await asyncio.sleep(seconds)
-        # A failed test call is repeated once before it counts, because something may only have killed its process.
+        # A failed test call is repeated once before it counts, because the cause may only be that something killed the
+        # call's process.
         problem = await _problem(executor) and await _problem(executor)
         if serving == bool(problem):
             serving = not problem

@@ -25,7 +25,10 @@ _FORMATS = {sandbox_pb2.RESULT_FORMAT_REPR: ResultFormat.REPR, sandbox_pb2.RESUL
 
 
 class SandboxServicer(sandbox_pb2_grpc.SandboxServicer):
-    """Answers every valid call with a status. A gRPC error means an invalid request or a failure of the sandbox."""
+    """Runs code and answers with a status, even if the code fails.
+
+    A call ends with a gRPC error only if the request is invalid, if the sandbox fails or if the service shuts down.
+    """
 
     def __init__(self, executor: SandboxExecutor, metrics: Metrics, max_code_bytes: int) -> None:
         self._executor = executor

@@ -66,7 +66,8 @@ class Callers:
             raise unauthorized("This API key is wrong." if secret else _MISSING)
         key = await self._keyring.find(key_id)
         if not self._keyring.fresh and (key is None or need_fresh):
-            # The keys may be old only because this process was stopped or busy, so the store is asked again.
+            # The keys in memory may be out of date only because this process was stopped or busy, so the store is asked
+            # again.
             await self._keyring.refresh()
             key = self._keyring.known(key_id)
             if not self._keyring.fresh:

@@ -105,7 +105,10 @@ def _usage_row(row: dict[str, Any]) -> tuple[tuple[str, str], Usage]:
 
 
 def _read(path: Path, form: str, parse: Callable[[dict[str, Any]], dict[Any, T]]) -> dict[Any, T]:
-    """Parses the file ``path``; empty if there is no such file. Raises Away if the file is unreadable or damaged."""
+    """Parses the file ``path``. Returns an empty dict if the file does not exist.
+
+    Raises Away if the file is unreadable or damaged, or does not have the format ``form``.
+    """
     try:
         value = json.loads(path.read_bytes())
         if not isinstance(value, dict) or value.get("format") != form:

@@ -76,7 +76,7 @@ class Keyring:
             self._confirmed, self._last_problem = began, ""
 
     async def watch(self) -> None:
-        """Checks the store every ``POLL_SECONDS`` until it is canceled."""
+        """Checks the store every ``POLL_SECONDS`` until the calling task is canceled."""
         while True:
             await self.refresh()
             await asyncio.sleep(POLL_SECONDS)

@@ -22,7 +22,7 @@ _FORM = re.compile(API_KEY_FORM)
 class Scope(enum.StrEnum):
     """A permission of a key: the endpoints that its owner may call."""
 
-    CHAT = "chat"  # all endpoints that use the model
+    CHAT = "chat"  # the endpoints that use the model, the text of its report, and the progress of its training
     SANDBOX = "sandbox"  # /v1/sandbox/, and the model may run Python in this key's answers
     METRICS = "metrics"  # /metrics
     ADMIN = "admin"  # manage keys, read usage and status, send lessons for the model
@@ -94,9 +94,9 @@ class ApiKey:
         return self.revoked is None and (self.expires is None or now < self.expires)
 
     def accepts(self, secret: str, now: float) -> bool:
-        """Whether ``secret`` is this key, or is the key before its rotation and still accepted at the time ``now``.
+        """Whether ``secret`` is this key's secret, or the secret before the rotation if that one is still accepted.
 
-        The comparison takes constant time.
+        ``now`` is the current time in seconds since 1970. The comparison takes constant time.
         """
         digest = digest_of(secret)
         is_new = hmac.compare_digest(digest, self.digest)

@@ -12,7 +12,7 @@ from services.gateway.engines.request import off_loop
 
 
 class ChoiceAnswer(Answer):
-    """Writes the choices of an answer as JSON. A subclass for each endpoint writes a single choice."""
+    """Writes the choices of an answer as JSON. Each endpoint has a subclass, whose methods write a single choice."""
 
     kind: ClassVar[str]  # field "object" of a whole response
     chunk_kind: ClassVar[str]  # field "object" of a streamed chunk

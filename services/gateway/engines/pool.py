@@ -34,7 +34,7 @@ class Wish:
         weights: digest of the weights that the engine must have; None allows any weights. An empty digest fits no
             engine; it comes from an engine that reports no digest.
         avoid: addresses of engines that have failed on the request.
-        canary: whether the request goes to the canary; None while this is undecided.
+        canary: whether the request goes to the canary (a new revision on trial); None while this is undecided.
     """
 
     name: str | None
@@ -287,7 +287,10 @@ class EnginePool:
         return replica.model is not None and self._canary.serves(replica.model.identity)
 
     def outcome(self, model: ServedModel, seconds: float) -> None:
-        """Records for the trial of the canary the seconds from a request to its first token; infinite for a failure."""
+        """Records the seconds from a request to its first token, which are infinite for a failure.
+
+        The record decides whether the canary (a new revision on trial) keeps its share of the requests.
+        """
         reason = self._canary.record(model.identity, seconds)
         if reason is not None:
             logger.error("canary returned", extra={"canary": self.settings.canary, "reason": reason})

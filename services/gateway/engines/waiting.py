@@ -10,8 +10,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# The queue does not immediately remove a ticket that has left, or a caller without a ticket, because it would have to
-# search all tickets. It removes them together once it has more entries than this number plus twice the waiting tickets.
+# A ticket that has left, or a caller without a ticket, is not removed immediately, because the queue would have to
+# search all its entries. Such entries are removed together once the queue has more entries than this number plus twice
+# the number of waiting tickets.
 _KEPT = 100
 
 

@@ -1,4 +1,4 @@
--- Returns a value that put_value.lua has stored, or nil.
+-- Returns a value that put_value.lua has stored; nil if there is no such value, or if it has expired.
 -- KEYS: hash from names to values, sorted set of the names by the time when a value expires. ARGV: name.
 local ends = redis.call('ZSCORE', KEYS[2], ARGV[1])
 if not ends or tonumber(ends) <= clock(-1) then return nil end

@@ -1,4 +1,5 @@
--- Stores a value for a while. Deletes expired values, and the oldest values while all together exceed the size limit.
+-- Stores a value for a while. Then deletes expired values. While all values together exceed the size limit, the value
+-- that expires first is deleted, too.
 -- KEYS: hash from names to values, sorted set of the names by the time when a value expires, bytes of all values.
 -- ARGV: name, value, seconds to keep the value, largest number of bytes of all values.
 local function bytes(name)

@@ -18,7 +18,10 @@ class Values(Protocol):
     """A store of texts. Each text has a key."""
 
     async def get(self, key: str) -> str | None:
-        """Returns the value of ``key``, or None. Raises ConnectionError if the store does not answer."""
+        """Returns the value of ``key``; None if there is none, or if it has expired.
+
+        Raises ConnectionError if the store does not answer.
+        """
 
     async def put(self, key: str, value: str, seconds: int) -> None:
         """Stores a value for ``seconds``. Raises ConnectionError if the store does not answer."""
@@ -33,7 +36,7 @@ class MemoryValues:
         self._values: collections.OrderedDict[str, tuple[float, str]] = collections.OrderedDict()
 
     async def get(self, key: str) -> str | None:
-        """Returns the value of ``key``, or None."""
+        """Returns the value of ``key``; None if there is none, or if it has expired."""
         ends, value = self._values.get(key, (0.0, ""))
         return value if time.monotonic() < ends else None
 

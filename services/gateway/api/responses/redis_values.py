@@ -23,7 +23,10 @@ class RedisValues:
         self._max_bytes = max_bytes
 
     async def get(self, key: str) -> str | None:
-        """Returns the value of ``key``, or None. Raises ConnectionError if Redis does not answer."""
+        """Returns the value of ``key``; None if there is none, or if it has expired.
+
+        Raises ConnectionError if Redis does not answer.
+        """
         try:
             found: str | None = await self._link.run("get_value", _KEYS[:2], [key])
         except Away as error:
