@@ -7,7 +7,7 @@ import { defineConfig } from "vitest/config";
 // Address of the running gateway to which `npm run dev` forwards the requests of the page.
 const gateway = process.env.GATEWAY_URL ?? "http://127.0.0.1:8000";
 
-/** Copies the fonts' license into the build, because the license requires it. */
+/** Copies the license of each font into the build, because the license requires it. */
 const fontLicenses: Plugin = {
   name: "font-licenses",
   generateBundle() {
@@ -28,7 +28,7 @@ const smallFontsOnly: Plugin = {
   },
 };
 
-/** Writes compressed files beside the ones that become smaller. The gateway sends them to browsers that accept them. */
+/** Writes compressed copies beside each text file. The gateway sends a copy to browsers that accept its compression. */
 const compressed: Plugin = {
   name: "compressed",
   apply: "build",

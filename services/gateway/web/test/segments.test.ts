@@ -16,7 +16,7 @@ const result = (call_index: number): ToolEvent => ({
   duration_seconds: 0,
 });
 
-/** Text as it is, calls as [index], with ! when they have a result. */
+/** Lists the segments: a text unchanged, a call as "[index]", and a call with a result as "[index!]". */
 function outline(content: string, events: ToolEvent[]): string[] {
   return segments(content, events).map((segment) =>
     segment.kind === "text" ? segment.text : `[${segment.call.call_index}${segment.result ? "!" : ""}]`,

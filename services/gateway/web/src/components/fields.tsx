@@ -41,7 +41,7 @@ interface NumberProps extends FieldProps<number | null> {
   placeholder: string;
 }
 
-/** A whole number, or empty. While the text is no number in the range, the last valid value stays in use. */
+/** A field for a whole number, which may be empty. While its text is not valid, the last valid value stays in use. */
 export function NumberField({ label, hint, value, onChange, range, placeholder }: NumberProps) {
   const id = useId();
   const text = useSignal(asText(value));

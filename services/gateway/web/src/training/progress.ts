@@ -42,7 +42,7 @@ export interface Progress {
   stages: Record<string, StageProgress>;
 }
 
-/** If `age_seconds` is larger than this, the run is probably dead. Steps of large models may take minutes. */
+/** If `age_seconds` is larger than this, the run is probably dead. A step of a large model may take minutes. */
 const SILENT_SECONDS = 180;
 
 const TITLES: Record<string, string> = {
