@@ -284,8 +284,8 @@ async def run(settings: LocalSettings) -> int:
 def owner_key(home: str) -> tuple[str, str] | None:
     """The file of the API keys, and a key with all scopes for the person at this machine.
 
-    Both are in a hidden folder of the store, and only this user can read that folder. None if the store is not
-    a local folder, or if an environment variable says where the keys are.
+    Both are in a hidden folder of the store, and only this user can read that folder. The result is None if the store
+    is not a local folder, or if an environment variable says where the keys are.
     """
     if "://" in home or os.environ.get("NANOCHAT_KEYS_FILE") or os.environ.get("NANOCHAT_REDIS_URL"):
         return None
