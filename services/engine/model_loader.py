@@ -21,7 +21,7 @@ from services.engine.training_watch import TrainingWatch
 
 
 class ModelLoader:
-    """Loads checkpoints onto one device. Its methods block, so call them from a thread.
+    """Loads checkpoints onto one device. The loader's methods block, so call them outside the event loop's thread.
 
     ``revision`` is empty if the loader follows the promotions of ``model``. ``snapshots`` says whether checkpoints that
     are not promoted are served until one is promoted.
@@ -45,14 +45,18 @@ class ModelLoader:
         return promoted(self.store, self.model)
 
     def wanted_ref(self) -> CheckpointRef | None:
-        """The checkpoint of the configured revision. If no revision is configured, the promoted checkpoint or None."""
+        """The checkpoint of the configured revision.
+
+        If no revision is configured, this is the promoted checkpoint; None if no checkpoint is promoted.
+        """
         return CheckpointRef.parse(self.model, self.revision) if self.revision else self.promoted_ref()
 
     def newest_snapshot(self) -> CheckpointRef | None:
         """The newest checkpoint of reinforcement learning or else of fine-tuning; None if there is neither.
 
-        Also None if a revision was ever promoted, even if that promotion was withdrawn later. After a withdrawal, the
-        newest checkpoints may be checkpoints that the promotion gate has refused, so they must not be served.
+        The result is also None if a revision was ever promoted, even if that promotion was withdrawn later. After a
+        withdrawal, the newest checkpoints may be checkpoints that the promotion gate has refused, so they must not be
+        served.
         """
         if was_promoted(self.store, self.model):
             return None
@@ -62,7 +66,7 @@ class ModelLoader:
         return None
 
     def prepare(self) -> None:
-        """Compile the kernels that a model needs on a CPU, before somebody waits for the first model."""
+        """Prepare the kernels that a model needs on a CPU, so that loading the first model takes less time."""
         if self.device.type == "cpu":
             load_kernels()
 

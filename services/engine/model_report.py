@@ -8,7 +8,7 @@ from nanochat_core.protos import engine_pb2
 from nanochat_core.store import Store
 
 PAGE = "report.md"
-MAX_BYTES = 16 << 20  # far more than a page with a few plots, which takes a few hundred kB
+MAX_BYTES = 16 << 20  # far more than the few hundred kB that a page with a few plots needs
 _MEDIA_TYPES = {"md": "text/markdown", "png": "image/png"}
 _NAME = re.compile(r"[\w-]+\.(md|png)", re.ASCII)
 

@@ -50,7 +50,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def Generate(
         self, request: engine_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[engine_pb2.GenerateChunk]:
-        """Stream the continuation of a prompt. The prompt's sequences are freed even if the gRPC call is canceled."""
+        """Stream the continuation of a prompt. If the gRPC call is canceled, the engine stops working on the prompt."""
         span = current_span.get()
         if span and request.request_id:
             span.request_id = request.request_id  # the trace needs the id, which the call's metadata may lack
@@ -179,7 +179,10 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         return model
 
     async def _model_with_weights(self, digest: str, context: Context) -> ServedModel:
-        """Return the model in memory whose weights have the SHA-256 ``digest``. Without a digest: the current model."""
+        """Return the model in memory whose weights have the SHA-256 ``digest``.
+
+        If ``digest`` is empty, return the current model. If no model fits, end the call with an error.
+        """
         current = await self._model(context)
         model = self._host.with_weights(digest) if digest else current
         if model is None:

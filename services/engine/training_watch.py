@@ -1,4 +1,4 @@
-"""Reads from the store which program makes a model, and how far the training of the model has come."""
+"""Reads from the store which program works on a model, and how far the training of the model has come."""
 
 import json
 import time
@@ -32,7 +32,7 @@ class TrainingWatch:
     def summary(self) -> str:
         """The program that works on the model now, and how far it is, such as ``jobs.train.sft: step 12 of 320``.
 
-        Empty if no program works on the model.
+        The result is empty if no program works on the model.
         """
         if not (program := self.program()):
             return ""

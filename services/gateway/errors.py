@@ -161,7 +161,8 @@ def from_rpc(error: grpc.aio.AioRpcError, *, started: bool, constraint: str | No
     """
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.INVALID_ARGUMENT:
-        # The engine names a field in its trailing metadata only if the constraint is wrong.
+        # Only if the constraint is wrong, the engine names a field in its trailing metadata. The error then names the
+        # parameter that sets the constraint.
         if constraint is not None and "invalid-field" in dict(error.trailing_metadata() or ()):
             return invalid_value(f"Invalid {constraint}: {details}.", constraint)
         return ApiError(400, details or "The engine refused the request.", code="invalid_request")

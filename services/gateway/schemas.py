@@ -221,7 +221,9 @@ class ToolEvent(ApiModel):
     """A call of the Python tool inside an assistant's message, or the result of such a call."""
 
     type: Literal["call", "result"]
-    index: int | None = Field(None, ge=0, description="place in the list; clients join the parts of a stream by it")
+    index: int | None = Field(
+        None, ge=0, description="place in the list of tool events, by which clients join the parts of a stream"
+    )
     call_index: int = Field(ge=0, description="counts the calls of the message from 0")
     code: str | None = Field(None, description="call: the Python code that ran")
     offset: int | None = Field(

@@ -95,7 +95,7 @@ async def _problem(executor: SandboxExecutor) -> str:
         await executor.probe()
     except WorkerFailed as error:
         return str(error)
-    except Exception as error:  # the test calls go on, and the health service reports that the sandbox fails
+    except Exception as error:  # the error is caught, so that the test calls go on
         log.exception("a test call raised an unexpected error")
         return f"{type(error).__name__}: {error}"
     return ""

@@ -4,5 +4,5 @@
 class Away(Exception):
     """The store of the API keys, or the limiter's store, did not answer or could not execute a call.
 
-    If it did not answer, it may have executed the call nevertheless.
+    A store that did not answer may nevertheless have executed the call.
     """

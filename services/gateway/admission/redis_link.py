@@ -67,8 +67,8 @@ class RedisLink:
         if script not in self._scripts:
             parts = [(_SCRIPTS / f"{name}.lua").read_text() for name in ("bucket", script)]
             self._scripts[script] = self._client.register_script("\n".join(parts))
-        # The script need not be loaded first: redis-py sends it to a server that does not know it, such as one that has
-        # just started.
+        # The script need not be loaded first: redis-py sends the script to a server that does not know the script, such
+        # as a server that has just started.
         return await self.call(lambda _: self._scripts[script](keys=list(keys), args=list(arguments)))
 
     async def call(self, command: Callable[[Redis], Awaitable[T]]) -> T:

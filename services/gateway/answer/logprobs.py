@@ -6,7 +6,7 @@ from typing import Any
 from nanochat_core.protos import engine_pb2
 from nanochat_core.tokenizer import Tokenizer
 
-# JSON has no minus infinity; OpenAI's API uses this number instead.
+# This number replaces minus infinity, which JSON lacks, as in OpenAI's API.
 _IMPOSSIBLE = -9999.0
 
 

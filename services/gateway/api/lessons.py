@@ -188,8 +188,8 @@ async def retrieve_lesson(number: _Number, pool: PoolDep, store: StoreDep, model
 
 @router.post("/{number}/cancel", summary="Cancel a lesson")
 async def cancel(number: _Number, pool: PoolDep, store: StoreDep, model: _Model = None) -> dict[str, Any]:
-    """Cancel a lesson. A queued lesson ends when its turn comes, a lesson in training within ten steps, and a lesson in
-    examination at the end of the examination."""
+    """Cancel a lesson. A queued lesson ends when its turn comes. A lesson in training ends within ten steps. A lesson
+    in examination ends when the examination ends."""
     name = _served(pool, model).info.name
 
     def ask() -> dict[str, Any]:

@@ -214,7 +214,9 @@ class EnginePool:
         return Ticket(take, Place.give_back, caller=caller, priority=priority, cost=wish.sequences)
 
     async def place(self, wish: Wish, ticket: Ticket[Place], seconds: float | None) -> Place:
-        """Waits up to ``seconds`` (None: without a limit) for a replica with room for the request; reserves the room.
+        """Waits for a replica with room for the request, and reserves the room.
+
+        The wait lasts at most ``seconds`` seconds. If ``seconds`` is None, the wait has no limit.
 
         Raises:
             ApiError: 404 or 400 for the same reasons as in :meth:`model`; 429 if too many requests wait already; 503 if

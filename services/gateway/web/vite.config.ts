@@ -44,14 +44,15 @@ const compressed: Plugin = {
 };
 
 export default defineConfig({
-  // Relative addresses, so that the page also works behind a path prefix.
+  // The addresses are relative, so that the page also works behind a path prefix.
   base: "./",
   plugins: [fontLicenses, smallFontsOnly, compressed],
   build: {
     outDir: "../static",
     emptyOutDir: true,
     target: "es2022",
-    // Nothing is inlined: the page's Content-Security-Policy allows no data: fonts and no inline scripts.
+    // Nothing is inlined, because the page's Content-Security-Policy allows no fonts in `data:` URLs and no inline
+    // scripts.
     assetsInlineLimit: 0,
     modulePreload: { polyfill: false },
     rolldownOptions: { input: ["index.html", "report.html", "status.html"] },

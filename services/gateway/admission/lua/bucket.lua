@@ -1,4 +1,4 @@
--- The same arithmetic as in buckets.py. RedisLink puts this text in front of each of the other scripts.
+-- Computes the same as buckets.py. RedisLink puts this text in front of each of the other scripts.
 local UNITS = 60000000
 
 local function clock(given)

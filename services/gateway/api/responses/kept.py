@@ -18,8 +18,7 @@ class Values(Protocol):
     """A store of texts. Each text has a key."""
 
     async def get(self, key: str) -> str | None:
-        """Returns the value of ``key``; None if there is none, or if it has expired.
-
+        """Returns the value of ``key``; None if the key has no value, or if the value has expired.
         Raises ConnectionError if the store does not answer.
         """
 
@@ -36,7 +35,7 @@ class MemoryValues:
         self._values: collections.OrderedDict[str, tuple[float, str]] = collections.OrderedDict()
 
     async def get(self, key: str) -> str | None:
-        """Returns the value of ``key``; None if there is none, or if it has expired."""
+        """Returns the value of ``key``; None if the key has no value, or if the value has expired."""
         ends, value = self._values.get(key, (0.0, ""))
         return value if time.monotonic() < ends else None
 

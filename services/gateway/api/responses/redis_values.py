@@ -23,7 +23,7 @@ class RedisValues:
         self._max_bytes = max_bytes
 
     async def get(self, key: str) -> str | None:
-        """Returns the value of ``key``; None if there is none, or if it has expired.
+        """Returns the value of ``key``; None if the key has no value, or if the value has expired.
 
         Raises ConnectionError if Redis does not answer.
         """

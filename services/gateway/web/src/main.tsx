@@ -90,7 +90,7 @@ function takeKey(settings: Signal<Settings>): void {
 /** Writes the open conversation into the page's address, and opens the conversation that a new address names. */
 function followAddress(app: ChatApp, settings: Signal<Settings>): void {
   const read = () => {
-    takeKey(settings); // a link with a key that is opened in this tab does not load the page again
+    takeKey(settings); // called here too, because a link with a key, opened in this tab, does not load the page again
     // The address may name a conversation that another tab has not announced yet, so an unknown id is accepted.
     app.activeId.value = conversationIdOf(location.hash);
   };

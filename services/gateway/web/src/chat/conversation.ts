@@ -69,7 +69,7 @@ export class Conversation {
     return this.byId.get(id);
   }
 
-  /** The versions of a message that have text, and the shown version even if it failed without any text. */
+  /** The versions of a message that are not empty, and the shown version even if it is empty. */
   versionsOf(message: Signal<Message>): readonly Signal<Message>[] {
     const all = this.versions.value.get(placeOf(message.value)) ?? [];
     const kept = all.filter((version) => version === message || !isEmpty(version.value));

@@ -1,4 +1,4 @@
-/** Calls `apply` at most once a frame. A hidden page draws no frames, so there it calls `apply` at once. */
+/** Calls `apply` at most once a frame. A hidden page draws no frames, so it calls `apply` at each request. */
 export class FrameBatch {
   private frame = 0;
 

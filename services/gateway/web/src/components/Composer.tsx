@@ -16,8 +16,8 @@ export function Composer() {
   const running = conversation?.writing.value ?? false;
 
   const focus = () => {
-    // Without a pointer, the field does not get the focus: it would open the keyboard on the screen, which covers half
-    // the page.
+    // Without a pointer, the field does not get the focus, because the focus would open the keyboard on the screen,
+    // which covers half the page.
     if (window.matchMedia("(hover: hover)").matches) area.current?.focus();
   };
   useLayoutEffect(() => {

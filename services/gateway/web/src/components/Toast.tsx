@@ -3,7 +3,7 @@ import { usePage } from "./context";
 
 const SHOWN_MS = 8000;
 
-/** A short note about an action, which the person can undo. The note stays while the pointer or the focus is on it. */
+/** A short note, often with a button that undoes an action. The note stays while the pointer or the focus is on it. */
 export function ToastView() {
   const { app } = usePage();
   const toast = app.toast.value;

@@ -13,7 +13,7 @@ export interface Following {
   toEnd: () => void;
 }
 
-/** Keeps a scroller at its end while its content grows, until the person scrolls up, however little. */
+/** Keeps a scroller at its end while its content grows, until the person scrolls up, even if only a little. */
 export function useFollow(): Following {
   const scroller = useRef<HTMLDivElement>(null);
   const content = useRef<HTMLDivElement>(null);

@@ -1,4 +1,4 @@
-/** Copies a text, and returns whether that worked. Pages over plain HTTP have no clipboard API and copy a selection. */
+/** Copies a text, and returns whether that worked. Without a clipboard API (over plain HTTP), it copies a selection. */
 export async function copyText(text: string): Promise<boolean> {
   if (navigator.clipboard) {
     return navigator.clipboard.writeText(text).then(

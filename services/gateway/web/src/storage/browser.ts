@@ -1,4 +1,4 @@
-/** The browser's storage for all tabs; null if the browser forbids it. Even reading the property may then throw. */
+/** The browser's storage for all tabs; null if the browser forbids storage. Reading the property may then throw. */
 export function browserStorage(): Storage | null {
   try {
     return window.localStorage;

@@ -6,7 +6,7 @@ import { MATH } from "./math";
 /** Returns the address of a picture in a text, or null if the page may not load it. */
 export type Pictures = (href: string) => string | null;
 
-// Between digits, a star means a product or a power, not emphasis.
+// Between digits, a star means a product or a power, so it neither begins nor ends emphasis.
 const TIMES = /(?<=\d)\*+(?=\d)/g;
 
 /**

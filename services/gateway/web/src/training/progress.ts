@@ -29,7 +29,7 @@ export interface Run {
   /** The stage that runs, or that ran last. */
   stage: string;
   state: RunState;
-  /** Durations of the finished stages. */
+  /** Durations of the finished stages in seconds, by the names of the stages. */
   seconds: Record<string, number>;
 }
 
@@ -42,7 +42,7 @@ export interface Progress {
   stages: Record<string, StageProgress>;
 }
 
-/** If `age_seconds` is larger than this, the run is probably dead. A step of a large model may take minutes. */
+/** If `age_seconds` is larger than this, the run is probably dead. This limit is long: a step may take minutes. */
 const SILENT_SECONDS = 180;
 
 const TITLES: Record<string, string> = {
@@ -64,7 +64,7 @@ export interface StageState {
   state: "done" | "current" | "waiting";
 }
 
-/** All stages of the pipeline in their order. Without a pipeline, the training stages that have written progress. */
+/** All stages of the pipeline in their order; without a pipeline, the training stages that have written progress. */
 export function stagesOf(progress: Progress): StageState[] {
   const { run } = progress;
   const names = run?.stages ?? TRAINING.filter((name) => name in progress.stages);
@@ -164,7 +164,7 @@ export function ending(progress: Progress): string | null {
   }
 }
 
-/** "about 40 s", "about 3 min", "about 2 h 10 min". */
+/** A rounded duration as text, such as "about 40 s", "about 3 min" or "about 2 h 10 min". */
 export function aboutTime(seconds: number): string {
   if (seconds < 90) return `about ${Math.max(5, 5 * Math.round(seconds / 5))} s`;
   const minutes = Math.round(seconds / 60);
