@@ -84,7 +84,7 @@ class Service:
             output, its_output = os.pipe()
             log = asyncio.create_task(self._pass_on_log(output))
             try:
-                # In its own session, the service does not get Ctrl-C. This program stops the services in order instead.
+                # The service has its own session, so it does not get Ctrl-C. This program stops the services in order.
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
@@ -144,7 +144,7 @@ class Training:
 
     async def run(self) -> int:
         """Run the pipeline to its end, and return its exit code."""
-        # In its own process group, the pipeline does not get the SIGINT of Ctrl-C. stop() sends SIGTERM instead.
+        # The pipeline has its own process group, so it does not get the SIGINT of Ctrl-C. stop() sends SIGTERM instead.
         self._process = await asyncio.create_subprocess_exec(*self._command, process_group=0)
         if self._stopping:  # stop() was called during the start
             self._process.terminate()
@@ -300,8 +300,8 @@ def owner_key(home: str) -> tuple[str, str] | None:
         if created.returncode:
             raise UserError(f"no key can be made in {keys}: {created.stderr.strip().rpartition(chr(10))[2]}")
         secret = created.stdout.strip()
-        # The file ``owner`` appears only when it is complete. If this program is killed before, its next run creates
-        # another key.
+        # The file ``owner`` appears only when it is complete. If this program is killed before that, its next run
+        # creates another key.
         new = owner.with_suffix(".new")
         new.touch(mode=0o600)
         new.write_text(f"{secret}\n")
