@@ -29,9 +29,9 @@ MAX_CHOICES_OF_TEXT = 1024
 MAX_STOP_TOKENS = 128
 # Largest length of the schemas of all tools together, in characters of JSON. The engine refuses longer schemas.
 MAX_TOOL_CHARACTERS = 65_536
-# Largest number of log probabilities of prompts in one answer. An answer with this many needs about 100 MB, and half
-# a second to write. For a prompt that is text, each character counts as a token, because the number of tokens is not
-# known yet.
+# Largest number of log probabilities that one answer may have for its prompts. An answer with this many log
+# probabilities needs about 100 MB, and half a second to write. For a prompt that is text, each character counts as a
+# token, because the number of tokens is not known yet.
 MAX_SCORES = 500_000
 MAX_FIELDS = 256
 

@@ -201,7 +201,7 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         "other revisions",
     )
     canary_percent: float = setting(
-        10.0, "percentage of the requests for its model that the canary gets", minimum=0, maximum=90
+        10.0, "percentage of the model's requests that go to the revision in canary", minimum=0, maximum=90
     )
     max_message_bytes: int = setting(
         64 * 1024 * 1024,

@@ -24,7 +24,7 @@ class FileStore(KeyStore):
     """Keys in a file, and usage in a file beside it: ``keys.usage.json`` for ``keys.json``.
 
     The file of the keys may be replaced while a gateway runs, and may be read-only, such as a mounted Secret. Only the
-    owner can read the files. Programs that write hold a lock, and each write replaces a whole file.
+    owner can read files that this class has written. A program that writes holds a lock and replaces a whole file.
     """
 
     def __init__(self, path: str) -> None:

@@ -297,8 +297,9 @@ class Stream:
         """Counts a failure and returns whether the stream may have another attempt.
 
         ``fault`` says that the engine still accepts calls but fails them. Repeated attempts of many streams could
-        overload such an engine, so these attempts use up the budget for retries. Other failures need no budget: an
-        engine that died or hangs gets no calls until it answers a health check.
+        overload such an engine. Therefore all attempts except the first one after a chunk use up the budget for
+        retries. Other failures need no budget: an engine that died or hangs gets no calls until it answers a health
+        check.
         """
         self._failures += 1
         self._fruitless += 1
