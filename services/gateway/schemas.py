@@ -525,10 +525,10 @@ class SamplingRequest(ApiModel):
     )
     ignore_eos: bool | None = Field(None, description="continue up to `max_tokens`, even if the model ends its message")
     regex: str | None = Field(None, min_length=1, description="a regular expression that the whole answer matches")
-    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's form of constraints")
-    guided_json: str | dict[str, Any] | None = Field(None, description="vLLM's earlier form: a JSON schema")
-    guided_regex: str | None = Field(None, min_length=1, description="vLLM's earlier form: a regular expression")
-    guided_choice: Choices | None = Field(None, description="vLLM's earlier form: possible answers")
+    structured_outputs: StructuredOutputs | None = Field(None, description="constraints on the answer, in vLLM's form")
+    guided_json: str | dict[str, Any] | None = Field(None, description="a JSON schema, in vLLM's earlier form")
+    guided_regex: str | None = Field(None, min_length=1, description="a regular expression, in vLLM's earlier form")
+    guided_choice: Choices | None = Field(None, description="the possible answers, in vLLM's earlier form")
     priority: Integer | None = Field(
         None, ge=0, le=100, description="0 (default) is the most urgent; a request waits for requests with lower values"
     )

@@ -48,7 +48,7 @@ export function Header() {
   );
 }
 
-/** The model that answers, as a menu if there are several. */
+/** Shows the model that answers; if there are several models, a menu to choose it. */
 function ModelChoice() {
   const { app } = usePage();
   const models = app.models.value;
