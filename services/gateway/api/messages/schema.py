@@ -1,4 +1,4 @@
-"""The request body of the Messages API, and its turns."""
+"""The request body of the Messages API, and its conversion to the model's turns of user and assistant."""
 
 import functools
 import json

@@ -3,7 +3,7 @@ import type { RefObject } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 
 const ROUNDING_PX = 1; // at the end of the content, a distance of less than a pixel may remain
-const LET_GO_PX = 2; // the page scrolls up this far to leave the end, which must be more than ROUNDING_PX
+const LET_GO_PX = 2; // the page scrolls up this far to leave the end; it must be more than ROUNDING_PX
 
 export interface Following {
   scroller: RefObject<HTMLDivElement | null>;
