@@ -294,6 +294,7 @@ def _teach(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Less
                 "plan": {"steps": trained.steps, "batch_tokens": lesson.plan.batch_tokens, "way": trained.way},
                 "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
                 "flops_per_token": parent.config.flops_per_token,
+                "precision": trained.precision,
                 "dtype": str(trained.model.compute_dtype).removeprefix("torch."),
                 "device": runtime.device.type,
                 "hardware": describe_machine() | {"ranks": 1},

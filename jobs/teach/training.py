@@ -65,6 +65,7 @@ class Trained:
     """The model after the training of a lesson.
 
     Attributes:
+        precision: the stage's ``--dtype``; with ``auto``, the one of the model before the lesson.
         way: position of ``model`` between the weights before the lesson (0) and the trained weights (1); see
             :func:`go_back`.
         history: a point for each test with the probes: ``step``, mean training ``loss`` since the point before, and
@@ -72,6 +73,7 @@ class Trained:
     """
 
     model: GPT
+    precision: str
     way: float
     steps: int
     seconds: float
@@ -170,7 +172,7 @@ def train(
                     step = step_until(end, state.step)
                 progress.update(state.step, dict(history[-1]))
     way = go_back(model, start, probes, known, plan.margin / 2)
-    return Trained(model, way, state.step, time.monotonic() - started, history)
+    return Trained(model, stage.precision, way, state.step, time.monotonic() - started, history)
 
 
 def forgets(model: GPT, others: Sequence[Probe], known: Sequence[Probe], margin: float) -> bool:

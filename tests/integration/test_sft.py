@@ -204,6 +204,16 @@ def test_another_model_goes_on_from_any_checkpoint_and_leaves_it_as_it_was(jobs:
     assert jobs.result("sft", 8, "fresh").history[0] == tuned.history[0]
 
 
+def test_every_later_stage_trains_in_the_dtype_of_the_first_unless_told_otherwise(jobs: Jobs) -> None:
+    short = SFT | {"steps": 2, "save-every": 0, "eval-every": 0}
+    jobs.run("jobs.train.pretrain", PRETRAIN, model="half", dtype="bf16", steps=2, save_every=0, eval_every=0)
+    jobs.run(MODULE, short, model="half")
+    jobs.run(MODULE, short, model="next", start_from="half/sft")
+    jobs.run(MODULE, short, model="last", start_from="next/sft", dtype="fp32")
+    metas = [jobs.result("sft", 2, model).meta for model in ("half", "next", "last")]
+    assert [meta["dtype"] for meta in metas] == ["bfloat16", "bfloat16", "float32"]
+
+
 @pytest.mark.parametrize(
     ("start_from", "complaint"),
     [

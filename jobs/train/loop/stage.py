@@ -53,7 +53,7 @@ class StageSettings(RunSettings):
     seed: int = setting(1, "seed of everything random in the run", minimum=0, maximum=2**63 - 1)
     dtype: Literal["auto", "fastest", "fp32", "bf16", "fp16", "fp8"] = setting(
         "auto",
-        "dtype of activations and matrix products; with auto, fine-tuning and RL use the dtype of pretraining; fastest "
+        "dtype of activations and matrix products; with auto, later stages use the dtype of pretraining; fastest "
         "measures on a CPU whether bf16 or fp32 is faster",
     )
     ask: tuple[str, ...] = setting(
@@ -102,6 +102,7 @@ class Stage:
     """One training stage in this process. It builds the model to train, and then the trainer.
 
     Attributes:
+        precision: value of ``--dtype`` that the stage follows; with ``auto``, the value that its base was trained with.
         model: the model to train, on the runtime's device and with the chosen kernels.
         packed_loader: makes a :class:`PackedLoader` for the stage's tokenizer and device.
     """
@@ -122,10 +123,10 @@ class Stage:
         """
         self._name, self._settings, self._runtime = name, settings, runtime
         self._tokenizer, self._base = tokenizer, base
-        precision = settings.dtype
-        if base is not None and precision == "auto":
-            precision = base.meta.get("settings", {}).get("dtype", "auto")
-        dtype = training_dtype(precision, config, settings, runtime.device, runtime.ranks)
+        self.precision: str = settings.dtype
+        if base is not None and self.precision == "auto":
+            self.precision = base.meta.get("precision", "auto")
+        dtype = training_dtype(self.precision, config, settings, runtime.device, runtime.ranks)
         torch.manual_seed(settings.seed)
         if base is not None:
             self.model = base.build_model(runtime.device, dtype)
@@ -134,7 +135,7 @@ class Stage:
             self.model = GPT(config, dtype)
             self.model.init_weights()
             self.model.to(runtime.device)
-        make_trainable(self.model, settings, runtime.device, precision)
+        make_trainable(self.model, settings, runtime.device, self.precision)
         self.packed_loader = functools.partial(
             PackedLoader,
             pad_id=tokenizer.bos_id,
@@ -181,6 +182,7 @@ class Stage:
             "scaling_parameters": model.config.scaling_parameters,
             "flops_per_token": model.config.flops_per_token,
             "learning_rates": {group["name"]: group["lr"] for group in groups},
+            "precision": self.precision,
             "dtype": str(model.compute_dtype).removeprefix("torch."),
             "device": device.type,
             "hardware": describe_machine() | {"ranks": ranks.size, "peak_flops": peak_flops(device)},
