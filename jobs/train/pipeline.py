@@ -99,7 +99,11 @@ class Processes:
         self._launcher.forward_signals()
 
     def settle(self) -> None:
-        """Does nothing, because the stages of an earlier process ended together with that process."""
+        """Does nothing: SIGTERM, SIGINT and SIGHUP end the running stage before they end the pipeline.
+
+        If the pipeline was killed, its stage may still run. The lease of that stage then makes a second run of the
+        stage end with an error before it writes.
+        """
 
     def run(self, stage: StageRun) -> int:
         trains = stage.place in ("node", "nodes")

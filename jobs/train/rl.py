@@ -42,7 +42,7 @@ class RlSettings(RolloutSettings):
     reward: str = setting("", "reward function: " + ", ".join(REWARDS) + "; by default the reward of the task")
     steps: int | None = setting(None, "optimizer steps; replaces --epochs", minimum=1)
     epochs: float = setting(1.0, "passes over the problems", minimum=0.0, maximum=1e6)
-    lr_scale: float = setting(0.05, "factor on all of pretraining's unscaled learning rates", minimum=0.0)
+    lr_scale: float = setting(0.05, "factor on all of pretraining's base learning rates", minimum=0.0)
     kl: float = setting(0.0, "weight of the KL divergence from the fine-tuned model; 0 omits it", minimum=0.0)
     clip: float = setting(0.0, "clip probability ratios to 1 ± this; 0 does not clip", minimum=0.0, maximum=0.99)
     held_out: int = setting(64, "held-out problems per evaluation", minimum=1)
@@ -117,8 +117,8 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
                 model,
                 clip=settings.clip,
                 # Without asynchronous rollouts, a step trains the same weights that sampled its answers. The ratio of a
-                # token's probability to its probability when it was sampled then differs from 1 only by rounding, so it
-                # is computed only for clipping.
+                # token's probability to its probability when it was sampled then differs from 1 only by rounding. It is
+                # computed only with --clip, which limits these differences; without --clip, the ratio counts as 1.
                 off_policy=settings.asynchronous or settings.clip > 0,
                 kl=settings.kl,
                 reference=reference,

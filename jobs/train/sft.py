@@ -42,7 +42,9 @@ class SftSettings(StageSettings):
     epochs: float = setting(1.0, "passes over the conversations", minimum=0.0, maximum=1e6)
     batch_tokens: int | None = setting(None, "tokens per optimizer step; by default as in pretraining", minimum=1)
     context_length: int | None = setting(None, "tokens per row; by default the model's context", minimum=16)
-    lr_scale: float = setting(0.8, "factor on pretraining's unscaled learning rates", minimum=0.0)
+    lr_scale: float = setting(
+        0.8, "factor on all of pretraining's base learning rates except those of smear and backout", minimum=0.0
+    )
     warmdown_ratio: float = setting(0.5, "share of the run that is linear warmdown to 0", minimum=0.0, maximum=1.0)
 
 

@@ -36,8 +36,8 @@ class RunConfig:
 
     Attributes:
         meta: description of the run, stored with each checkpoint. The run resumes from a checkpoint only if the
-            checkpoint has the same ``settings`` and ``inputs``. The inputs are digests of the stage's data and
-            initial weights.
+            values of the keys ``settings`` and ``inputs`` are the same in the checkpoint's description. The inputs are
+            digests of the stage's data and initial weights.
         kept_step: the checkpoint of this step is always written, and never deleted because of its age; 0 for none.
     """
 
