@@ -16,7 +16,7 @@ _BLOCK_COLUMNS = 110
 
 
 def one_line(text: str) -> str:
-    """The text with every run of whitespace replaced by one space."""
+    """The text without whitespace at its ends, and with every other run of whitespace replaced by one space."""
     return " ".join(text.split())
 
 

@@ -158,9 +158,10 @@ def _read_line() -> str:
 
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
-    """Loads the input lines of earlier conversations, so that the arrow keys recall them. At the end, saves all lines.
+    """Loads the input lines of earlier conversations, so that the arrow keys recall them.
 
-    The lines are in the file ``nanochat/chat_history`` of the user's state folder (``XDG_STATE_HOME``).
+    At the end, saves the newest :data:`_HISTORY_LINES` lines. The lines are in the file ``nanochat/chat_history`` of
+    the user's state folder (``XDG_STATE_HOME``).
     """
     folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "nanochat"
     path = folder / "chat_history"

@@ -21,8 +21,8 @@ from nanochat_core.checkpoint import (
 )
 from nanochat_core.store import Store
 
-# Names of the evaluations. The program that writes reports runs the evaluations on the second line itself if the store
-# lacks their results.
+# Names of the evaluations. ``jobs.eval.report`` itself runs HELD_OUT_TEXT, CONVERSATIONS and SAMPLES if the store lacks
+# their results.
 CORE, CHAT_TASKS = "core", "chat"
 HELD_OUT_TEXT, CONVERSATIONS, SAMPLES = "bpb", "conversations", "samples"
 # The evaluation that asks the questions of a lesson, before and after the lesson.

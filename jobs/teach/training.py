@@ -148,7 +148,7 @@ def train(
     ):
         while state.step < end:
             report = step(batches, stop)
-            if math.isfinite(report.loss):  # the loss of a skipped step is not counted
+            if math.isfinite(report.loss):  # one loss that is not finite would spoil the mean
                 losses.append(report.loss)
             if report.stopped_by:
                 raise SystemExit(128 + report.stopped_by)

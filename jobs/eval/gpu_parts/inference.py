@@ -18,7 +18,8 @@ from nanochat_core.device import free_memory
 from nanochat_core.engine import Engine, EngineConfig
 from nanochat_core.model import GPT
 
-# Number of requests in the warm-up before each measurement, and number of output tokens of each of these requests.
+# Largest number of requests in the warm-up before each measurement, and largest number of output tokens of each of
+# these requests.
 _WARM_UP_REQUESTS, _WARM_UP_OUTPUT = 8, 2
 
 

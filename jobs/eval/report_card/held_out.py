@@ -66,7 +66,7 @@ def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: 
             {"kind": question.group, **quote(question, answers)}
             for question, answers in zip(task.questions, graded, strict=True)
         ]
-        # The quotes are grouped by kind, so examples that are spread evenly over the quotes cover all kinds.
+        # The quotes are grouped by kind, so examples that are spread evenly over the quotes are of many kinds.
         examples = spread(quotes, _EXAMPLES)
         wrong = [each for each in quotes if not each["right"] and each not in examples]
         return {
