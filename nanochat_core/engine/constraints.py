@@ -91,9 +91,9 @@ class Matcher:
     def fill(self, mask: npt.NDArray[np.int32]) -> None:
         """Find the tokens that may follow: those that continue a match, and the stop tokens if the text matches.
 
-        If only one text can follow, only the first token of its encoding is allowed. ``mask`` (ceil(vocab_size / 32),)
-        is contiguous and receives one bit per token, the lowest bit first. If no token may follow, all bits are set and
-        :attr:`stuck` becomes True.
+        If all texts that can follow begin alike, llguidance may allow only the first token of the encoding of this
+        common beginning. ``mask`` (ceil(vocab_size / 32),) is contiguous and receives one bit per token, the lowest bit
+        first. If no token may follow, all bits are set and :attr:`stuck` becomes True.
         """
         began = time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)

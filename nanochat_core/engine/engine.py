@@ -173,8 +173,9 @@ class Engine:
         stops iterating, requests that are still in flight are canceled.
 
         Raises:
-            UserError: a request can never be served. For an invalid continuation, the error is raised when its request
-                starts; otherwise, it is raised before any request starts.
+            UserError: a request can never be served. This is checked before any request starts, with two exceptions,
+                for which the error is raised when the request starts: no engine can have produced the tokens and events
+                in ``Request.continued``, or the id of the request is in use.
             Shed: the device has too little memory for a request.
         """
         waiting = collections.deque(requests)

@@ -29,7 +29,7 @@ class StepOutputs:
         output.usage = Usage(seq.prompt_length, seq.completion_length, seq.cached_prompt_tokens)
 
     def of(self, seq: Sequence) -> Output:
-        """The latest output of ``seq`` in this step."""
+        """The latest output of ``seq`` in this step. If the sequence has no output yet, this method begins one."""
         return self._latest.get(seq) or self._begin(seq)
 
     def for_tokens(self, seq: Sequence) -> Output:

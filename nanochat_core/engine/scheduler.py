@@ -41,7 +41,8 @@ class Chunk:
     # Number of tokens to sample: one after the sequence's last token, and one after each drafted token; 0 if the chunk
     # does not reach the last token.
     samples: int = dataclasses.field(init=False)
-    runs_ahead: bool = dataclasses.field(init=False)  # whether the chunk is a token that the previous step samples
+    # Whether the chunk is only the token that the previous step is still sampling.
+    runs_ahead: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         tokens = len(self.seq.tokens)

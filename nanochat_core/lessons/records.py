@@ -154,7 +154,7 @@ class Lesson:
 
     @property
     def revision(self) -> str:
-        """The name of the taught model's checkpoint within its model."""
+        """The name of this lesson's checkpoint within the model, such as ``lesson/step_000003``."""
         return f"lesson/step_{self.number:06d}"
 
     @property

@@ -2,7 +2,7 @@
 
 The filter is an allow-list: every system call that is not in the list fails. System calls that act on other processes,
 the network, credentials, mounts or kernel objects are absent on purpose. Some system calls are allowed only with
-harmless arguments, because Landlock does not control their effects with other arguments. Source: ``seccomp(2)`` and the
+harmless arguments, because Landlock would not prevent what they do with other arguments. Source: ``seccomp(2)`` and the
 kernel's ``Documentation/userspace-api/seccomp_filter.rst``.
 """
 

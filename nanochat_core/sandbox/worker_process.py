@@ -66,7 +66,10 @@ class ProcessUsage:
             return 0.0
 
     def sample_memory(self) -> None:
-        """Update :attr:`peak_memory_bytes`. Without a cgroup, the process must still run, and /proc must show it."""
+        """Update :attr:`peak_memory_bytes` from the cgroup, if there is one, and from ``/proc``.
+
+        Without a cgroup, the value stays unchanged if the process has ended or ``/proc`` does not show it.
+        """
         if self._cgroup is not None:
             self.peak_memory_bytes = max(self.peak_memory_bytes, self._cgroup.peak_memory_bytes)
         try:

@@ -111,7 +111,7 @@ def queue_full() -> ApiError:
 
 
 def unauthorized(message: str) -> ApiError:
-    """Returns an error with status 401: the request's API key is missing or wrong."""
+    """Returns an error with status 401: the request's API key is missing, wrong, revoked or expired."""
     return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 

@@ -58,7 +58,11 @@ def unpack(body: bytes) -> list[bytes]:
 
 
 def pack_claim(kind: bytes, error: bytes = b"", result: bytes = b"") -> bytes:
-    """Build a claim, the worker's report of how the code ended, from its kind, an error and the text of the result."""
+    """Build a claim, the worker's report of how the code ended.
+
+    ``result`` is the result's text, or :func:`pack_outputs` of the text and the files. Of ``error``, only the first
+    :data:`MAX_ERROR_BYTES` bytes are kept.
+    """
     error = error[:MAX_ERROR_BYTES]
     return _CLAIM_HEADER.pack(kind, len(error)) + error + result
 

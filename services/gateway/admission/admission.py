@@ -93,8 +93,8 @@ class Admission:
     async def enter(self, headers: Headers, address: str, scope: Scope) -> Caller:
         """Returns the caller of a request to a path that needs ``scope``.
 
-        Raises ApiError: 401 for a wrong or missing key, 403 if the caller lacks the scope, 503 if the key cannot be
-        checked.
+        Raises ApiError: 401 if the key is missing, wrong, revoked or expired, 403 if the caller lacks the scope, 503 if
+        the key cannot be checked.
         """
         # While the store does not answer, a known key can still read the metrics, because they show this failure.
         need_fresh = self._closes and scope is not Scope.METRICS

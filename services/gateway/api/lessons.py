@@ -208,8 +208,8 @@ async def roll_back(
     store: StoreDep,
     model: _Model = None,
 ) -> dict[str, Any]:
-    """Promote the model again as it was after the lesson with this `number`, which must have been promoted. The number
-    0 stands for the model before its first lesson."""
+    """Promote the model again as it was after the lesson with this `number`. The lesson must have been promoted. The
+    number 0 stands for the model before its first lesson."""
     name, who = _served(pool, model).info.name, _who(request, admission)
     return await _done(lambda: dataclasses.asdict(request_roll_back(store, name, number, who)))
 
