@@ -17,7 +17,10 @@ from nanochat_core.errors import UserError
 
 
 class QueueFull(Exception):
-    """Too many sequences are waiting. The request was not accepted; the caller may send it again later."""
+    """The request was not accepted; the caller may send it again later.
+
+    Either too many sequences are waiting, or the request's constraint could not be compiled in time.
+    """
 
 
 class Admission:

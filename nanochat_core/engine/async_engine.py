@@ -210,7 +210,8 @@ class AsyncEngine:
     async def _compile(self, engine: Engine, request: Request) -> Grammar:
         """Compile the request's constraint outside of the device loop, if the queue has room for the request.
 
-        Requests whose constraints are being compiled count as queued.
+        In this check of the queue, requests whose constraints are being compiled count as queued. A constraint whose
+        grammar is cached needs neither room nor a compilation.
         """
         constraint, caller, sequences = request.sampling.constraint, request.caller, request.unfinished
         assert constraint is not None, "only constrained requests come here"

@@ -17,8 +17,8 @@ class BlockManager:
     tokens of one step.
 
     A block that no sequence uses keeps its contents until the block is needed for other tokens. Until then, new
-    sequences can find and share the block (:mod:`~nanochat_core.engine.prefix_cache`). The least recently used block is
-    overwritten first.
+    sequences can find and share the block (:mod:`~nanochat_core.engine.prefix_cache`). Blocks that no sequence can find
+    are overwritten first, and then the least recently used block.
     """
 
     def __init__(self, groups: Items[CacheGroup], block_size: int, prefix_caching: bool = True) -> None:

@@ -1,6 +1,7 @@
 """Compiles the constraints of requests outside of the engine's thread.
 
-The constraints of one client therefore do not delay the requests of other clients.
+The engine's steps therefore do not wait for a compilation. Clients with new constraints take turns, so a client
+with many of them does not keep the others waiting.
 """
 
 from __future__ import annotations

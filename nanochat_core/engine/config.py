@@ -11,8 +11,8 @@ from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.settings import setting
 
-# If the configuration has no cache size, the cache uses at most this share of a GPU's free memory, or this many bytes
-# on a CPU.
+# If the configuration has no cache size, the cache uses at most this share of the free memory of a CUDA GPU, or at most
+# this many bytes on any other device.
 CUDA_MEMORY_SHARE = 0.8
 CPU_CACHE_BYTES = 1 << 30
 # Number of keys that PyTorch's attention on a CPU processes as one tile. Tiles begin at block boundaries, so this is
@@ -35,7 +35,11 @@ class EngineOptions:
     block_size: int = setting(16, "tokens per block of the KV cache", minimum=1)
     token_budget: int = setting(512, "largest number of tokens computed in one step", minimum=1)
     max_running: int = setting(64, "largest number of running sequences", minimum=1)
-    max_waiting: int = setting(256, "largest number of queued sequences; further requests are refused", minimum=0)
+    max_waiting: int = setting(
+        256,
+        "number of sequences that the engine accepts beyond max-running, to wait; further requests are refused",
+        minimum=0,
+    )
     speculative_tokens: int = setting(
         3, "largest length in tokens of a draft, a guess copied from earlier text; 0 turns drafts off", minimum=0
     )
@@ -54,19 +58,20 @@ class EngineOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig(EngineOptions):
-    """The configuration of one engine. Invalid values raise a :class:`UserError`.
+    """The configuration of one engine.
 
-    ``block_size`` is a power of two up to 512. ``max_running`` also counts sequences that wait for a tool. The
-    :class:`~nanochat_core.engine.request.ToolPolicy` of a request can override the limits on the number of its tool
-    calls and on their output.
+    An invalid block size, number of sequences, token budget or number of speculative tokens raises a
+    :class:`UserError`. ``block_size`` is a power of two up to 512. ``max_running`` also counts sequences that wait for
+    a tool. The :class:`~nanochat_core.engine.request.ToolPolicy` of a request can override the limits on the number of
+    its tool calls and on their output.
     """
 
-    # If None, the cache uses the memory that ``max_running`` sequences of full length need, but at most 1 GiB on a CPU
-    # and 80 % of the free memory on a GPU.
+    # If None, the cache uses the memory that ``max_running`` sequences of full length need, but at most 80 % of the
+    # free memory of a CUDA GPU, or 1 GiB on any other device.
     kv_cache_bytes: int | None = None
     prefix_caching: bool = True  # whether to reuse blocks that other requests have computed
     # Whether the host sends the next batch to the device before it reads the tokens of the previous batch, so that host
-    # and device work at the same time. None means yes on a GPU and no on a CPU.
+    # and device work at the same time. None means yes on a CUDA GPU and no on any other device.
     overlap: bool | None = None
     # Whether to record small steps on a GPU as CUDA graphs, so that one call starts all kernels of a step.
     cuda_graphs: bool = True

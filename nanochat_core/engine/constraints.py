@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Maximum total size in bytes of the grammars and refusals that are kept for later requests.
+# Maximum total size in bytes of the grammars and refusals that are kept for later requests. The newest one is always
+# kept, even if it alone is larger.
 CACHE_BYTES = 64 << 20
 # Every grammar or refusal counts as at least this many bytes. A smaller size cannot be measured, because the
 # operating system counts a process's memory in steps of 256 KiB.
@@ -64,7 +65,8 @@ class Matcher:
         """``matcher`` is at the beginning of its grammar, and no other object uses ``matcher``.
 
         ``end`` is the token that ends a text in the matcher's tokenizer. Each of the tokens ``stops`` ends the
-        completion. ``on_slow`` is called after each step that needed more CPU time than :data:`MOST_STEP_SECONDS`.
+        completion. ``on_slow`` is called each time that :meth:`fill` needs more CPU time than
+        :data:`MOST_STEP_SECONDS` to find the tokens.
         """
         self._on_slow = on_slow
         self._matcher = matcher

@@ -62,9 +62,9 @@ class Engine:
         """Build the engine of ``model`` on the model's device; the model is not changed.
 
         ``tool_runner`` runs the model's Python calls on ``tool_loop``. Without a runner, the model reads an error
-        instead of each call's output. Without a loop, the engine starts a thread with an event loop. A
-        :class:`UserError` is raised if the KV cache is too small for one block, or if there are no kernels for the
-        quantization.
+        instead of each call's output. Without a loop, the engine starts a thread with an event loop at the first call.
+        A :class:`UserError` is raised if the memory for the KV cache is too small (see
+        :func:`~nanochat_core.engine.cache_groups.plan_groups`), or if there are no kernels for the quantization.
         """
         self.config = config = config or EngineConfig()
         self.model_config, self._dtype = model.config, model.compute_dtype
@@ -78,7 +78,8 @@ class Engine:
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.admission = Admission(model.config, config, self.scheduler, self.grammars)
         self.tools = ToolLoop(tokenizer, tool_runner, config, tool_loop)
-        self.progressed = False  # whether the last step computed anything; if not, all sequences wait for tools
+        # Whether the last step computed anything. If not, nothing can run before a tool's result or a request arrives.
+        self.progressed = False
         self._outputs = StepOutputs()
         self._observer = observer or Observer()
         self._overlap = device.type == "cuda" if config.overlap is None else config.overlap
@@ -128,9 +129,9 @@ class Engine:
         Without overlap, the outputs contain the tokens of this batch. With overlap (:attr:`EngineConfig.overlap`), the
         outputs contain the tokens of the previous batch: the host reads these tokens only after it has sent this batch
         to the device. Each sequence then continues with a token that only the device knows. If that token ends the
-        sequence or calls a tool, the token computed after it is dropped. There is no overlap if a sequence has
-        penalties, a constraint or a draft, because the host then needs the previous token before it can prepare the
-        next batch.
+        sequence or calls a tool, the token computed after it is dropped. The host reads the previous batch's tokens
+        first if a sequence of that batch has penalties, a constraint or a draft, or if drafts are worthwhile now,
+        because the host then needs these tokens to prepare the next batch.
         """
         started, preemptions, generated = time.perf_counter(), self.scheduler.preemptions, 0
         for seq, result in self.tools.collect():
@@ -246,9 +247,9 @@ class Engine:
     def update_weights(self, model: GPT) -> None:
         """Replace the weights by the weights of ``model``, and forget prefixes computed with the old weights.
 
-        On a CPU, the old weights are freed before memory for the new weights is allocated. On a GPU, old and new
-        weights are both in memory for a moment, because the new weights are copied to the addresses that CUDA graphs
-        read. ``model`` must be on the engine's device.
+        With the engine's kernels for GPUs, old and new weights are both in memory for a moment, because the new weights
+        are copied to the addresses that CUDA graphs read. Otherwise, the layers' old weights are freed before memory
+        for the new weights is allocated. ``model`` must be on the engine's device.
 
         Raises:
             RuntimeError: requests are in flight; their keys and values were computed with the old weights.
@@ -284,11 +285,13 @@ class Engine:
         self.blocks.check_integrity(live)
 
     def close(self) -> None:
-        """Cancel outstanding tool calls."""
+        """Cancel outstanding tool calls, and stop the thread that ran them if the engine started it."""
         self.tools.close()
 
     def _launch(self, chunks: list[Chunk], previous: LaunchedStep | None) -> tuple[LaunchedStep | None, bool]:
-        """Start a batch on the device. Returns the step (None if no token is sampled), and whether memory ran out.
+        """Start a batch on the device. Returns the step, and whether memory ran out.
+
+        The step is None if no token is sampled or memory ran out.
 
         ``previous`` is the previous step if its tokens have not been read yet.
         """
@@ -333,15 +336,15 @@ class Engine:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _append_tokens(self, step: LaunchedStep) -> int:
-        """Wait for a step's tokens and append them; returns their number."""
+        """Wait for a step's tokens and append them; returns the number of appended tokens."""
         return sum(self._extend(chunk, samples) for chunk, samples in step.read())
 
     def _extend(self, chunk: Chunk, samples: list[Token]) -> int:
         """Append a chunk's samples up to and including the first sample that differs from the draft.
 
-        Returns the number of appended tokens.
-
-        If the sequence has ended or called a tool since the step was launched, its samples are dropped.
+        A sample that ends the sequence or calls a tool is also the last appended one. If the sequence has already ended
+        or called a tool since the step was launched, all its samples are dropped. Returns the number of appended
+        tokens.
         """
         seq, before = chunk.seq, len(chunk.seq.tokens)
         if not seq.in_flight:

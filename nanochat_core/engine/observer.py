@@ -46,7 +46,10 @@ def note_admissions(observer: Observer, chunks: Iterable[Chunk]) -> None:
 
 
 def note_tokens(observer: Observer, chunk: Chunk, count: int) -> None:
-    """Report ``count`` sampled tokens of a chunk. The time since the previous token is divided equally among them."""
+    """Report ``count`` sampled tokens of a chunk. The time since the previous token is divided equally among them.
+
+    If they are the first sampled tokens of the sequence, only :meth:`Observer.first_token` is called, once.
+    """
     seq, now = chunk.seq, time.monotonic()
     if seq.last_token_at is None:
         observer.first_token(now - seq.arrived_at)

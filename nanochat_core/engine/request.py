@@ -38,11 +38,12 @@ class FinishReason(enum.Enum):
 class SamplingParams:
     """Parameters for sampling the next token. By default, decoding is greedy.
 
-    Values out of range raise a :class:`UserError`. Samples depend only on the seed, the choice, the position and the
-    logits. With a constraint, a stop token is possible only after a matching text.
+    Values out of range raise a :class:`UserError`. With equal parameters, samples depend only on the seed, the choice,
+    the position, the logits and, with penalties or a constraint, the earlier tokens. With a constraint, a stop token is
+    possible only after a matching text.
     """
 
-    temperature: float = 0.0  # 0 means greedy decoding
+    temperature: float = 0.0  # 0, and any number below 0.0001, means greedy decoding
     top_k: int = 0  # keep the k most likely tokens, and tokens that tie with the last of them; 0 keeps all tokens
     top_p: float = 1.0  # keep the smallest set of most likely tokens whose probability reaches p; 1 keeps all
     min_p: float = 0.0  # keep tokens with at least this fraction of the highest probability; 0 keeps all
@@ -113,8 +114,9 @@ NO_TOOLS = ToolPolicy()
 class Token:
     """One token of a completion, or of a prompt whose log probabilities are requested.
 
-    ``logprob``, if requested, is the natural logarithm of the token's probability before penalties, temperature and
-    filters. ``top_logprobs`` has (token id, logprob) of the most likely alternatives, best first.
+    ``logprob``, if requested, is the natural logarithm of the token's probability before the constraint, penalties,
+    biases, temperature and filters; None for a forced token. ``top_logprobs`` has (token id, logprob) of the most
+    likely tokens, best first.
     """
 
     id: int

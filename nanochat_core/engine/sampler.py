@@ -28,7 +28,7 @@ from nanochat_core.engine.sequence import Sequence
 # Below this temperature, sampling is greedy, because logits divided by such a small number could exceed the range of
 # float32.
 LOWEST_TEMPERATURE = 1e-4
-# If top-k leaves at most this many candidates in every row, the sampler processes only these candidates.
+# If top-k leaves at most this many candidates in every row, the sampler processes only these candidates (not on a GPU).
 MOST_CANDIDATES = 256
 # Top-p first sorts only this many of the most likely tokens. It sorts the whole vocabulary only if these tokens are too
 # few, which means that the distribution is flat.

@@ -68,7 +68,8 @@ class Scheduler:
 
     Running sequences come first. Waiting sequences follow while there is token budget, ``max_running`` is not reached
     and cache blocks are free. Running sequences, and likewise waiting sequences, have the order (priority, arrival). If
-    the blocks run out, the last sequence in this order, called the youngest, loses its blocks (preemption).
+    the blocks run out, the youngest sequence loses its blocks (preemption). This is the last one in the same order
+    among all sequences that have blocks.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Scheduler:
                 sequence gets a token.
             max_running: maximum number of sequences that are running or parked at a time.
             speculative_tokens: maximum length of the draft of one sequence; 0 turns drafts off.
-            speculative_batch: maximum number of tokens of all running sequences and their drafts together. In a larger
-                batch, arithmetic takes most of the time, so each drafted token costs as much as any other token.
+            speculative_batch: drafts are shortened until one token of each running sequence and all drafts are at most
+                this many tokens together. In a larger batch, arithmetic takes most of the time, so each drafted token
+                costs as much as any other token.
         """
         assert token_budget >= max_running
         self.blocks = blocks
@@ -102,9 +104,10 @@ class Scheduler:
 
     @property
     def waiting_tokens(self) -> int:
-        """Number of tokens of waiting and running sequences that must still be computed, except newly sampled tokens.
+        """Number of tokens of waiting and running sequences that must still be computed.
 
-        Tokens of waiting sequences count even if the cache has them. Any thread may call this.
+        A sequence with a single such token does not count, because this token is usually a newly sampled one. Tokens of
+        waiting sequences count even if the cache has them. Any thread may call this.
         """
         remaining = (seq.remaining for seq in [*self.waiting, *self.running])
         return sum(tokens for tokens in remaining if tokens > 1)
@@ -209,16 +212,20 @@ class Scheduler:
 
     @property
     def drafts(self) -> bool:
-        """Whether drafting is worthwhile: few sequences run, and the last lookup of one of them found a draft."""
+        """Whether drafting is worthwhile: few sequences run, and a draft of one of them is likely to be right.
+
+        That sequence has neither penalties nor a constraint.
+        """
         few = self.draft_length(len(self.running)) > 0
         return few and any(seq.is_memoryless and seq.lookup.is_promising for seq in self.running)
 
     def _draft(self, seq: Sequence, length: int, most: int) -> list[int]:
         """Guess up to ``most`` tokens after the next ``length`` tokens, and reserve blocks for the draft.
 
-        The draft is empty if the next ``length`` tokens do not include the sequence's last known token. It is shortened
-        until one free block is left for each running sequence. If a token is in flight (the previous step still samples
-        it), the draft is empty, but the lookup still makes a guess, to measure how often its guesses are right.
+        The draft is empty if the next ``length`` tokens do not include the sequence's last known token. If the draft
+        needs new blocks, it is shortened until one free block is left for each running sequence. If a token is in
+        flight (the previous step still samples it), the draft is empty, but the lookup still makes a guess, to measure
+        how often its guesses are right.
         """
         if length < seq.remaining:
             return []

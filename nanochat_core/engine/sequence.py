@@ -81,7 +81,7 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Number of tokens that are not computed yet. When it is 0, the next token can be sampled."""
+        """Number of tokens that are not computed yet, including a token in flight."""
         return self.length - self.computed
 
     @property

@@ -25,7 +25,10 @@ class Shed(Exception):
 
 
 class Shedding:
-    """Halves the scheduler's limits when a step does not fit into memory, and doubles them after many steps that fit.
+    """Makes batches smaller when a step does not fit into memory, and larger again after many steps that fit.
+
+    The scheduler's limits become half of the sequences and half of the tokens of the step that did not fit. Later, they
+    double until they have their configured values.
 
     A step's memory grows with its number of sequences (logits, gathered keys) and its number of tokens (activations).
     The KV cache is allocated once, so taking blocks from a sequence would free no memory; only a smaller batch helps.

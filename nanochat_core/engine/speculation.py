@@ -31,7 +31,10 @@ class PromptLookup:
         self.right_share = _FIRST_SHARE
 
     def draft(self, tokens: list[int], most: int) -> list[int]:
-        """Guess up to ``most`` tokens that follow ``tokens``. The draft is empty while too few guesses are right."""
+        """Guess ``most`` tokens that follow ``tokens``.
+
+        The draft is empty if the last tokens do not occur earlier, or while too few guesses are right.
+        """
         place = self._look_up(tokens)
         self._guess = None if place is None else tokens[place]
         if place is None or self.right_share < _LEAST_RIGHT:
@@ -42,7 +45,7 @@ class PromptLookup:
 
     @property
     def is_promising(self) -> bool:
-        """Whether the last lookup found a draft, and enough guesses are right."""
+        """Whether the last lookup made a guess, and enough earlier guesses were right."""
         return self._guess is not None and self.right_share >= _LEAST_RIGHT
 
     def _look_up(self, tokens: list[int]) -> int | None:

@@ -44,7 +44,8 @@ class ToolLoop:
         config: EngineConfig,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """Without a ``runner``, every Python call gets the status "unavailable".
+        """Without a ``runner``, no Python call runs. A call gets the status "unavailable", or "denied" beyond the limit
+        of calls.
 
         ``loop`` runs the calls; None starts a thread with an event loop when the first call is made.
         """

@@ -34,10 +34,10 @@ class Runner(Protocol):
         """Do one-time work, such as recording CUDA graphs, that would slow down the first steps."""
 
     def run(self, chunks: Iterable[Chunk], previous: LaunchedStep | None = None) -> tuple[list[Chunk], Tensor]:
-        """Compute keys and values of every chunk, and the logits that the next tokens are sampled from.
+        """Compute keys and values of every chunk, and the logits from which tokens are sampled or prompts are scored.
 
-        The method does not wait for the device. ``previous`` is the previous step if a chunk needs tokens that the
-        previous step is still sampling.
+        On a GPU, the method does not wait for the end of the computation. ``previous`` is the previous step if a chunk
+        needs tokens that the previous step is still sampling.
 
         Returns:
             The chunks whose logits are needed, and fp32 logits (rows, vocab_size) with ``chunk.logits`` rows
@@ -86,7 +86,8 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGr
     leaves free.
 
     Raises:
-        UserError: the KV cache is too small for one block, or there are no kernels for the quantization.
+        UserError: the memory for the KV cache is too small (see
+            :func:`~nanochat_core.engine.cache_groups.plan_groups`), or there are no kernels for the quantization.
     """
     size, dtype, device = config.block_size, model.compute_dtype, model.cos.device
     on_cpu = config.kernels and cpu.usable(model.config, size, dtype, device)

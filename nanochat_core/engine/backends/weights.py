@@ -34,7 +34,7 @@ class Weight(Protocol):
 
 
 class PackedWeight:
-    """A :class:`Weight` that uses oneDNN for products on CPUs.
+    """A :class:`Weight` that uses oneDNN for products on CPUs, if oneDNN supports the dtype there.
 
     oneDNN is faster for batches than PyTorch's default kernels. In a batch, it also adds the products of a row in the
     same order for every number of rows. For a single row, some CPUs add long sums in another order. On these CPUs a
@@ -119,7 +119,7 @@ class ServingWeights:
     def load(self, model: GPT) -> None:
         """Copy the current weights of ``model``. Its shape, dtype and device must be the same as before."""
         dtype = self.dtype
-        self._layers = []  # frees the old weights before memory for the new ones is allocated
+        self._layers = []  # frees the layers' old weights before memory for the new ones is allocated
         with torch.no_grad():
             embedding = rms_norm(model.embedding.weight.to(dtype))
             gate = torch.sigmoid(model.smear_gate(embedding[:, :SMEAR_CHANNELS]))
@@ -163,7 +163,7 @@ def packs(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _single_rows_differ(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
-    """Whether this CPU computes different bits for a row alone and for the same row among many rows."""
+    """Whether this CPU may compute different bits for a row alone and for the same row among many rows."""
     if dtype == torch.bfloat16 and not cpu_multiplies_bf16():
         # Assume that the bits differ: rounding to bf16 hides most differences, so the following test could miss them.
         return True

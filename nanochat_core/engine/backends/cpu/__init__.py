@@ -2,8 +2,8 @@
 
 With PyTorch, a layer calls about forty operators, and each step copies the keys and values of every sequence.
 With these kernels, a layer needs four matrix products and four other kernels, and attention reads keys and values
-directly from the cache. Without a compiler or a prebuilt library, or with an unusual head size or block size, the
-engine uses PyTorch's operators.
+directly from the cache. Without a compiler or a prebuilt library, on a system other than Linux, or with an unusual head
+size, block size or dtype, the engine uses PyTorch's operators.
 """
 
 import torch

@@ -61,7 +61,7 @@ class Layer(ctypes.Structure):
 
 @functools.cache
 def load_kernels() -> ctypes.CDLL | None:
-    """Load the kernels for this processor, and build them if necessary; None if loading or building fails."""
+    """Load the kernels for this processor, and build them if necessary; None if they cannot be built or loaded."""
     path = find_prebuilt() or find_cached()
     if path is None:
         return None
@@ -92,7 +92,10 @@ def find_prebuilt() -> Path | None:
 
 
 def find_cached() -> Path | None:
-    """Path of the library in the user's cache folder. Builds the library if it is not there."""
+    """Path of the library in the user's cache folder. Builds the library if it is not there.
+
+    The result is None if the system is not Linux or has no C++ compiler, or if building fails.
+    """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None or not sys.platform.startswith("linux"):
         return None

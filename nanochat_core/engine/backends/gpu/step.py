@@ -66,7 +66,7 @@ class Step:
 
 
 class StepInputs:
-    """Packs all inputs of a step into one buffer, so that a step needs one copy to the device."""
+    """Packs the tokens and the cache places of a step into one buffer, so that one copy brings them to the device."""
 
     def __init__(self, cache: BlockMemory, *, tokens: int, sequences: int, tile_rows: int, no_token: int) -> None:
         """A step has at most ``tokens`` tokens and ``sequences`` sequences, and a tile at most ``tile_rows`` tokens."""

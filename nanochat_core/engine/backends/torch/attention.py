@@ -186,7 +186,10 @@ class _PaddedBatch:
 
 @functools.cache
 def row_multiple(head_dim: int, dtype: torch.dtype) -> int:
-    """Smallest number of query rows for which attention on this CPU has the same bits as for many rows."""
+    """Number of query rows for which attention on this CPU has the same bits as for many rows.
+
+    The result is the smallest of 1, 2 and 4 that passes a test, and otherwise MOST_ROWS.
+    """
     draw = torch.Generator().manual_seed(0)
     for rows in (1, 2, 4):
         if all(_same_bits(rows, keys, head_dim, dtype, draw) for keys in (KEY_MULTIPLE, 3 * KEY_MULTIPLE, KEY_TILE)):
