@@ -99,7 +99,7 @@ class Cgroup:
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether the kernel has killed the process because of its memory limit."""
+        """Whether the kernel has killed the process for lack of memory, usually because of the cgroup's limit."""
         try:
             events = dict(line.split() for line in (self.path / "memory.events").read_text().splitlines())
         except OSError:

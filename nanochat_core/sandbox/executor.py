@@ -128,7 +128,7 @@ class SandboxExecutor:
         """Choose and test the isolation profile, then begin to start workers. Blocks for about 100 ms.
 
         Raises SandboxUnavailable if the configured profile fails its self-test (with ``auto``: if every profile fails),
-        or if the scratch folder or the folder of cgroups cannot be used.
+        or if the interpreter, the scratch folder or the folder of cgroups cannot be used.
         """
         self._thread.start()
         atexit.register(self.close)
@@ -140,7 +140,10 @@ class SandboxExecutor:
         return self
 
     def close(self) -> None:
-        """Kill all workers, remove all scratch folders and stop. Running calls raise WorkerFailed. Idempotent."""
+        """Kill all workers, remove all scratch files and stop. Idempotent.
+
+        Calls that run or wait raise WorkerFailed.
+        """
         atexit.unregister(self.close)
         if self._loop.is_closed():
             return
@@ -168,9 +171,10 @@ class SandboxExecutor:
     ) -> ExecutionResult:
         """Run ``code``. Canceling the call kills its process.
 
-        The result is returned even if the code failed. Its status is OVERLOADED if all slots and the queue are full.
-        Raises WorkerFailed if the sandbox itself failed, or was closed during the call, and ValueError if the inputs
-        are too large.
+        The result is returned even if the code failed. Its status is OVERLOADED if all slots and the queue are full, or
+        if too many calls wait for other calls of their sessions. Raises WorkerFailed if the sandbox itself failed, or
+        was closed during the call, ValueError if the inputs (with the files of the session) are too large, and
+        RuntimeError if the executor is not running.
 
         Args:
             code: a program. If its last statement is an expression, the expression's value is the result.
@@ -181,8 +185,9 @@ class SandboxExecutor:
             on_output: called with the name (stdout or stderr) and new bytes of the code's output while the code runs.
                 It is called in the executor's thread and must not block.
             session: name of a session of this key. The call begins with the files that the session's previous call
-                left, and its own files are kept for the session's next call. Calls of a session run one after the
-                other. If the name is empty, no files are kept.
+                left, and its own files are kept for the session's next call, unless some of them are missing or they
+                are too large (see ``files_complete``). Calls of a session run one after the other. If the name is
+                empty, no files are kept.
         """
         self._check(inputs)
         work = self._execute(code, limits, result_format, key, inputs, on_output, session)

@@ -25,7 +25,7 @@ from nanochat_core.sandbox.worker import protocol
 
 log = logging.getLogger("nanochat.sandbox")
 
-START_SECONDS = 20.0  # a worker must start within this time
+START_SECONDS = 20.0  # a worker must start within this time, and later begin the code of its call within this time
 # A fork server must start within this time. The time is longer than a worker's, because a fork server also imports
 # packages, perhaps from a busy disk.
 _SERVER_START_SECONDS = 60.0

@@ -57,6 +57,9 @@ class ResultFormat(enum.Enum):
 class Inputs:
     """The inputs of the code, and the selection of its files for the result.
 
+    A ValueError is raised if a name of a file is not valid (see :func:`is_file_name`), or if an argument or an ending
+    has a null byte.
+
     Attributes:
         stdin: bytes that the code can read from its stdin.
         argv: arguments of the program, ``sys.argv[1:]``.
@@ -154,7 +157,9 @@ class SandboxConfig:
     )
     scratch_files: int = setting(1000, "largest number of files and folders in the scratch folder of a call", minimum=1)
     threads: int = setting(
-        8, "threads that a call may run beside its main thread, if the kernel can limit them; 0 forbids them", minimum=0
+        8,
+        "threads that a call may run beside its main thread; none if the kernel cannot count them; 0 forbids them",
+        minimum=0,
     )
     cgroup_dir: str = setting(
         "",
@@ -197,7 +202,8 @@ class SandboxConfig:
     )
     max_file_bytes: int = setting(
         4 << 20,
-        "largest total size of the files and stdin of a request, and of the files of an answer, in bytes",
+        "largest total size of the files and stdin of a request, and of the files of an answer, in bytes; the size for "
+        "a request is also limited to half of scratch-bytes",
         minimum=0,
     )
     max_files: int = setting(
@@ -208,11 +214,14 @@ class SandboxConfig:
     )
     sessions: int = setting(
         32,
-        "largest number of sessions whose files are kept in memory; a further session replaces the least recently used",
+        "largest number of sessions whose files are kept in memory; a further session replaces the least recently used "
+        "one that no call uses",
         minimum=1,
     )
     session_seconds: float = setting(
-        600.0, "seconds after the last call of a session until it is forgotten", minimum=0.1
+        600.0,
+        "seconds for which a session is kept after its last call; it is forgotten at the latest after twice this time",
+        minimum=0.1,
     )
 
     @property
@@ -240,7 +249,8 @@ class SandboxConfig:
 class Usage:
     """The resources that one call used.
 
-    ``peak_memory_bytes`` is the largest resident memory, including the interpreter's; 0 if unknown.
+    ``peak_memory_bytes`` is the largest resident memory, including the interpreter's; 0 if unknown. If the call has a
+    cgroup, its scratch files in memory and the kernel's memory for the process may count too.
     """
 
     wall_seconds: float = 0.0

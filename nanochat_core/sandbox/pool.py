@@ -11,8 +11,8 @@ from nanochat_core.sandbox.worker_process import WorkerProcess
 log = logging.getLogger("nanochat.sandbox")
 
 _RETRY_SECONDS = 1.0
-# A call that finds no ready worker makes the pool larger by one. Each time that this many seconds pass without such a
-# call, the pool becomes smaller by one.
+# A call that finds no ready worker makes the pool larger by one, unless the pool's least size is 0. Each time that this
+# many seconds pass without such a call, the pool becomes smaller by one.
 _SHRINK_SECONDS = 5.0
 _STARTS_AT_ONCE = 4
 # Pause before the pool replaces a worker that a call has just taken, because the fork would delay this call. Usually,

@@ -1,8 +1,9 @@
 """The isolation profiles: how a fork server is started and which rights its workers give up.
 
 In the profile ``pod``, which needs no other program, a worker applies Landlock, a system-call filter and resource
-limits to itself. In the profile ``bwrap``, a worker applies the same layers inside namespaces that bubblewrap creates.
-The profile ``gvisor`` is like ``bwrap``, but the namespaces are those of gVisor's kernel.
+limits to itself, inside namespaces if the kernel lets the fork server make them. In the profile ``bwrap``, a worker
+applies the same layers inside namespaces that bubblewrap creates. The profile ``gvisor`` is like ``bwrap``, but the
+namespaces are those of gVisor's kernel.
 """
 
 import abc
@@ -205,7 +206,7 @@ PROFILES: dict[str, type[Profile]] = {"gvisor": GvisorProfile, "bwrap": BwrapPro
 def kernel_is_gvisor() -> bool:
     """Whether this process runs on gVisor's kernel.
 
-    Only the log of gVisor's kernel begins with ``Starting gVisor``, and every process may read this log.
+    Only the log of gVisor's kernel begins with ``Starting gVisor``, and on gVisor, every process may read this log.
     """
     read_all = 3
     log = ctypes.create_string_buffer(1 << 17)

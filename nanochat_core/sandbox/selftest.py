@@ -77,7 +77,7 @@ async def self_test(server: ForkServer, scratch_root: ScratchRoot) -> None:
     """Try to break the isolation of a fork server's workers.
 
     Raises ProfileUnavailable if a worker cannot start, a layer leaks or the test does not finish. If a layer leaks, the
-    error names the first leak that was found and its layer.
+    error names the first leak that was found and its layer. Raises OSError if the scratch folder cannot be used.
     """
     with tempfile.TemporaryDirectory(prefix="nanochat-selftest-", dir=scratch_root.path) as folder:
         secret = os.path.join(folder, "secret")

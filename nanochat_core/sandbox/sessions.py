@@ -14,8 +14,8 @@ class Session:
     """The state of one session.
 
     Attributes:
-        files: contents of the files that the last call left, by name.
-        new: true until the first call has left its files.
+        files: contents, by name, of the files of the last call whose files were kept.
+        new: true until the files of a call were kept.
         used: when the last call ended, on the clock of ``time.monotonic``.
         calls: number of calls that run or wait; one runs at a time.
     """
@@ -30,7 +30,8 @@ class Session:
 class Sessions:
     """Keeps at most ``limit`` sessions, or more if more are in use. Forgets a session that was idle for too long.
 
-    A session is forgotten ``idle_seconds`` after its last call.
+    The session is forgotten at the earliest ``idle_seconds`` after its last call, and at the latest after twice this
+    time.
 
     Attributes:
         waiting: number of calls that wait for another call of their session.

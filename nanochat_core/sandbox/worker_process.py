@@ -23,15 +23,15 @@ log = logging.getLogger("nanochat.sandbox")
 
 _EXIT_SECONDS = 10.0
 _PAGE_BYTES = resource.getpagesize()
-# Address space of an idle interpreter, assumed if /proc hides the process.
+# Memory of an idle interpreter, assumed if /proc hides the process.
 _INTERPRETER_BYTES = 64 << 20
 
 
 class ProcessUsage:
     """Reads CPU time and memory of a process from outside, without its help.
 
-    ``peak_memory_bytes`` is the largest resident memory that :meth:`sample_memory` measured; 0 before the first
-    measurement.
+    ``peak_memory_bytes`` is the largest memory that :meth:`sample_memory` measured: the resident memory of the process
+    or, if it is larger, the memory of the process's cgroup. It is 0 before the first measurement.
     """
 
     def __init__(self, pid: int, cgroup: Cgroup | None = None) -> None:
@@ -39,7 +39,7 @@ class ProcessUsage:
         self.peak_memory_bytes = 0
 
     def address_space_bytes(self) -> int:
-        """Size of the process's virtual memory."""
+        """Size of the process's virtual memory; an estimate if ``/proc`` does not show the process."""
         try:
             with open(f"/proc/{self._pid}/statm", "rb") as statm:
                 return int(statm.read().split()[0]) * _PAGE_BYTES
@@ -47,7 +47,10 @@ class ProcessUsage:
             return _INTERPRETER_BYTES
 
     def resident_bytes(self) -> int:
-        """Memory that the process uses now, including the pages that it shares with the fork server."""
+        """Memory that the process uses now, including the pages that it shares with the fork server.
+
+        If ``/proc`` does not show the process, the result is an estimate.
+        """
         try:
             with open(f"/proc/{self._pid}/statm", "rb") as statm:
                 return int(statm.read().split()[1]) * _PAGE_BYTES
@@ -55,7 +58,7 @@ class ProcessUsage:
             return _INTERPRETER_BYTES
 
     def cpu_seconds(self) -> float:
-        """CPU time so far; 0 if the process has ended.
+        """CPU time so far; 0 if the process has ended and the fork server has reaped it.
 
         The id of the process's CPU clock is computed in the same way as in Linux's ``clock_getcpuclockid(3)``.
         """
@@ -170,10 +173,11 @@ class WorkerProcess:
         return exceeded or self.server.oom_kills.recent()
 
     def set_limits(self, limits: Limits, receiving: int) -> None:
-        """Set the kernel's limits for the worker's memory and CPU time.
+        """Set the kernel's limits for the worker's memory and CPU time; in a cgroup, also for its number of threads.
 
         The executor measures CPU time itself and usually stops the call first. The kernel's limit of CPU time, in whole
-        seconds, is a fallback. The worker needs ``receiving`` bytes of memory to receive the request.
+        seconds, is a fallback. The worker needs ``receiving`` bytes of memory to receive the request. Raises OSError if
+        the kernel refuses, for example because the worker has ended.
         """
         for number, value in (
             (resource.RLIMIT_AS, self.usage.address_space_bytes() + receiving + limits.memory_bytes),

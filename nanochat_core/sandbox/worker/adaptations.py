@@ -73,7 +73,7 @@ _ADAPTATIONS: dict[str, Callable[[types.ModuleType], None]] = {
 
 
 class _Finder:
-    """Finds modules as Python does, and adapts them when their code has run."""
+    """Finds the modules of ``_ADAPTATIONS`` as Python does, and adapts each of them when its code has run."""
 
     @staticmethod
     def find_spec(
@@ -94,7 +94,7 @@ class _Finder:
 
 
 def install() -> None:
-    """Adapt the modules that are imported from now on."""
+    """Adapt the modules of ``_ADAPTATIONS`` that are imported from now on."""
     sys.meta_path.insert(0, _Finder)
 
 

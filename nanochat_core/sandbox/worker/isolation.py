@@ -161,9 +161,10 @@ class Isolation:
 
 
 def _limit_threads(ask: bytes, refuse: bytes) -> int:
-    """Let the executor decide whether a worker may start a thread, or refuse all threads if this is impossible.
+    """Let the executor decide whether a worker may start a thread.
 
-    Returns :attr:`Isolation.listener`.
+    If ``ask`` is empty or the kernel cannot ask the executor, all threads are refused. Returns the descriptor
+    :attr:`Isolation.listener`.
     """
     if ask:
         try:

@@ -96,7 +96,7 @@ def die_with_parent() -> None:
 
 
 def give_up_new_privileges() -> None:
-    """From now on, no exec can add privileges, and other processes cannot inspect this process and its children."""
+    """From now on, no exec can add privileges. Unprivileged processes cannot inspect this process or its children."""
     _prctl("no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:

@@ -37,7 +37,7 @@ CLAIM_OVERHEAD = len(BEGUN) + _CLAIM_HEADER.size + MAX_ERROR_BYTES
 
 
 # If the caller wants files, a worker's report has this header before the result and the files: the length of the
-# result, and whether files are missing because of the limits.
+# result, and whether files are missing because of the limits or an error.
 _OUTPUT_HEADER = struct.Struct("!I?")
 
 

@@ -27,8 +27,8 @@ _Module = type(sys)
 # Size of a thread's stack. It is smaller than the default, because the stacks of all threads count as memory of the
 # call.
 _THREAD_STACK_BYTES = 4 << 20
-# Address space that is freed when memory runs out, so that the worker can still report the error. Nothing is written to
-# this space, so it takes no physical memory.
+# Address space that is freed when the code raises an exception, so that the worker can report the exception even if
+# memory has run out. Nothing is written to this space, so it takes no physical memory.
 _reserve = [bytes(1 << 20)]
 
 
