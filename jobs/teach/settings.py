@@ -50,7 +50,9 @@ class TeachSettings(JobSettings):
         maximum=1.0,
     )
     lr_scale: float = setting(
-        Plan.lr_scale, "factor on pretraining's learning rates before any other scaling", minimum=0.0
+        Plan.lr_scale,
+        "factor on all of pretraining's base learning rates except those of smear and backout",
+        minimum=0.0,
     )
     batch_tokens: int = setting(Plan.batch_tokens, "tokens per optimizer step", minimum=16)
     max_steps: int = setting(Plan.max_steps, "largest number of optimizer steps", minimum=1, maximum=100_000)

@@ -45,7 +45,7 @@ class SamplingParams:
 
     temperature: float = 0.0  # 0, and any number below 0.0001, means greedy decoding
     top_k: int = 0  # keep the k most likely tokens, and tokens that tie with the last of them; 0 keeps all tokens
-    top_p: float = 1.0  # keep the smallest set of most likely tokens whose probability reaches p; 1 keeps all
+    top_p: float = 1.0  # keep the smallest set of most likely tokens whose probability reaches p, and ties; 1 keeps all
     min_p: float = 0.0  # keep tokens with at least this fraction of the highest probability; 0 keeps all
     # Changes the logits of tokens that occur in the prompt or the completion: a positive logit is divided by this
     # number, and a negative logit is multiplied by it. 1 changes nothing.
@@ -215,7 +215,8 @@ class Generated:
     """Successive tokens and tool events of one choice. ``finish_reason`` and ``usage`` are set at the choice's end.
 
     If the request sets ``prompt_logprobs``, ``prompt_tokens`` of a choice's first output are the prompt's tokens
-    without the first one, which has no log probability.
+    without the first one, which has no log probability. For a choice that continues the tokens of another engine,
+    ``prompt_tokens`` is empty.
     """
 
     tokens: list[Token] = dataclasses.field(default_factory=list)

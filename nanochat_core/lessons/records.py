@@ -84,7 +84,7 @@ class Plan:
         replay: mixture of conversations that training repeats, so that the model does not forget them; empty for the
             mixture on which the model was fine-tuned or, if that is not known, for answers of the model itself.
         share: share of the training examples that show the lesson. A lesson of few items gets a smaller share.
-        lr_scale: the learning rates of pretraining, before any other scaling, are multiplied by this.
+        lr_scale: factor on all of pretraining's base learning rates except those of smear and backout.
         batch_tokens: tokens per optimizer step.
         max_steps: largest number of optimizer steps.
         margin: largest permitted decrease in the share of right answers to questions that the lesson does not change.

@@ -13,7 +13,7 @@ from nanochat_core.settings import setting
 
 
 class SandboxUnavailable(UserError):
-    """No usable isolation profile works on this machine, so no code may run."""
+    """No code may run on this machine: no isolation profile works, or the interpreter or a folder cannot be used."""
 
 
 class ProfileUnavailable(Exception):

@@ -139,7 +139,8 @@ class PodProfile(Profile):
 class BwrapProfile(Profile):
     """The profile for machines with user namespaces.
 
-    A worker sees only the files that it needs. It sees no other processes and no network.
+    A worker sees only the interpreter, the system's libraries, the configured packages and its scratch folder. It sees
+    no other processes and no network.
     """
 
     name = "bwrap"

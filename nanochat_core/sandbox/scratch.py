@@ -18,10 +18,10 @@ _MOUNTED_PREFIX, _MAX_FILE_SYSTEM_BYTES = "nanochat-scratch-", 1 << 30
 class ScratchRoot:
     """The scratch folders on the host, for workers that cannot mount a file system of their own.
 
-    If ``parent`` contains folders ``nanochat-scratch-*`` on which file systems of limited size are mounted, only these
-    folders are scratch folders. Otherwise, the scratch folders are in a private folder of the executor. The executor
-    keeps its private folder locked while it runs. A private folder that is not locked belonged to a killed executor,
-    and the next executor removes it.
+    Folders ``nanochat-scratch-*`` in ``parent``, on which file systems of limited size are mounted, are the scratch
+    folders, unless another executor uses them. If there are no such folders, the scratch folders are in a private
+    folder of the executor. The executor keeps its private folder locked while it runs. A private folder that is not
+    locked belonged to a killed executor, and the next executor removes it.
 
     Attributes:
         path: the private folder.
