@@ -3,9 +3,9 @@
 Texts often repeat themselves. If the last tokens of a sequence also occur earlier in the sequence, the tokens after
 that earlier place are a good guess of the next tokens. The model computes this draft in the same step as the last known
 token. A step that mostly reads weights hardly takes longer with a draft. Every drafted position is sampled as usual,
-and the draft is kept up to the first sample that differs from it. A sample depends on its position and logits alone, so
-the result is the tokens that would have been sampled one by one, unless a rounding difference of the logits on a GPU
-changes a sample.
+and the draft is kept up to the first sample that differs from it. Within a choice, a sample depends on its position and
+logits alone, so the result is the tokens that would have been sampled one by one, unless a rounding difference of the
+logits on a GPU changes a sample.
 """
 
 # A draft copies the tokens that followed the latest earlier occurrence of the last n tokens. The larger n is tried

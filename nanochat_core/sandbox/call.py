@@ -65,9 +65,9 @@ async def run_call(
 ) -> ExecutionResult:
     """Run ``code`` in a fresh worker, then kill the worker. ``on_output`` gets stdout and stderr while the code runs.
 
-    The caller must dispose of the worker, which may not have ended yet. If the executor has
-    observed that the code exceeded a limit of time, output or scratch space, this decides the status. Otherwise, the
-    claim, the worker's own report, decides the status. Without a claim, the way in which the process ended decides.
+    The caller must dispose of the worker, which may not have ended yet. If the executor has observed that the code
+    exceeded a limit of time, output or scratch space, this decides the status. Otherwise, the claim, the worker's own
+    report, decides the status. Without a claim, the way in which the process ended decides.
 
     The limit of wall time begins when the code begins. Raises CodeNotBegun if the worker ended or hung before the code
     began, and WorkerFailed if the sandbox itself failed later, for example because its fork server ended.

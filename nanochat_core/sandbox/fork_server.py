@@ -93,9 +93,10 @@ class ServerLate(WorkerFailed):
 class ForkServer:
     """A running fork server. It may be used only in the event loop and the thread that started it.
 
-    The kernel kills the server when that thread ends, and the workers when the server ends. The server has ended when
-    its process has ended or its socket is closed. Neither sign suffices: a child of a killed process may keep the
-    socket open for a while, and a launcher (bubblewrap) ends later than its server.
+    The kernel kills the server when that thread ends, and the workers when the server ends. The executor watches two
+    signs of the server's end, and the first one counts: its process has ended, or its socket is closed. Each sign may
+    be late: a child of a killed process may keep the socket open for a while, and a launcher (bubblewrap) ends later
+    than its server.
 
     Attributes:
         private: whether each worker has its own scratch file system. Otherwise, each worker needs a scratch folder on
@@ -129,7 +130,8 @@ class ForkServer:
 
         Workers that cannot mount file systems use the folders of ``scratch``.
 
-        Raises WorkerFailed if the server ends before it can fork, and ServerLate if it takes too long.
+        Raises WorkerFailed if the server cannot be started or ends before it can fork, and ServerLate if it takes too
+        long.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
