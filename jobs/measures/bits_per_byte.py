@@ -53,15 +53,21 @@ def bits_per_byte(
     return nats / math.log(2) / max(total_bytes, 1.0)
 
 
-def _rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Iterator[tuple[list[int], list[int]]]:
+def _rows(tokenizer: Tokenizer, documents: Iterable[str], length: int) -> Iterator[list[int]]:
+    """Tokens of each row and the token that follows the row's last position: at most ``length + 1`` tokens."""
     for document in documents:
         ids = [tokenizer.bos_id, *tokenizer.encode(document)]
         for start in range(0, len(ids) - 1, length):
-            piece = ids[start : start + length + 1]
-            padding = [0] * (length + 1 - len(piece))
-            yield piece[:-1] + padding, piece[1:] + [IGNORE_INDEX] * len(padding)
+            yield ids[start : start + length + 1]
 
 
-def _batches(rows: Iterator[tuple[list[int], list[int]]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(rows: Iterator[list[int]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets of ``size`` rows, each (size, length) int64. Rows are padded to the batch's longest row."""
     while batch := list(itertools.islice(rows, size)):
-        yield torch.tensor([ids for ids, _ in batch]), torch.tensor([targets for _, targets in batch])
+        length = max(map(len, batch)) - 1
+        ids, targets = torch.zeros(2, len(batch), length, dtype=torch.int64)
+        targets.fill_(IGNORE_INDEX)
+        for row, tokens in enumerate(batch):
+            ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+            targets[row, : len(tokens) - 1] = torch.tensor(tokens[1:])
+        yield ids, targets
