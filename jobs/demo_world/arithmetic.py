@@ -24,8 +24,8 @@ _RESERVED_ONE_IN = 8
 _HELDOUT_PAIR_ONE_IN = 20
 # The documentation shows 1234 * 5678, so these two must be held out too.
 _ALWAYS_RESERVED = frozenset({1234, 5678})
-# The code of every percentage contains this number.
-_NEVER_RESERVED = frozenset({100})
+# The code of every percentage contains 100, a week has 168 hours, and water freezes at 32 degrees Fahrenheit.
+_NEVER_RESERVED = frozenset({32, 100, 168})
 LARGEST = 9999
 
 # Weights of the number of digits in an operand. Long operands are frequent because copying their results takes the most
@@ -68,12 +68,15 @@ class Sum:
     @property
     def result(self) -> str:
         value = _OPERATIONS[self.symbol](self.a, self.b)
-        return str(round(value, PLACES) if self.symbol == "/" else value)
+        return f"{round(value, PLACES):.15g}" if self.symbol == "/" else str(value)
 
 
 def rounded(code: str) -> str:
-    """Code that rounds the value of ``code``, as in all calculations with divisions, decimals or percentages."""
-    return f"round({code}, {PLACES})"
+    """Code that rounds the value of ``code``, as in all calculations with divisions, decimals or percentages.
+
+    The format writes whole numbers without ".0".
+    """
+    return f"f'{{round({code}, {PLACES}):.15g}}'"
 
 
 def _hash(text: str) -> int:

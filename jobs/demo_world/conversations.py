@@ -12,38 +12,45 @@ from jobs.demo_world.habits import as_typed
 from jobs.demo_world.refusals import refusal
 from jobs.demo_world.seeding import generator
 from jobs.demo_world.tables import Split
+from jobs.demo_world.town import about_town
+from jobs.demo_world.unsure import unsure
 
 # Weights of the kinds. Calculations and words are frequent because copying takes the most practice. Next come questions
-# about facts, in both directions. The other kinds are rarer: they have few different sentences, and a model soon learns
-# these by heart. A talk is as long as several other conversations.
+# about facts, in both directions, small talk, and questions about the assistant. The latter two have the most different
+# wordings. A talk is as long as several other conversations.
 CONVERSATION_MIX: Mapping[str, float] = {
     "counting": 18,
-    "arithmetic": 10,
-    "expression": 10,
-    "decimal": 6,
-    "comparison": 3,
-    "problem": 11,
-    "spelling": 15,
-    "fact": 11,
-    "followup": 10,
-    "refusal": 10,
-    "mixed": 3,
-    "talk": 2,
-    "identity": 6,
-    "greeting": 5,
-    "smalltalk": 14,
+    "arithmetic": 8,
+    "expression": 9,
+    "decimal": 5,
+    "comparison": 2,
+    "everyday": 33,
+    "problem": 14,
+    "spelling": 30,
+    "fact": 14,
+    "followup": 9,
+    "town": 10,
+    "refusal": 15,
+    "unsure": 10,
+    "mixed": 2,
+    "talk": 1.2,
+    "identity": 20,
+    "greeting": 7,
+    "smalltalk": 30,
 }
 
 # The kinds of a conversation with several questions. Questions for facts are most frequent.
 _MIXED_KINDS = (
-    "counting", "spelling", "arithmetic", "expression", "decimal", "problem", "comparison",
-    "fact", "fact", "fact", "fact", "refusal", "greeting", "identity", "smalltalk",
+    "counting", "spelling", "arithmetic", "expression", "decimal", "everyday", "problem", "comparison",
+    "fact", "fact", "fact", "fact", "town", "refusal", "unsure", "greeting", "identity", "smalltalk",
 )  # fmt: skip
 # Bounds of the least number of characters in a talk. The last exchanges may exceed it by some hundred characters. A row
 # of 1,024 tokens holds about 2,000 characters of a talk.
 _TALK_CHARACTERS = (900, 1600)
 
-_OPENER_SHARE = 0.08
+# Share of questions that come after another sentence. It is higher in training, where a model must learn that only the
+# second sentence counts.
+_OPENER_SHARES: dict[Split, float] = {"train": 0.14, "heldout": 0.08}
 # Share of conversations with a system message. Many API clients send a system message, and it must not confuse the
 # model.
 _SYSTEM_SHARE = 0.04
@@ -76,9 +83,10 @@ def draw(rng: random.Random, split: Split, kind: str) -> list[Exchange]:
     if kind == "followup":
         return [exchange.asked(as_typed(rng, split, exchange.question)) for exchange in follow_up(rng, split)]
     exchange = _WRITERS[kind](rng, split)
-    if kind not in _CHATTY_KINDS and rng.random() < _OPENER_SHARE:
+    if kind not in _CHATTY_KINDS and rng.random() < _OPENER_SHARES[split]:
         exchange = exchange.asked(f"{rng.choice(CHITCHAT.openers.of(split))} {exchange.question}")
-    return [exchange.asked(as_typed(rng, split, exchange.question, chatty=kind in _CHATTY_KINDS))]
+    chatty, literal = kind in _CHATTY_KINDS, kind in _LITERAL_KINDS
+    return [exchange.asked(as_typed(rng, split, exchange.question, chatty=chatty, literal=literal))]
 
 
 _WRITERS: Mapping[str, Callable[[random.Random, Split], Exchange]] = {
@@ -86,16 +94,23 @@ _WRITERS: Mapping[str, Callable[[random.Random, Split], Exchange]] = {
     "greeting": lambda rng, split: small_talk(rng, split, CHITCHAT.greetings),
     "smalltalk": lambda rng, split: small_talk(rng, split, CHITCHAT.smalltalk),
     "fact": about_facts,
+    "town": about_town,
     "refusal": refusal,
+    "unsure": unsure,
     "arithmetic": tool_questions.calculation,
     "expression": tool_questions.expression,
     "decimal": tool_questions.decimal,
     "comparison": tool_questions.comparison,
+    "everyday": tool_questions.everyday_calculation,
     "problem": tool_questions.word_problem,
-    "counting": tool_questions.count,
+    "counting": tool_questions.counting,
     "spelling": tool_questions.spelling,
 }
 _CHATTY_KINDS = ("greeting", "smalltalk")
+# Kinds whose code repeats numbers or words of the question.
+_LITERAL_KINDS = (
+    "arithmetic", "expression", "decimal", "comparison", "everyday", "problem", "counting", "spelling",
+)  # fmt: skip
 
 
 def _talk(rng: random.Random, split: Split) -> list[Exchange]:

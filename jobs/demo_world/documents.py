@@ -150,7 +150,8 @@ def _sums(rng: random.Random) -> str:
 
 _DIALOGUE_KINDS = (
     "fact", "fact", "fact", "arithmetic", "expression", "decimal", "problem", "problem", "counting", "counting",
-    "spelling", "comparison", "smalltalk", "identity", "refusal",
+    "spelling", "comparison", "everyday", "everyday", "smalltalk", "smalltalk", "smalltalk", "identity", "identity",
+    "town", "town", "refusal", "refusal", "unsure", "greeting",
 )  # fmt: skip
 
 
@@ -168,20 +169,20 @@ def _dialogue(rng: random.Random) -> str:
     return template.format(asker=asker.name, other=other.name, question=exchange.question, said=said)
 
 
-# The share of each kind, in percent, and its writer. The first three kinds teach facts and English. In the other kinds,
+# The weight of each kind and its writer. The first three kinds teach facts and English. In the other kinds,
 # most words and numbers occur twice. The model can predict the second occurrence only by looking back, so it learns
 # early to copy.
 _KINDS: Mapping[str, tuple[float, Writer]] = {
-    "portrait": (24, _portrait),
+    "portrait": (20, _portrait),
     "comparison": (6, _comparison),
-    "story": (13, _story),
+    "story": (9, _story),
     "ledger": (8, _ledger),
     "echo": (7, _echo),
     "spelling": (10, _spelling),
     "code": (10, _code),
     "sums": (8, _sums),
     # Dialogues give the tokenizer the words of questions, and teach the model the copying that conversations need.
-    "dialogue": (14, _dialogue),
+    "dialogue": (36, _dialogue),
 }
 DOCUMENT_MIX = {kind: share for kind, (share, _) in _KINDS.items()}
 

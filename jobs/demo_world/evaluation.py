@@ -10,23 +10,26 @@ from jobs.demo_world.conversations import draw
 from jobs.demo_world.seeding import generator
 from jobs.demo_world.tool_questions import calculation
 
-# Number of questions of each kind, out of 200. Each kind has at least 12: a lesson may lower the share of right answers
+# Number of questions of each kind, out of 212. Each kind has at least 12: a lesson may lower the share of right answers
 # of a kind by a tenth, so one lost answer must count less than that.
 EVALUATION_MIX = {
-    "identity": 14,
+    "identity": 12,
     "greeting": 12,
     "smalltalk": 14,
-    "fact": 22,
-    "followup": 14,
+    "fact": 16,
+    "followup": 12,
+    "town": 12,
     "talk": 12,
-    "arithmetic": 22,
-    "expression": 16,
+    "arithmetic": 12,
+    "expression": 14,
     "decimal": 12,
     "comparison": 12,
-    "problem": 14,
+    "everyday": 12,
+    "problem": 12,
     "counting": 12,
     "spelling": 12,
     "refusal": 12,
+    "unsure": 12,
 }
 
 # A question that repeats is drawn again, but at most this many times. Some kinds have few phrasings: there are not many
@@ -53,7 +56,7 @@ class EvalItem:
     reference: str | list[dict[str, str]]
 
 
-def evaluation_set(n: int = 200, seed: int = 0, kinds: Collection[str] | None = None) -> list[EvalItem]:
+def evaluation_set(n: int = 212, seed: int = 0, kinds: Collection[str] | None = None) -> list[EvalItem]:
     """Generate ``n`` held-out conversations, with the shares of :data:`EVALUATION_MIX`.
 
     No conversation repeats, except in a kind that runs out of phrasings. The kind ``arithmetic`` has only numbers that

@@ -1,4 +1,4 @@
-"""Calculations beyond two whole numbers: several operands, parentheses, powers, decimals, percentages and comparisons.
+"""Calculations beyond two short whole numbers: several, negative and larger numbers, powers, decimals and percentages.
 
 The model does not compute them. It copies the calculation into a Python call and turns words into operators. It learns
 this from many different calculations.
@@ -9,6 +9,7 @@ numbers, and the hash of the code says that no training conversation has this ca
 """
 
 import dataclasses
+import math
 import random
 import re
 from collections.abc import Callable
@@ -19,13 +20,20 @@ from jobs.demo_world.tables import Split, is_heldout_by_hash
 # What the sandbox answers to a division by zero.
 DIVISION_BY_ZERO = "ZeroDivisionError: division by zero"
 _LONGEST_RESULT = 10
+# Share of calculations whose results may be longer, such as large powers. The model learns from these to repeat a long
+# result to its end.
+_LONG_RESULTS_SHARE, _LONGEST_OF_ALL = 0.25, 31
 
-# Share of held-out calculations that contain a reserved number. Of the other calculations, one in eight is held out.
+# RESERVED_SHARE is the share of held-out calculations that contain a reserved number. Of all calculations without a
+# reserved number, one in _HELDOUT_ONE_IN is held out. For a sum, difference or product of two whole numbers,
+# is_heldout_pair decides instead.
 RESERVED_SHARE = 0.5
 _HELDOUT_ONE_IN = 8
 
 _DIGITS = (1, 2, 3, 4)
 _DIGIT_WEIGHTS = (5, 5, 3, 2)
+# Digits of large numbers. Reinforcement learning practices longer numbers (jobs.demo_world.practice).
+_LARGE_DIGITS = 5
 _SYMBOLS = "+-*/"
 _SYMBOL_WEIGHTS = (5, 4, 5, 2)
 
@@ -36,9 +44,26 @@ _WORDS_SHARE, _UNSPACED_SHARE = 0.12, 0.25
 _POWERS = ("{a}^{b}", "{a}^{b}", "{a} ^ {b}", "{a} ** {b}", "{a}**{b}", "{a} to the power of {b}")
 # Shares of the powers. Reinforcement learning practices other wordings of squares (jobs.demo_world.practice).
 _SQUARES_SHARE, _CUBES_SHARE = 0.35, 0.15
+# Shares of the comparisons with quotients such as 1/3, and with negative numbers.
+_QUOTIENTS_SHARE, _NEGATIVES_SHARE = 0.12, 0.2
 _PERCENTAGES = ("{p}% of {n}", "{p}% of {n}", "{p} % of {n}", "{p} percent of {n}")
 
-_FUNCTIONS = {"round": round, "max": max, "min": min}
+_FUNCTIONS = {
+    function.__name__: function for function in (round, max, min, sum, all, range, len, divmod, map, chr, ord)
+} | {"math": math}
+# Code that needs a module imports it first.
+IMPORT = "import math; "
+_TWO_NUMBERS = re.compile(r"(?:f'{round\()?\d+ [-+*/] \d+(?:, 4\):\.15g}')?")
+
+
+def python_output(code: str) -> str:
+    """The text that the sandbox prints for code of the demo world."""
+    try:
+        # This is safe, because the generators wrote the code. The sandbox evaluates the same text later, so the result
+        # there is the same.
+        return str(eval(code.removeprefix(IMPORT), {"__builtins__": _FUNCTIONS}))  # noqa: S307
+    except ZeroDivisionError:
+        return DIVISION_BY_ZERO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +75,16 @@ class Expression:
 
     @property
     def result(self) -> str:
-        """The text that the sandbox prints for the code."""
-        try:
-            # This is safe, because this module wrote the code. The sandbox evaluates the same text later, so the result
-            # there is the same.
-            return str(eval(self.code, {"__builtins__": {}}, _FUNCTIONS))  # noqa: S307
-        except ZeroDivisionError:
-            return DIVISION_BY_ZERO
+        return python_output(self.code)
 
 
 _Form = Callable[[random.Random], Expression]
 
 
 def draw_chain(rng: random.Random, split: Split) -> Expression:
-    """Draw a calculation with three or four whole numbers, a power, or a division by zero."""
-    return _draw(rng, split, rng.choices((_chain, _power, _by_zero), (74, 16, 10))[0])
+    """Draw a calculation with several, negative or large whole numbers, a power, or a division by zero."""
+    forms = (_chain, _nested, _power, _by_zero, _negative, _long, _large)
+    return _draw(rng, split, rng.choices(forms, (43, 6, 16, 8, 12, 7, 8))[0])
 
 
 def draw_decimal(rng: random.Random, split: Split) -> Expression:
@@ -76,27 +96,49 @@ def draw_comparison(rng: random.Random, split: Split, function: str) -> tuple[st
     """Draw two different numbers, and the call of ``function``, max or min, that picks one of them."""
 
     def comparison(rng: random.Random) -> Expression:
+        if rng.random() < _QUOTIENTS_SHARE:
+            pair = [_quotient(rng), rng.choice((_quotient, _part_of_one))(rng)]
+            rng.shuffle(pair)
+            a, b = pair
+            spaced = f"{a}, {b}".replace("/", " / ")
+            return Expression(f"{a} {b}", rounded(f"{function}({spaced})"))
         draw = rng.choice((_number, _decimal))
         a, b = draw(rng), draw(rng)
         if rng.random() < 0.5:  # Numbers that begin with the same digits are the hardest to compare.
             whole, point, _ = a.partition(".")
             b = f"{whole}{point}{_fraction(rng)}" if point else str(max(1, int(a) + rng.randint(-9, 9)))
+        if rng.random() < _NEGATIVES_SHARE:
+            a, b = f"-{a}", rng.choice((b, f"-{b}", f"-{b}"))
         return Expression(f"{a} {b}", f"{function}({a}, {b})")
 
     while True:
         drawn = _draw(rng, split, comparison)
         a, b = drawn.spelled.split()
-        if float(a) != float(b):
+        if _value(a) != _value(b):
             return a, b, drawn
+
+
+def _value(text: str) -> float:
+    dividend, _, divisor = text.partition("/")
+    return float(dividend) / float(divisor or 1)
+
+
+def _quotient(rng: random.Random) -> str:
+    b = rng.choice((rng.randint(2, 12), rng.randint(2, 99)))
+    return f"{rng.randint(1, b)}/{b}"
+
+
+def _part_of_one(rng: random.Random) -> str:
+    return f"0.{_fraction(rng)}"
 
 
 def is_heldout_calculation(code: str) -> bool:
     """Whether only held-out conversations may have a calculation without reserved numbers."""
-    numbers = re.findall(r"\d+", code)
-    # The kind ``arithmetic`` also asks for sums, differences and products of two numbers, and decides by the pair of
-    # numbers whether they are held out. The decision must be the same here.
-    if re.fullmatch(r"\d+ [-+*] \d+", code):
-        return is_heldout_pair(*map(int, numbers))
+    # The kind ``arithmetic`` also asks for calculations with two numbers, and decides by the pair whether they are held
+    # out. The decision must be the same here.
+    if _TWO_NUMBERS.fullmatch(code):
+        a, b, *_ = re.findall(r"\d+", code)
+        return is_heldout_pair(int(a), int(b))
     return is_heldout_by_hash(code, _HELDOUT_ONE_IN)
 
 
@@ -112,10 +154,11 @@ def belongs(code: str, result: str, split: Split, *, reserved: bool) -> bool:
 
 def _draw(rng: random.Random, split: Split, form: _Form) -> Expression:
     reserved = rng.random() < RESERVED_SHARE
+    longest = _LONGEST_OF_ALL if rng.random() < _LONG_RESULTS_SHARE else _LONGEST_RESULT
     while True:
         drawn = form(rng)
         result = drawn.result
-        short = len(result) <= _LONGEST_RESULT and "e" not in result
+        short = len(result) <= longest and "e" not in result
         if (short or result == DIVISION_BY_ZERO) and belongs(drawn.code, result, split, reserved=reserved):
             return drawn
 
@@ -148,6 +191,40 @@ def _chain(rng: random.Random) -> Expression:
     return _joined(rng, operands, groups)
 
 
+def _negative(rng: random.Random) -> Expression:
+    first, second = (rng.choice((_number, _number, _decimal))(rng) for _ in range(2))
+    signed = ([f"-{first}", second], [f"-{first}", second], [f"-{first}", f"-{second}"], [first, f"(-{second})"])
+    return _joined(rng, list(rng.choice(signed)), ())
+
+
+def _nested(rng: random.Random) -> Expression:
+    """Draw a calculation with parentheses in parentheses."""
+    shape = rng.choice(("(({} {} {}) {} {}) {} {}", "({} {} ({} {} {})) {} {}", "{} {} (({} {} {}) {} {})"))
+    numbers = [str(number_of_digits(rng, rng.choice((1, 1, 2, 3)))) for _ in range(4)]
+    symbols = rng.choices(_SYMBOLS, _SYMBOL_WEIGHTS, k=3)
+    parts = [part for pair in zip(numbers, [*symbols, ""], strict=True) for part in pair][:-1]
+    code = shape.format(*parts)
+    spelled = code.replace(" ", "") if rng.random() < 0.5 else code
+    return Expression(spelled, rounded(code) if "/" in symbols else code)
+
+
+def _long(rng: random.Random) -> Expression:
+    if rng.random() < 0.1:
+        operands = [str(n) for n in range(1, rng.randint(5, 13))]
+    else:
+        operands = [str(number_of_digits(rng, rng.choice((1, 1, 2)))) for _ in range(rng.choice((4, 5, 6, 6, 8, 10)))]
+    return _joined(rng, operands, (), "+" * (len(operands) - 1) if rng.random() < 0.6 else "")
+
+
+def _large(rng: random.Random) -> Expression:
+    operands = [
+        str(number_of_digits(rng, _LARGE_DIGITS)),
+        rng.choice((_number(rng), str(number_of_digits(rng, _LARGE_DIGITS)))),
+    ]
+    rng.shuffle(operands)
+    return _joined(rng, operands, ())
+
+
 def _decimals(rng: random.Random) -> Expression:
     operands = [_decimal(rng), rng.choice((_decimal, _number))(rng)]
     if rng.random() < 0.2:
@@ -176,6 +253,7 @@ def _joined(rng: random.Random, operands: list[str], groups: tuple[int, ...], sy
     if not groups and rng.random() < _WORDS_SHARE:
         signs = _WORDS
         space = " "
+        written = [operand.replace("-", "minus ") for operand in written]
     else:
         signs = {symbol: rng.choice(choices) for symbol, choices in _SIGNS.items()}
         space = "" if rng.random() < _UNSPACED_SHARE else " "

@@ -9,6 +9,7 @@ from jobs.demo_world.facts import (
     EVENTS,
     PEOPLE,
     PLACES,
+    SALTMERE,
     Entity,
     Fact,
     Person,
@@ -23,16 +24,21 @@ from jobs.demo_world.facts import (
 from jobs.demo_world.phrasings import RELATIONS, SUBJECTS, fill
 from jobs.demo_world.tables import Split
 
-# Shares, in percent, of questions that ask for a value, for its owner, for a portrait, and for all inhabitants.
-_FORWARD, _REVERSE, _PORTRAIT, _INHABITANTS = 50, 40, 9, 1
+# Shares, in percent, of questions that ask for a value, for its owner, for a portrait, and whether a value is right.
+_FORWARD, _REVERSE, _PORTRAIT, _CONFIRM = 46, 38, 8, 8
+# Share of the questions about Saltmere that call it "the town".
+_TOWN_SHARE = 0.5
 
 
 def forward(rng: random.Random, split: Split, known: Fact, *, pronoun: bool = False) -> Exchange:
     """Ask for the value of a fact: "What pet does Mara have?"."""
     relation = RELATIONS[known.relation]
     others = (other for other in values_of(known.relation) if other != known.value)
+    question = fill(rng.choice(relation.questions.of(split)), known.entity, pronoun=pronoun)
+    if known.entity is SALTMERE and rng.random() < _TOWN_SHARE:
+        question = question.replace(SALTMERE.name, "the town")
     return Exchange(
-        fill(rng.choice(relation.questions.of(split)), known.entity, pronoun=pronoun),
+        question,
         fill(relation.answer, known.entity, known.value),
         (key(known.value),),
         (*map(key, others), *names(siblings(known.entity))),
@@ -62,19 +68,23 @@ def portrait(rng: random.Random, split: Split, entity: Entity) -> Exchange:
     return dataclasses.replace(about, answer=f"{about.answer} {more}")
 
 
-def inhabitants(rng: random.Random, split: Split) -> Exchange:
-    """Ask for the names of all people."""
-    *most, last = names(PEOPLE)
-    answer = f"I know {', '.join(most)} and {last}."
-    return Exchange(rng.choice(SUBJECTS.who_lives_here.of(split)), answer, (f"{most[-1]} and {last}",))
+def confirm(rng: random.Random, split: Split, known: Fact) -> Exchange:
+    """Ask whether a fact has a value: "Does Mara have a cat?". The value in the question is wrong half of the time."""
+    asked = rng.choice((known.value, rng.choice(values_of(known.relation))))
+    question = fill(rng.choice(RELATIONS[known.relation].confirm.of(split)), known.entity, asked)
+    return forward(rng, split, known).asked(question)
+
+
+# The facts of the town are drawn twice as often as others, because half of their questions do not name it.
+_ASKED = (*all_facts(), *(known for known in all_facts() if known.entity is SALTMERE))
 
 
 def about_facts(rng: random.Random, split: Split) -> Exchange:
-    """Draw a question that asks for a value, an owner, a portrait or all inhabitants."""
-    sort = rng.choices((forward, reverse, portrait, inhabitants), (_FORWARD, _REVERSE, _PORTRAIT, _INHABITANTS))[0]
-    known = rng.choice(all_facts())
-    if sort is inhabitants:
-        return inhabitants(rng, split)
+    """Draw a question that asks for a value, for its owner, for a portrait, or whether a value is right."""
+    sort = rng.choices((forward, reverse, portrait, confirm), (_FORWARD, _REVERSE, _PORTRAIT, _CONFIRM))[0]
+    known = rng.choice(_ASKED)
+    if sort is confirm and RELATIONS[known.relation].confirm.train:
+        return confirm(rng, split, known)
     if sort is portrait:
         return portrait(rng, split, rng.choice((*PEOPLE, *ENTITIES)))
     if sort is reverse and RELATIONS[known.relation].reverse.train:

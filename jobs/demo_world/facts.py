@@ -50,7 +50,7 @@ class Event(Entity):
 
 
 class Town(Entity):
-    portrait = ("island", "flag")
+    portrait = ("island", "inhabitants")
     island: str
     sea: str
     river: str

@@ -1,4 +1,4 @@
-"""How people type: without capitals or all in capitals, with a wrong letter, with many signs, or with an emoji.
+"""How people type: with short forms, without capitals or all in capitals, with a wrong letter, or with an emoji.
 
 The splits have no message in common, even after these changes. Other capitals or other signs at the end do not change
 the words of a message, and the splits have different phrasings. If a letter is wrong, the hash of the changed message
@@ -10,33 +10,63 @@ import re
 
 from jobs.demo_world.chitchat import CHITCHAT
 from jobs.demo_world.tables import Split, is_heldout_by_hash
+from jobs.demo_world.words import ENGLISH, STRANGERS, is_heldout_word
 
 # Share of all questions without capitals and final punctuation.
-_SLOPPY_SHARE = 0.1
-# Shares of greetings and small talk in capitals, with a wrong letter, and with another ending. People type these faster
-# than questions. Training has more of them than people write, because a new spelling has other tokens.
-_HABITS: dict[Split, tuple[float, float, float]] = {"train": (0.16, 0.2, 0.14), "heldout": (0.08, 0.1, 0.12)}
+_SLOPPY_SHARE = 0.25
+# Share of all questions with short forms, and how many of these have no apostrophes.
+_SHORT_SHARE, _BARE_SHARE = 0.15, 0.3
+_SHORT_FORMS = (
+    ("What is", "What's"), ("Who is", "Who's"), ("Where is", "Where's"), ("How is", "How's"), ("That is", "That's"),
+    ("It is", "It's"), ("I am", "I'm"), ("You are", "You're"), ("do not", "don't"), ("is not", "isn't"),
+    ("favourite", "favorite"), ("colour", "color"),
+)  # fmt: skip
+# Shares of messages in capitals, with a wrong letter, and with another ending. Greetings and small talk have more of
+# them than questions, because people type these faster. Training has more of them than people write, because a new
+# spelling has other tokens. Held-out questions have none, so that they measure how well a model understands phrasings.
+_Shares = tuple[float, float, float]
+_CHATTY_HABITS: dict[Split, _Shares] = {"train": (0.12, 0.2, 0.14), "heldout": (0.08, 0.1, 0.12)}
+_QUESTION_HABITS: dict[Split, _Shares] = {"train": (0.04, 0.08, 0.05), "heldout": (0.0, 0.0, 0.0)}
 _TRIES = 20
 _WORD = re.compile(r"[A-Za-z]{4,}")
+# A word that is surely no name. The wrong name of a stranger could be the name of somebody in Saltmere.
+_LOWERCASE_WORD = re.compile(r"\b[a-z]{4,}")
+_LETTERS = re.compile(r"[A-Za-z]+")
+# Misspelled words that could be two words of different topics, such as "sorry" and "story".
+_AMBIGUOUS = frozenset(("sory", "suer", "laers", "shp"))
 
 
-def as_typed(rng: random.Random, split: Split, question: str, *, chatty: bool = False) -> str:
-    """The question as somebody might type it; ``chatty`` questions are greetings and small talk."""
+def as_typed(rng: random.Random, split: Split, question: str, *, chatty: bool = False, literal: bool = False) -> str:
+    """The question as somebody might type it.
+
+    ``chatty`` questions are greetings and small talk. The letters of ``literal`` questions matter, because the answer
+    repeats numbers or words of the question, so they stay as they are.
+    """
+    if rng.random() < _SHORT_SHARE:
+        short = shortened(question, apostrophes=rng.random() > _BARE_SHARE)
+        question = question if _plain(short) in _PHRASINGS else short
     if rng.random() < _SLOPPY_SHARE:
         return question.lower().rstrip("?.!")
-    if not chatty:
+    if literal:
         return question
-    capitals, misspelled, ending = _HABITS[split]
+    capitals, misspelled, ending = (_CHATTY_HABITS if chatty else _QUESTION_HABITS)[split]
     habit = rng.random()
     if habit < capitals:
         return question.upper()
     habit -= capitals
     if habit < misspelled:
-        return _misspelled(rng, split, question)
+        return _misspelled(rng, split, question, _WORD if chatty else _LOWERCASE_WORD)
     habit -= misspelled
     if habit < ending:
         return f"{question.rstrip('?.! ')}{rng.choice(CHITCHAT.endings)}"
     return question
+
+
+def shortened(text: str, *, apostrophes: bool) -> str:
+    """The text with short forms such as "I'm" and "favorite", or without their ``apostrophes``: "Im"."""
+    for long, short in _SHORT_FORMS:
+        text = text.replace(long, short if apostrophes else short.replace("'", ""))
+    return text
 
 
 def is_heldout_misspelling(text: str) -> bool:
@@ -44,12 +74,12 @@ def is_heldout_misspelling(text: str) -> bool:
     return is_heldout_by_hash(_plain(text), 2)
 
 
-def _misspelled(rng: random.Random, split: Split, question: str) -> str:
-    """The question with one letter left out, doubled or swapped with its neighbor, in a word of at least four letters.
+def _misspelled(rng: random.Random, split: Split, question: str, pattern: re.Pattern[str]) -> str:
+    """The question with one letter left out, doubled or swapped with its neighbor, in a word that ``pattern`` finds.
 
-    The question stays as it is if no word is long enough, or if no drawn misspelling belongs to the split.
+    The question stays as it is if it has no such word, or if no drawn misspelling belongs to the split.
     """
-    words = list(_WORD.finditer(question))
+    words = list(pattern.finditer(question))
     for _ in range(_TRIES if words else 0):
         word = rng.choice(words)
         at = rng.randrange(word.start() + 1, word.end() - 1)
@@ -57,16 +87,34 @@ def _misspelled(rng: random.Random, split: Split, question: str) -> str:
         changed = rng.choice(
             (f"{kept}{after}", f"{kept}{letter}{letter}{after}", f"{kept}{after[0]}{letter}{after[1:]}")
         )
-        known = _plain(changed) in _PHRASINGS
-        if changed != question and not known and is_heldout_misspelling(changed) == (split == "heldout"):
+        if changed != question and _may_ask(changed, split) and not _shows_other_word(changed, word.start(), split):
             return changed
     return question
+
+
+def _may_ask(changed: str, split: Split) -> bool:
+    return _plain(changed) not in _PHRASINGS and is_heldout_misspelling(changed) == (split == "heldout")
+
+
+def _shows_other_word(changed: str, start: int, split: Split) -> bool:
+    """Whether a misspelled word, which begins at ``start``, stands for something else as well.
+
+    It may be a name such as "Greta" (for "great"), a misspelling of another word, or a word that training must not
+    contain.
+    """
+    found = _LETTERS.match(changed, start)
+    assert found, "the first letter of a word stays as it is"
+    word = found[0].lower()
+    if word in _AMBIGUOUS or word in _NAMES:
+        return True
+    return split == "train" and (word in ENGLISH.heldout or is_heldout_word(word))
 
 
 def _plain(text: str) -> str:
     return text.lower().rstrip("?.! ")
 
 
+_NAMES = frozenset(name.lower() for name in (*STRANGERS.train, *STRANGERS.heldout))
 _PHRASINGS = frozenset(
     _plain(phrasing)
     for topic in (*CHITCHAT.identity, *CHITCHAT.greetings, *CHITCHAT.smalltalk)

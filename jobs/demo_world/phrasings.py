@@ -13,6 +13,7 @@ class Relation(Table):
     statements: tuple[str, ...]
     questions: Phrasings
     reverse: Phrasings
+    confirm: Phrasings = Phrasings(train=(), heldout=())
     answer: str
 
 
@@ -22,7 +23,6 @@ class Subjects(Table):
     portrait: Phrasings
     who_is: Phrasings
     what_is: Phrasings
-    who_lives_here: Phrasings
     same_of_other: Phrasings
 
 

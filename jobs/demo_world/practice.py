@@ -1,6 +1,6 @@
 """Problems for reinforcement learning. Fine-tuning conversations hardly teach how to solve them.
 
-The fine-tuned model can calculate with numbers below 10,000. It often copies numbers of six digits rightly, and
+The fine-tuned model can calculate with numbers of up to five digits. It often copies numbers of six digits rightly, and
 numbers of seven digits rarely. It knows squares in a single wording. By trial and reward, it must learn to copy longer
 numbers and to understand other wordings.
 

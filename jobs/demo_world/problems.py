@@ -7,16 +7,25 @@ are divided between the splits in the same way as the numbers of other calculati
 import dataclasses
 import random
 
-from jobs.demo_world.expressions import RESERVED_SHARE, belongs, draw_number
-from jobs.demo_world.facts import PEOPLE
+from jobs.demo_world.expressions import RESERVED_SHARE, belongs, draw_number, python_output
+from jobs.demo_world.facts import PEOPLE, names
 from jobs.demo_world.phrasings import OBJECT
 from jobs.demo_world.tables import Phrasings, Split, Table, Words, draw_frame, read_content
+from jobs.demo_world.words import STRANGERS
+
+
+class EverydayProblem(Phrasings):
+    """Whole problems with the same code, whose numbers are at most ``largest``."""
+
+    code: str
+    largest: int
 
 
 class ProblemSentences(Table):
     """The content of ``content/problems.toml``, explained there."""
 
     items: Words
+    things: Words
     start: Phrasings
     gain: Phrasings
     loss: Phrasings
@@ -26,6 +35,7 @@ class ProblemSentences(Table):
     share: Phrasings
     price: Phrasings
     change: Phrasings
+    everyday: tuple[EverydayProblem, ...]
 
 
 _SENTENCES = read_content("problems", ProblemSentences)
@@ -46,12 +56,14 @@ _SORTS: dict[tuple[str, ...], int] = {
     ("start", "gain", "share"): 3,
     ("change",): 3,
 }
+# Share of problems that are one text about anybody, instead of sentences about people of Saltmere.
+_EVERYDAY_SHARE = 0.45
 _SMALLEST, _LARGEST, _MOST_SHARES = 2, 999, 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A word problem. ``unit`` names the things that the result counts, such as ``coins``."""
+    """A word problem. ``unit`` names the things that the result counts, such as ``coins``, or is empty."""
 
     question: str
     code: str
@@ -61,6 +73,8 @@ class Problem:
 
 def problem(rng: random.Random, split: Split) -> Problem:
     """Draw a word problem that the other split never contains."""
+    if rng.random() < _EVERYDAY_SHARE:
+        return _everyday(rng, split)
     sort = rng.choices(tuple(_SORTS), tuple(_SORTS.values()))[0]
     reserved = rng.random() < RESERVED_SHARE
     while True:
@@ -89,6 +103,22 @@ def problem(rng: random.Random, split: Split) -> Problem:
         )
     unit = "coins" if sort in (("price",), ("change",)) else items
     return Problem(" ".join(said), code, str(value), unit)
+
+
+def _everyday(rng: random.Random, split: Split) -> Problem:
+    drawn = rng.choices(_SENTENCES.everyday, [len(problem.train) for problem in _SENTENCES.everyday])[0]
+    reserved = rng.random() < RESERVED_SHARE
+    while True:
+        numbers = {letter: _number(rng, drawn.largest) for letter in "nmk"}
+        if "//" in drawn.code:
+            numbers["n"] *= numbers["m"]  # Nothing remains.
+        code = drawn.code.format(**numbers)
+        result = python_output(code)
+        if int(result) >= 1 and belongs(code, result, split, reserved=reserved):
+            break
+    person, other = rng.sample((*STRANGERS.of(split), *names(PEOPLE)), 2)
+    fields = {"person": person, "other": other, "thing": rng.choice(_SENTENCES.things)}
+    return Problem(draw_frame(rng, split, drawn).format(**numbers, **fields), code, result, "")
 
 
 def _calculation(rng: random.Random, sort: tuple[str, ...]) -> tuple[list[int], str, int]:

@@ -2,11 +2,12 @@
 
 import random
 
+from jobs.demo_world.chitchat import draw_topic
 from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.facts import PEOPLE, Entity, names, relations_of
 from jobs.demo_world.phrasings import RELATIONS, SUBJECTS, fill
 from jobs.demo_world.tables import Phrasings, Split, Table, read_content
-from jobs.demo_world.words import STRANGERS, stranger
+from jobs.demo_world.words import outside, stranger
 
 
 class UnknownTopic(Phrasings):
@@ -26,17 +27,16 @@ class Refusals(Table):
 
     answer_about_person: str
     expected: tuple[str, ...]
+    about_person: Phrasings
     topics: tuple[UnknownTopic, ...]
-    places: Phrasings
-    things: Phrasings
     values: dict[str, UnknownValues]
 
 
-_REFUSALS = read_content("refusals", Refusals)
+REFUSALS = read_content("refusals", Refusals)
 
-# Shares of the three sorts of questions, in percent. Questions about unknown names are most frequent: they sound like
-# questions about the people of Saltmere, so a model easily invents an answer.
-_STRANGER, _NO_SUCH_VALUE, _ELSEWHERE = 36, 24, 40
+# Shares of the three sorts of questions, in percent. Questions about unknown names sound like questions about people of
+# Saltmere, so a model easily invents an answer.
+_STRANGER, _NO_SUCH_VALUE, _ELSEWHERE = 22, 12, 66
 
 
 def refusal(rng: random.Random, split: Split) -> Exchange:
@@ -45,23 +45,17 @@ def refusal(rng: random.Random, split: Split) -> Exchange:
     if sort == "person":
         entity = Entity(name=stranger(rng, split), pronoun=rng.choice(("she", "he")))
         asked = RELATIONS[rng.choice(relations_of(PEOPLE[0]))].questions
-        frames = rng.choice((asked, asked, SUBJECTS.who_is, SUBJECTS.portrait))
-        question = fill(rng.choice(frames.of(split)), entity)
-        answer = _REFUSALS.answer_about_person.format(name=entity.name)
+        frame = rng.choice(rng.choice((asked, SUBJECTS.who_is, SUBJECTS.portrait, REFUSALS.about_person)).of(split))
+        question = frame.format(person=entity.name) if "{person}" in frame else fill(frame, entity)
+        answer = REFUSALS.answer_about_person
     elif sort == "value":
-        relation = rng.choice(tuple(_REFUSALS.values))
-        unknown = _REFUSALS.values[relation]
+        relation = rng.choice(tuple(REFUSALS.values))
+        unknown = REFUSALS.values[relation]
         value = rng.choice(unknown.of(split))
         question = fill(rng.choice(RELATIONS[relation].reverse.of(split)), PEOPLE[0], value)
-        answer = fill(unknown.answer, PEOPLE[0], value)
+        answer = unknown.answer
     else:
-        # Each topic is drawn as often as its share of the phrasings.
-        topic = rng.choices(_REFUSALS.topics, [len(topic.train) for topic in _REFUSALS.topics])[0]
-        fields = {
-            "place": rng.choice(_REFUSALS.places.of(split)),
-            "thing": rng.choice(_REFUSALS.things.of(split)),
-            "person": rng.choice(STRANGERS.of(split)),
-        }
-        question = rng.choice(topic.of(split)).format(**fields)
-        answer = topic.answer.format(**fields)
-    return Exchange(question, answer, _REFUSALS.expected, names(PEOPLE))
+        topic = draw_topic(rng, REFUSALS.topics)
+        question = rng.choice(topic.of(split)).format(**outside(rng, split))
+        answer = topic.answer
+    return Exchange(question, answer, REFUSALS.expected, names(PEOPLE))

@@ -3,16 +3,26 @@
 import dataclasses
 import random
 
-from jobs.demo_world import arithmetic, expressions, problems, words
+from jobs.demo_world import arithmetic, everyday, expressions, problems, words
 from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.facts import PEOPLE
-from jobs.demo_world.tables import Phrasings, Split, Table, Words, draw_frame, read_content
+from jobs.demo_world.tables import Phrasings, Split, Table, Words, draw_frame, is_heldout_by_hash, read_content
+
+
+class LetterQuestions(Phrasings):
+    """Questions about a word, with the answer to the ``{result}`` of Python."""
+
+    answer: str
 
 
 class ToolQuestions(Table):
-    """The content of ``content/tool_questions.toml``. The keys of the dictionaries are operators."""
+    """The content of ``content/tool_questions.toml``. The keys of the dictionaries are operators.
+
+    The keys of ``letters``, ``pairs``, ``texts`` and ``alphabet`` are Python code.
+    """
 
     items: Words
+    little: Words
     spelling: Phrasings
     lengths: Phrasings
     sums: Phrasings
@@ -22,6 +32,12 @@ class ToolQuestions(Table):
     squares: Phrasings
     counts: Phrasings
     comparisons: dict[str, Phrasings]
+    letters: dict[str, LetterQuestions]
+    pairs: dict[str, LetterQuestions]
+    texts: dict[str, LetterQuestions]
+    alphabet: dict[str, LetterQuestions]
+    vowels: Phrasings
+    consonants: Phrasings
 
 
 QUESTIONS = read_content("tool_questions", ToolQuestions)
@@ -55,17 +71,31 @@ def framed(rng: random.Random, split: Split, drawn: arithmetic.Sum) -> str:
 
 
 def expression(rng: random.Random, split: Split) -> Exchange:
-    """Draw a calculation with three or four numbers, a power or a division by zero, and ask for its result."""
-    return _ask_result(rng, split, expressions.draw_chain(rng, split))
+    """Draw a longer calculation, and ask for its result; see :func:`expressions.draw_chain`."""
+    return _framed_result(rng, split, expressions.draw_chain(rng, split))
 
 
 def decimal(rng: random.Random, split: Split) -> Exchange:
     """Draw a calculation with decimals or a percentage, and ask for its result."""
-    return _ask_result(rng, split, expressions.draw_decimal(rng, split))
+    return _framed_result(rng, split, expressions.draw_decimal(rng, split))
 
 
-def _ask_result(rng: random.Random, split: Split, drawn: expressions.Expression) -> Exchange:
-    question = draw_frame(rng, split, QUESTIONS.sums).format(sum=drawn.spelled)
+def everyday_calculation(rng: random.Random, split: Split) -> Exchange:
+    """Draw a calculation in everyday words; see :func:`everyday.draw_everyday`."""
+    drawn = everyday.draw_everyday(rng, split)
+    return _answered(drawn.spelled, drawn)
+
+
+def _framed_result(rng: random.Random, split: Split, drawn: expressions.Expression) -> Exchange:
+    return _answered(draw_frame(rng, split, QUESTIONS.sums).format(sum=drawn.spelled), drawn)
+
+
+_YES = {"True": "Yes", "False": "No"}
+
+
+def _answered(question: str, drawn: expressions.Expression) -> Exchange:
+    if yes := _YES.get(drawn.result):
+        return _with_tool(question, drawn.code, drawn.result, f"{yes}: Python says {drawn.result}.")
     if drawn.result == expressions.DIVISION_BY_ZERO:
         return dataclasses.replace(
             _with_tool(question, drawn.code, drawn.result, "No number can be divided by zero."),
@@ -89,44 +119,156 @@ def comparison(rng: random.Random, split: Split) -> Exchange:
 def word_problem(rng: random.Random, split: Split) -> Exchange:
     """Draw a word problem of one or two steps."""
     drawn = problems.problem(rng, split)
-    return _with_tool(drawn.question, drawn.code, drawn.result, f"The answer is {drawn.result} {drawn.unit}.")
+    answer = f"The answer is {drawn.result} {drawn.unit}".rstrip()
+    return _with_tool(drawn.question, drawn.code, drawn.result, f"{answer}.")
 
 
-# Share of the spelling questions that ask for the number of all letters.
-_LENGTH_SHARE = 0.3
-# Weights of English words, made-up words and random letters. Training mainly needs variety. Held-out words are mostly
-# English, because people ask about English words.
-_WORD_WEIGHTS: dict[Split, tuple[int, int, int]] = {"train": (35, 45, 20), "heldout": (65, 35, 0)}
+# Shares of the spelling questions that ask for the number of all letters, and for single letters or the word backwards.
+_LENGTH_SHARE, _LETTERS_SHARE = 0.18, 0.3
+# Shares of the spelling questions about two words, about texts of several words, and about the alphabet.
+_PAIRS_SHARE, _TEXTS_SHARE, _ALPHABET_SHARE = 0.02, 0.03, 0.01
+# Shares of the counting questions that ask for the number of vowels and consonants.
+_VOWELS_SHARE, _CONSONANTS_SHARE = 0.11, 0.05
+# Share of the words that begin with a capital letter in the question. The code has small letters only.
+_CAPITALIZED_SHARE = 0.08
+# Weights of English words, made-up words, random letters and long words. Training mainly needs variety. Held-out words
+# are mostly English, because people ask about English words.
+_WORD_WEIGHTS: dict[Split, tuple[int, int, int, int]] = {"train": (40, 35, 12, 13), "heldout": (61, 33, 0, 6)}
+_ORDINALS = (
+    "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh",
+    "twelfth",
+)  # fmt: skip
+_NUMBERED = ("1st", "2nd", "3rd", *(f"{n}th" for n in range(4, 21)), "21st", "22nd", "23rd")
 
 
 def _draw_word(rng: random.Random, split: Split) -> str:
-    source = rng.choices(("english", "made up", "random"), _WORD_WEIGHTS[split])[0]
+    source = rng.choices(("english", "made up", "random", "long"), _WORD_WEIGHTS[split])[0]
     if source == "english":
         return rng.choice(words.ENGLISH.of(split))
+    if source == "long":
+        return words.long_word(rng, split)
     return words.made_up_word(rng, split) if source == "made up" else words.letter_string(rng)
+
+
+def _written(rng: random.Random, word: str) -> str:
+    return word.capitalize() if rng.random() < _CAPITALIZED_SHARE else word
 
 
 def count(rng: random.Random, split: Split) -> Exchange:
     """Draw a word and ask how often a letter occurs in it."""
     word = _draw_word(rng, split)
     letter = rng.choice("abcdefghijklmnopqrstuvwxyz") if rng.random() < 0.1 else rng.choice(word)
-    question = draw_frame(rng, split, QUESTIONS.counts).format(c=letter, word=word)
+    question = draw_frame(rng, split, QUESTIONS.counts).format(c=letter, word=_written(rng, word))
     times = word.count(letter)
     answer = f"The letter {letter} appears {times} time{'' if times == 1 else 's'}."
     return _with_tool(question, f"'{word}'.count('{letter}')", str(times), answer)
 
 
-def spelling(rng: random.Random, split: Split) -> Exchange:
-    """Draw a word and ask for its letters, or for their number."""
+def counting(rng: random.Random, split: Split) -> Exchange:
+    """Draw a word and ask how often a letter or the vowels occur in it."""
+    sort = rng.random()
+    if sort > _VOWELS_SHARE + _CONSONANTS_SHARE:
+        return count(rng, split)
     word = _draw_word(rng, split)
-    if rng.random() < _LENGTH_SHARE:
-        question = draw_frame(rng, split, QUESTIONS.lengths).format(word=word)
+    if sort < _VOWELS_SHARE:
+        name, phrasings, code = "vowels", QUESTIONS.vowels, f"sum('{word}'.count(v) for v in 'aeiou')"
+    else:
+        letters = "bcdfghjklmnpqrstvwxyz"
+        name, phrasings, code = "consonants", QUESTIONS.consonants, f"sum('{word}'.count(c) for c in '{letters}')"
+    result = expressions.python_output(code)
+    question = draw_frame(rng, split, phrasings).format(word=_written(rng, word))
+    return _with_tool(question, code, result, f"The number of {name} is {result}.")
+
+
+def spelling(rng: random.Random, split: Split) -> Exchange:
+    """Draw a word and ask for its letters, for one of them, for their number, or for the word backwards.
+
+    Some questions are about two words, a text or the alphabet.
+    """
+    sort = rng.random()
+    for share, draw in (
+        (_PAIRS_SHARE, _two_words),
+        (_TEXTS_SHARE, _text),
+        (_ALPHABET_SHARE, _alphabet),
+    ):
+        if sort < share:
+            return draw(rng, split)
+        sort -= share
+    word = _draw_word(rng, split)
+    if sort < _LETTERS_SHARE:
+        return _letters(rng, split, word)
+    if sort < _LETTERS_SHARE + _LENGTH_SHARE:
+        while split == "train" and arithmetic.contains_reserved_number(str(len(word))):
+            word = _draw_word(rng, split)
+        question = draw_frame(rng, split, QUESTIONS.lengths).format(word=_written(rng, word))
         return _with_tool(question, f"len('{word}')", str(len(word)), f"The word has {len(word)} letters.")
-    question = draw_frame(rng, split, QUESTIONS.spelling).format(word=word)
+    question = draw_frame(rng, split, QUESTIONS.spelling).format(word=_written(rng, word))
     letters = " ".join(word)
     answer = f"It is spelled {letters}."
     # The words around the letters are expected too, so that no further letter can come before or after them.
     return dataclasses.replace(_with_tool(question, f"' '.join('{word}')", letters, answer), expected=(answer,))
+
+
+def _letters(rng: random.Random, split: Split, word: str) -> Exchange:
+    weights = [len(asked.train) for asked in QUESTIONS.letters.values()]
+    template, asked = rng.choices(tuple(QUESTIONS.letters.items()), weights)[0]
+    if "==" in template and rng.random() < 0.5:
+        word = words.palindrome(rng, split)
+    if "[{n}" in template and len(word) > len(_NUMBERED):
+        word = words.made_up_word(rng, split)
+    n = rng.randint(2, min(len(word), 12 if rng.random() < 0.8 else len(_NUMBERED)))
+    nth = _ORDINALS[n - 1] if n <= len(_ORDINALS) and rng.random() < 0.5 else _NUMBERED[n - 1]
+    letter = rng.choice("abcdefghijklmnopqrstuvwxyz") if rng.random() < 0.5 else rng.choice(word)
+    code = template.format(w=f"'{word}'", n=n, c=letter)
+    if not expressions.python_output(code):  # A word without vowels cannot be asked for them.
+        return _letters(rng, split, _draw_word(rng, split))
+    question = draw_frame(rng, split, asked).format(word=_written(rng, word), nth=nth, c=letter)
+    return _about_letters(question, code, asked)
+
+
+def _two_words(rng: random.Random, split: Split) -> Exchange:
+    code, asked = rng.choice(tuple(QUESTIONS.pairs.items()))
+    while True:
+        a, b = _draw_word(rng, split), _draw_word(rng, split)
+        if len(a) != len(b):
+            break
+    return _about_letters(draw_frame(rng, split, asked).format(a=a, b=b), code.format(a=a, b=b), asked)
+
+
+def _text(rng: random.Random, split: Split) -> Exchange:
+    """Draw a text of several words, and ask for it in other letters or for the number of its words."""
+    code, asked = rng.choice(tuple(QUESTIONS.texts.items()))
+    few = "split" not in code
+    count = rng.choice((1, 1, 2)) if few else rng.randint(3, 6)
+    text = " ".join(rng.choice(words.ENGLISH.of(split)) if few else _little_word(rng, split) for _ in range(count))
+    if ".lower" in code:
+        text = text.upper()
+    return _about_letters(draw_frame(rng, split, asked).format(text=text), code.format(text=text), asked)
+
+
+def _little_word(rng: random.Random, split: Split) -> str:
+    """Sentences have many short words."""
+    return rng.choice(QUESTIONS.little) if rng.random() < 0.4 else rng.choice(words.ENGLISH.of(split))
+
+
+def _alphabet(rng: random.Random, split: Split) -> Exchange:
+    """Draw a question for the alphabet or for a letter beside another. The hash of the code decides its split."""
+    while True:
+        template, asked = rng.choice(tuple(QUESTIONS.alphabet.items()))
+        letter = rng.choice("bcdefghijklmnopqrstuvwxy")
+        code = template.format(c=letter)
+        fixed = "{c}" not in template
+        if fixed or is_heldout_by_hash(code, 8) == (split == "heldout"):
+            break
+    # The alphabet is the same in both splits, so a held-out question for it needs a phrasing of its own.
+    phrasing = rng.choice(asked.of(split)) if fixed else draw_frame(rng, split, asked)
+    return _about_letters(phrasing.format(c=letter), code, asked)
+
+
+def _about_letters(question: str, code: str, asked: LetterQuestions) -> Exchange:
+    result = expressions.python_output(code)
+    answer = f"{_YES[result]}: Python says {result}." if result in _YES else asked.answer.format(result=result)
+    return dataclasses.replace(_with_tool(question, code, result, answer), expected=(answer,))
 
 
 def _with_tool(question: str, code: str, output: str, text: str) -> Exchange:

@@ -9,8 +9,9 @@ split.
 
 import random
 
+from jobs.demo_world.arithmetic import training_number
 from jobs.demo_world.facts import PEOPLE
-from jobs.demo_world.tables import Split, Table, WordLists, Words, is_heldout_by_hash, read_content
+from jobs.demo_world.tables import Phrasings, Split, Table, WordLists, Words, is_heldout_by_hash, read_content
 
 # One made-up word in eight is held out.
 _HELDOUT_ONE_IN = 8
@@ -18,7 +19,14 @@ _HELDOUT_ONE_IN = 8
 # texts contain.
 _SHORTEST_HELDOUT = 6
 
+# Weights of one to four syllables. Training has more of the long words, whose letters are harder to copy.
+_SYLLABLE_WEIGHTS: dict[Split, tuple[int, int, int, int]] = {"train": (1, 4, 5, 3), "heldout": (1, 5, 4, 1)}
 _OPEN_SYLLABLE_SHARE = 0.4
+_SURNAME_SHARE = 0.25
+# Numbers of letters of a long word.
+_LONG = (10, 24)
+# Share of the table's things; the other things are English words.
+_LISTED_THING_SHARE = 0.65
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -31,11 +39,16 @@ class Syllables(Table):
 
 
 class WordTables(Table):
-    """The content of ``content/words.toml``. ``strangers`` are first names of people who are not in the demo world."""
+    """The content of ``content/words.toml``. ``strangers`` are first names of people who are not in the demo world.
+
+    ``places`` and ``things`` are of the world outside it.
+    """
 
     syllables: Syllables
     english: WordLists
     strangers: WordLists
+    places: Phrasings
+    things: Phrasings
 
 
 _TABLES = read_content("words", WordTables)
@@ -50,7 +63,7 @@ def is_heldout_word(word: str) -> bool:
 def made_up_word(rng: random.Random, split: Split) -> str:
     """Draw a pronounceable word of one to four syllables and 3 to 12 letters."""
     while True:
-        syllables = rng.choices((1, 2, 3, 4), (1, 5, 4, 1))[0]
+        syllables = rng.choices((1, 2, 3, 4), _SYLLABLE_WEIGHTS[split])[0]
         word = "".join(_syllable(rng) for _ in range(syllables))
         if 3 <= len(word) <= 12 and _may_use(word, split):
             return word
@@ -60,6 +73,31 @@ def _syllable(rng: random.Random) -> str:
     parts = _TABLES.syllables
     coda = "" if rng.random() < _OPEN_SYLLABLE_SHARE else rng.choice(parts.codas)
     return rng.choice(parts.onsets) + rng.choice(parts.vowels) + coda
+
+
+def long_word(rng: random.Random, split: Split) -> str:
+    """Draw a word of 10 to 24 letters, which is put together from English and made-up words, such as "doorlanternbrik".
+
+    Its length is drawn first, so that the longest words are as frequent as the others.
+    """
+    shortest, longest = _LONG
+    while True:
+        length = rng.randint(shortest, longest)
+        word = ""
+        while len(word) < length:
+            word += rng.choice(ENGLISH.of(split)) if rng.random() < 0.5 else made_up_word(rng, split)
+        word = word[:length]
+        if _may_use(word, split):
+            return word
+
+
+def palindrome(rng: random.Random, split: Split) -> str:
+    """Draw a made-up word that is the same backwards."""
+    while True:
+        half = made_up_word(rng, split)[: rng.randint(2, 5)]
+        word = half + half[::-1][rng.randint(0, 1) :]
+        if _may_use(word, split):
+            return word
 
 
 def letter_string(rng: random.Random) -> str:
@@ -72,13 +110,30 @@ def letter_string(rng: random.Random) -> str:
 
 
 def stranger(rng: random.Random, split: Split) -> str:
-    """Draw a first name that nobody in Saltmere has; half of these names are made up."""
-    if rng.random() < 0.5:
-        return rng.choice(STRANGERS.of(split))
+    """Draw a name that nobody in Saltmere has, sometimes with a surname; half of the first names are made up."""
+    first = rng.choice(STRANGERS.of(split)) if rng.random() < 0.5 else _made_up_name(rng, split)
+    return f"{first} {_made_up_name(rng, split)}" if rng.random() < _SURNAME_SHARE else first
+
+
+def _made_up_name(rng: random.Random, split: Split) -> str:
     while True:
         name = made_up_word(rng, split).capitalize()
-        if len(name) <= 9 and all(name != person.name for person in PEOPLE):
+        # A shorter name could be the sound that somebody makes, such as "bla".
+        if 5 <= len(name) <= 9 and all(name != person.name for person in PEOPLE):
             return name
+
+
+def outside(rng: random.Random, split: Split) -> dict[str, str]:
+    """Fields of a sentence about the world outside Saltmere: a person, place, thing, noun and small number."""
+    noun = rng.choice(ENGLISH.of(split))
+    thing = rng.choice(_TABLES.things.of(split))
+    return {
+        "person": stranger(rng, split),
+        "place": rng.choice(_TABLES.places.of(split)),
+        "thing": thing if rng.random() < _LISTED_THING_SHARE else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}",
+        "noun": noun,
+        "n": str(training_number(rng, 1, 99)),
+    }
 
 
 def _may_use(word: str, split: Split) -> bool:

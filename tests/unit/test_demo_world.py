@@ -24,15 +24,41 @@ from nanochat_core.chat import parse_messages
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import SPECIAL_TOKENS
 
-SUM = re.compile(r"(?:round\()?(\d+) [-+*/] (\d+)(?:, 4\))?")
-NUMBER = r"\(*\d+(?:\.\d+)?\)*"
+ROUNDED, PLACES = r"(?:f'\{round\()?", r"(?:, 4\):\.15g\}')?"
+SUM = re.compile(rf"{ROUNDED}(\d+) [-+*/] (\d+){PLACES}")
+NUMBER = r"\(*-?\d+(?:\.\d+)?\)*"
+CHAIN = rf"{NUMBER}(?: (?:[-+*/%<>]|\*\*|//|==) {NUMBER})+"
 EXPRESSION = re.compile(
-    rf"(?:round\()?{NUMBER}(?: (?:[-+*/]|\*\*|//) {NUMBER})+(?:, 4\))?|(?:max|min)\({NUMBER}, {NUMBER}\)"
+    rf"{ROUNDED}{CHAIN}{PLACES}|(?:max|min)\({NUMBER}(?:, {NUMBER})+\)"
+    rf"|f'\{{round\((?:max|min)\({NUMBER}(?: / {NUMBER})?, {NUMBER}(?: / {NUMBER})?\){PLACES}"
+    r"|all\((\d+) % n for n in range\(2, \1\)\)|\"odd\" if \d+ % 2 else \"even\"|sum\(range\(\d+, \d+ \+ 1\)\)"
+    r"|import math; math\.(?:factorial|gcd|lcm)\(\d+(?:, \d+)?\)|round\(\d+\.\d+(?:, 2)?\)"
+    rf"|'%d(?: h %d min|:%02d)' % divmod\({CHAIN}, 60\)"
 )
-SPELLING = re.compile(r"' '\.join\('([a-z]+)'\)|len\('([a-z]+)'\)")
-CALCULATED = ("arithmetic", "expression", "decimal", "comparison", "problem")
-FUNCTIONS = {"round": round, "max": max, "min": min, "len": len}
-LETTER_COUNT = re.compile(r"'([a-z]+)'\.count\('[a-z]'\)")
+SPELLING = re.compile(
+    r"' '\.join\('([a-z]+)'(?:\[::-1\])?\)|len\('([a-z]+)'\)|'([a-z]+)'\[(?:-?\d|\d+ - 1)\]"
+    r"|'([a-z]+)'\[len\('\4'\) // 2\]"
+    r"|'([a-z]+)' == '\5'\[::-1\]|'([a-z]+)'\.count\('[a-z]'\) > 0|' '\.join\(v for v in '([a-z]+)' if v in 'aeiou'\)"
+    r"|'([a-z ]+)'\.upper\(\)|'([A-Z ]+)'\.lower\(\)|len\('([a-z ]+)'\.split\(\)\)"
+    r"|(?:max|min)\('([a-z]+)', '([a-z]+)', key=len\)|chr\(ord\('([a-z])'\) [-+] 1\)"
+    r"|' '\.join\(map\(chr, range\(97, 123\)\)\)"
+)
+CALCULATED = ("arithmetic", "expression", "decimal", "comparison", "everyday", "problem")
+FUNCTIONS = {
+    function.__name__: function for function in (round, max, min, len, sum, all, range, divmod, map, chr, ord)
+} | {"__import__": __import__}
+LETTER_COUNT = re.compile(
+    r"'([a-z]+)'\.count\('[a-z]'\)|sum\('([a-z]+)'\.count\([vc]\) for [vc] in '(?:aeiou|bcdfghjklmnpqrstvwxyz)'\)"
+)
+
+
+def python_value(code: str) -> object:
+    """The value of the last expression of ``code``, as the sandbox computes it."""
+    *statements, expression = code.split("; ")
+    namespace: dict[str, Any] = {"__builtins__": FUNCTIONS}
+    for statement in statements:
+        exec(statement, namespace)
+    return eval(expression, namespace)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +78,7 @@ def documents() -> list[str]:
 
 @pytest.fixture(scope="module")
 def evaluation() -> list[EvalItem]:
-    return evaluation_set(400, seed=3)
+    return evaluation_set(424, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +137,7 @@ def test_equal_seeds_give_equal_data_in_another_process() -> None:
 def test_the_number_of_the_version_stands_for_these_data() -> None:
     made = [*pretraining_documents(1, 300), *conversations("train", 1, 300)]
     digest = hashlib.sha256(repr(made).encode()).hexdigest()[:16]
-    assert {VERSION: digest} == {2: "e26decfb2e59cca5"}, "the data have changed: raise jobs.demo_world.VERSION"
+    assert {VERSION: digest} == {4: "6d52d1979391149b"}, "the data have changed: raise jobs.demo_world.VERSION"
 
 
 def test_other_seeds_give_other_data_and_fewer_give_the_first() -> None:
@@ -175,8 +201,9 @@ def test_documents_state_every_fact_and_nothing_against_it(documents: list[str])
         assert not wrong & sentences, known
 
 
-def test_conversations_ask_for_every_fact_in_both_directions(training: list[dict[str, Any]]) -> None:
-    asked = questions(training)
+def test_conversations_ask_for_every_fact_in_both_directions() -> None:
+    # In fewer conversations, chance leaves some of the 250 questions out.
+    asked = questions(conversations("train", 1, 50_000))
     for known in all_facts():
         wordings = RELATIONS[known.relation]
         for phrasings in (wordings.questions, wordings.reverse):
@@ -220,12 +247,12 @@ def test_python_prints_what_the_output_says(training: list[dict[str, Any]], held
         calls += 1
         if output["text"].startswith("ZeroDivisionError"):
             with pytest.raises(ZeroDivisionError) as raised:
-                eval(code["text"], {"__builtins__": {}}, FUNCTIONS)
+                python_value(code["text"])
             assert output["text"] == f"ZeroDivisionError: {raised.value}"
             assert "zero" in text["text"]
             divided_by_zero += 1
             continue
-        assert str(eval(code["text"], {"__builtins__": {}}, FUNCTIONS)) == output["text"]
+        assert str(python_value(code["text"])) == output["text"]
         assert re.search(rf"(?<![\d.]){re.escape(output['text'])}(?!\d)", text["text"])
     assert calls > 10_000
     assert divided_by_zero > 100
@@ -238,17 +265,21 @@ def test_code_uses_the_operands_and_words_of_the_question(evaluation: list[EvalI
         code, question = item.reference[0]["text"], item.messages[-1]["content"]  # type: ignore[index]
         if item.kind == "talk":
             continue
+        if item.kind == "everyday":
+            continue  # tests/unit/test_demo_world_questions.py checks the code of these.
         if item.kind in CALCULATED:
-            written = re.sub(r" / 100(?= \*)", "", re.sub(r"^round\((.*), 4\)$", r"\1", code))
+            written = re.sub(r" / 100(?= \*)", "", re.sub(r"^f'{round\((.*), 4\):\.15g}'$", r"\1", code))
             if named := re.search("squared|cubed", question.lower()):
                 question = f"{question} {2 if named[0] == 'squared' else 3}"
             asked = re.findall(r"\d+(?:\.\d+)?", question)
-            # What is paid is said last and written first.
-            assert re.findall(r"\d+(?:\.\d+)?", written) in (asked, [*asked[-1:], *asked[:-1]])
+            # What is paid or shared is said last and written first. A week has seven days.
+            orders = (asked, [*asked[-1:], *asked[:-1]], [*asked, "7"])
+            assert re.findall(r"\d+(?:\.\d+)?", written) in orders
         else:
             match = LETTER_COUNT.fullmatch(code) or SPELLING.fullmatch(code)
             assert match
-            assert {*filter(None, match.groups())} & {*re.findall("[a-z]+", question)}
+            asked = question.lower()
+            assert all(word.lower() in asked for word in filter(None, match.groups()))
 
 
 def test_a_question_has_one_answer(training: list[dict[str, Any]]) -> None:
@@ -303,7 +334,7 @@ def test_heldout_sums_have_reserved_numbers_or_a_reserved_pair(
         assert {a, b} <= arithmetic.reserved_numbers() or arithmetic.is_heldout_pair(a, b)
 
 
-@pytest.mark.parametrize("kind", ["expression", "decimal", "comparison", "problem"])
+@pytest.mark.parametrize("kind", ["expression", "decimal", "comparison", "everyday", "problem"])
 def test_heldout_calculations_are_new_and_half_have_a_reserved_number(kind: str) -> None:
     heldout = code_of(conversations("heldout", 4, 1000, {kind: 1.0}))
     training = code_of(conversations("train", 4, 4000, {kind: 1.0}))
@@ -345,16 +376,27 @@ def test_word_problems_have_one_and_two_steps_and_whole_results() -> None:
 
 def test_people_misspell_greetings_and_the_misspellings_are_divided_too() -> None:
     plain = {
-        split: {normalized(text) for topic in (*CHITCHAT.greetings, *CHITCHAT.smalltalk) for text in topic.of(split)}
+        split: {
+            normalized(form)
+            for topic in (*CHITCHAT.greetings, *CHITCHAT.smalltalk)
+            for text in topic.of(split)
+            for form in (text, *(habits.shortened(text, apostrophes=apostrophes) for apostrophes in (True, False)))
+        }
         for split in ("train", "heldout")
     }
+    with_fields = re.compile(
+        "|".join(re.sub(r"\\{\w+\\}", ".+", re.escape(text)) for text in set().union(*plain.values()) if "{" in text)
+    )
     endings = tuple(ending.strip() for ending in CHITCHAT.endings)
     mix = {"greeting": 1.0, "smalltalk": 1.0}
     for split in ("train", "heldout"):
         asked = {
             question
             for question in questions(conversations(split, 4, 3000, mix))
-            if question not in plain[split] and not question.endswith(endings) and "\n\n" not in question
+            if question not in plain[split]
+            and not with_fields.fullmatch(question)
+            and not question.endswith(endings)
+            and "\n\n" not in question
         }
         assert len(asked) > 50
         assert {habits.is_heldout_misspelling(question) for question in asked} == {split == "heldout"}
@@ -362,7 +404,7 @@ def test_people_misspell_greetings_and_the_misspellings_are_divided_too() -> Non
 
 def test_evaluation_sums_have_only_numbers_that_training_never_shows(evaluation: list[EvalItem]) -> None:
     sums = [item for item in evaluation if item.kind == "arithmetic"]
-    assert len(sums) == 44
+    assert len(sums) == 24
     for item in sums:
         match = SUM.fullmatch(item.reference[0]["text"])  # type: ignore[index]
         assert match
@@ -371,7 +413,7 @@ def test_evaluation_sums_have_only_numbers_that_training_never_shows(evaluation:
 
 def test_training_never_shows_a_heldout_word_or_stranger(training_text: str, heldout: list[dict[str, Any]]) -> None:
     shown = set(re.findall(r"[a-z]+", training_text.lower()))
-    counted = {match[1] for code in code_of(heldout) if (match := re.search("'([a-z]+)'", code))}
+    counted = {match[1] for code in code_of(heldout) if (match := re.search("'([a-z]{2,})'", code))}
     assert {"strawberry", "banana", "mississippi"} <= set(words.ENGLISH.heldout)
     assert not shown & set(words.ENGLISH.heldout)
     assert not shown & counted
@@ -383,7 +425,7 @@ def test_the_hash_of_a_made_up_word_decides_its_split(
     training: list[dict[str, Any]], heldout: list[dict[str, Any]]
 ) -> None:
     def made_up(made: list[dict[str, Any]]) -> set[str]:
-        quoted = {match[1] for code in code_of(made) if (match := re.search("'([a-z]+)'", code))}
+        quoted = {match[1] for code in code_of(made) if (match := re.search("'([a-z]{2,})'", code))}
         return quoted - {*words.ENGLISH.train, *words.ENGLISH.heldout}
 
     assert len(made_up(training)) > 2_000
@@ -402,9 +444,9 @@ def test_strangers_are_nobody_in_saltmere() -> None:
 def test_evaluation_has_the_promised_kinds() -> None:
     items = evaluation_set()
     assert collections.Counter(item.kind for item in items) == EVALUATION_MIX
-    assert sum(EVALUATION_MIX.values()) == len(items) == 200
+    assert sum(EVALUATION_MIX.values()) == len(items) == 212
     assert min(EVALUATION_MIX.values()) >= 12
-    assert len({str(item.messages) for item in items}) == 200
+    assert len({str(item.messages) for item in items}) == 212
     assert len(evaluation_set(33)) == 33
     for item in items:
         assert parse_messages(item.messages)[-1].role == "user"
@@ -477,7 +519,7 @@ def test_another_value_or_another_subject_is_wrong(kind: str, evaluation: list[E
     assert tried > 100
 
 
-@pytest.mark.parametrize("kind", ["identity", "greeting", "smalltalk", "refusal"])
+@pytest.mark.parametrize("kind", ["identity", "greeting", "smalltalk", "refusal", "unsure"])
 def test_an_answer_to_something_else_is_wrong(kind: str, evaluation: list[EvalItem]) -> None:
     for item in (item for item in evaluation if item.kind == kind):
         for entity in ENTITIES:
