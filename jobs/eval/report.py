@@ -31,7 +31,7 @@ class ReportSettings(JobSettings):
     recipe: str = setting(
         "", "recipe whose kinds of conversations are asked; empty for the recipe that trained the model"
     )
-    items: int = setting(200, "number of held-out conversations", minimum=7)
+    items: int = setting(212, "number of held-out conversations", minimum=7)
     text_bytes: int = setting(8_000_000, "number of bytes of held-out text", minimum=1)
     samples: int = setting(6, "number of text samples of the base model", minimum=1)
     price_per_hour: float | None = setting(
