@@ -47,8 +47,8 @@ log = logging.getLogger("jobs.eval.bench_engine")
 # Default numbers of requests for a row of the table: with --batch-sizes, _ROUNDS times the number of requests that run
 # at the same time; with --rate, _ARRIVALS.
 _ROUNDS, _ARRIVALS = 4, 64
-# Before a row of the table is measured, warm-up requests with this number of output tokens are sent, as many as run at
-# a time.
+# Before a row of the table is measured, warm-up requests with this number of output tokens are sent: as many as run at
+# a time, or one with --rate.
 _WARM_UP_OUTPUT = 4
 
 Client = CoreClient | NetworkClient
@@ -63,7 +63,8 @@ class BenchEngineSettings(JobSettings):
     depth: int = setting(0, "depth of a model with random weights, instead of a model of the store", minimum=0)
     endpoint: str = setting("", "http://host:port/v1 or grpc://host:port to measure instead of the core")
     batch_sizes: tuple[str, ...] = setting(
-        ("1", "8", "32", "64"), "numbers of sequences that run at the same time; the table has a row for each number"
+        ("1", "8", "32", "64"),
+        "numbers of sequences that run at the same time; the table has a row for each mix and number",
     )
     rate: tuple[str, ...] = setting((), "rates of a Poisson process, in requests per second, instead of --batch-sizes")
     mixes: tuple[str, ...] = setting(MIXES, "kinds of requests")
@@ -78,7 +79,9 @@ class BenchEngineSettings(JobSettings):
         "requests per row of the table, never fewer than run at a time; 0 sends 4 times as many, or 64 with --rate",
         minimum=0,
     )
-    seed: int = setting(0, "seed of lengths and arrival times", minimum=0)
+    seed: int = setting(
+        0, "seed of lengths and arrival times; without --endpoint, also of prompts and random weights", minimum=0
+    )
     timeout_seconds: float = setting(600.0, "seconds after which an endpoint's request has failed", minimum=0.001)
     api_key_variable: str = setting("", "environment variable with the endpoint's API key; empty sends none")
     head_dim: int = setting(64, "head dimension of a model with random weights", minimum=2)
@@ -145,7 +148,8 @@ def run(settings: BenchEngineSettings, show: Callable[[str], None]) -> dict[str,
     Returns the content of ``bench.json``.
 
     Raises:
-        UserError: the model or server is missing, requests do not fit the model, or no request was answered.
+        UserError: the benchmark is not possible, for example because the model or server is missing, because requests
+            do not fit the model, or because no request was answered.
     """
     with opened(settings) as (client, model, limits), report_folder(settings) as folder:
         longest = settings.shape.longest(settings.mixes)
@@ -185,8 +189,9 @@ def measure(settings: BenchEngineSettings, client: Client, model: GPT | None, li
 
     A row has the numbers of its :class:`~jobs.eval.bench.request_results.Summary`, the mix, and the load: ``slots``,
     the number of sequences that run at the same time, or ``rate``, in requests per second. ``bandwidth_share`` is the
-    share of the machine's memory bandwidth that the steps of the inference core used, and ``flops_share`` is the share
-    of the machine's FLOP/s. Both are None if ``client`` measures a server.
+    share of the machine's measured memory bandwidth that the steps of the inference core used at least
+    (:func:`~jobs.eval.bench.roofline.least_costs`), and ``flops_share`` is the share of the machine's FLOP/s. Both are
+    None if ``client`` measures a server.
     """
     loads: list[tuple[int | None, float | None]]
     loads = [(None, rate) for rate in settings.rates] or [(slots, None) for slots in settings.slots]
@@ -215,8 +220,8 @@ def plan(
     The load says when the measured requests are sent.
 
     Lengths and arrivals follow from the seed. Prompts for an endpoint have new tokens in every run, because the
-    endpoint's prefix cache can contain the prompts of an earlier run. ``salt`` is the number of the row: each row gets
-    different prompts, so that the prefix cache does not contain any of the row's prompts yet.
+    endpoint's prefix cache can contain the prompts of an earlier run. ``salt`` identifies the row by its mix and load:
+    each row gets different prompts, so that the prefix cache does not contain any of the row's prompts yet.
     """
     shape = settings.shape
     choices = choices_per_request(mix, shape, slots or shape.samples)
@@ -262,8 +267,8 @@ def opened(settings: BenchEngineSettings) -> Iterator[tuple[Client, GPT | None, 
 def open_endpoint(settings: BenchEngineSettings) -> NetworkClient:
     """A client for ``--endpoint``.
 
-    Raises a :class:`UserError` if the address is malformed or contains a password, if the variable with the API key is
-    not set, or if no server answers.
+    Raises a :class:`UserError` if the address is malformed or contains a user name or a password, if the variable with
+    the API key is not set, or if the server cannot be measured, for example because it does not answer.
     """
     variable, url = settings.api_key_variable, urllib.parse.urlsplit(settings.endpoint)
     key = os.environ.get(variable, "") if variable else ""
@@ -307,7 +312,10 @@ def load_model(settings: BenchEngineSettings) -> tuple[GPT, Tokenizer, dict[str,
 
 @contextlib.contextmanager
 def report_folder(settings: BenchEngineSettings) -> Iterator[Path]:
-    """Yield the folder for the results. Without ``--output``, it appears in the store when the context ends."""
+    """Yield the folder for the results.
+
+    Without ``--output``, the folder appears in the store when the context ends without an error.
+    """
     if settings.output:
         yield make_output_folder(settings.output, "--output")
     else:

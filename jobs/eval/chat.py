@@ -46,11 +46,15 @@ class ChatEvalSettings(JobSettings):
 
     model: str = setting(help="name of the model in the store")
     tasks: tuple[str, ...] = setting(("demo",), "names of tasks and .jsonl files with questions, comma separated")
-    data: str = setting("", "folder with the tasks' data in <dataset>/; empty reads data/<dataset>/ of the store")
+    data: str = setting(
+        "", "folder with the tasks' data in <dataset>/; data that it lacks is read from data/<dataset>/ of the store"
+    )
     stage: Literal["base", "sft", "rl"] = setting("sft", "stage whose newest checkpoint is evaluated")
     revision: str = setting("", "<stage>/step_<n>, or promoted, instead of the newest checkpoint of a stage")
     items: int = setting(
-        0, "questions per task; 0 is all questions of a dataset and 200 of a generated task", minimum=0
+        0,
+        "questions per task, at most all of a dataset; 0 is all questions of a dataset and 200 of a generated task",
+        minimum=0,
     )
     seed: int = setting(0, "seed of the choice of questions and of the sampling", minimum=0)
     recipe: str = setting("demo", "recipe whose kinds of conversations the task demo asks")
@@ -105,8 +109,8 @@ def evaluation_of(
 ) -> Evaluation:
     """The evaluation of a checkpoint on ``tasks``.
 
-    The tasks and the sampling determine the evaluation's folder in the store. So results on different tasks are in
-    separate folders, and so are results of greedy and of sampled answers.
+    The names of the tasks and the sampling determine the evaluation's folder below the checkpoint's folder. So results
+    on tasks of different names are in separate folders, and so are results of greedy and of sampled answers.
     """
     sampling = {"samples": settings.samples, "temperature": settings.temperature, "top_k": settings.top_k}
     decisive = {
@@ -137,8 +141,8 @@ def _evaluate(
     generative = [task for task in tasks if isinstance(task, GenerativeTask)]
     if not generative:
         return
-    # The engine starts after the multiple-choice tasks, because its KV cache takes all memory that is free when the
-    # engine starts.
+    # The engine starts after the multiple-choice tasks, because the size of its KV cache on a GPU follows from the
+    # memory that is free when the engine starts.
     free_memory(device)
     config = EngineConfig(
         max_running=settings.batch,

@@ -26,7 +26,7 @@ _FIGURES = ("steps", "tokens", "flops", "train_seconds", "tokens_per_second", "m
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareSettings(JobSettings):
-    """Show what differs between models: settings, metrics and, with --out, curves."""
+    """Show the settings that differ between models, their costs, losses and metrics and, with --out, their curves."""
 
     models: tuple[str, ...] = setting(
         help="two or more models, with or without --models before them: NAME in this store, or STORE/models/NAME",
@@ -47,9 +47,10 @@ class Run:
     """One model, with all values that are compared.
 
     Attributes:
-        settings: the settings of the model's stages under names such as ``sft --steps``, and the model's shape.
-        figures: costs and losses of the model's stages under names such as ``base.final_loss``, and the values of
-            ``metrics``.
+        settings: the settings of the model's stages under names such as ``sft --steps``, the processor of each stage,
+            and the model's shape.
+        figures: costs, speeds, losses and held-out metrics of the model's stages under names such as
+            ``base.final_loss``, and the values of ``metrics``.
         metrics: the metrics of the model's last checkpoint, by the names that the promotion gate uses.
         histories: for each stage, the history of its training: a dictionary of values for each recorded step.
     """

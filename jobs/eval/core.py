@@ -46,8 +46,9 @@ class CoreSettings(JobSettings):
 def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks) -> Result:
     """Evaluate a checkpoint, store the result, and return the content of ``result.json``.
 
-    The items of a task are evaluated in parts. Parts that an earlier run finished are not computed again. If a rank
-    dies, the finished parts stay in the store.
+    If this call evaluates, the ranks after the first return only the fields that the evaluation computes. The items of
+    a task are evaluated in parts. Parts that an earlier run finished are not computed again. If a rank dies, the
+    finished parts stay in the store.
     """
     checkpoint = pick_checkpoint(store, settings.model, settings.revision, settings.stage)
     bundle = read_bundle(locate_bundle(settings.bundle, store, ranks), settings.max_per_task)
@@ -58,8 +59,9 @@ def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks
         "dtype": str(dtype).removeprefix("torch."),
     }
     evaluation = Evaluation.of(store, checkpoint, CORE, decisive)
-    # All ranks decide by what the first rank finds in the store. If each rank decided by itself, a fast rank could
-    # store the result before a slow rank looks for it, and the ranks would decide differently.
+    # All ranks decide by what the first rank finds in the store. If each rank decided by itself, another program could
+    # store the result after one rank has looked for it and before another rank looks, and the ranks would decide
+    # differently.
     finished: Result | None = ranks.gather(evaluation.result())[0]
     if finished is not None:
         log.info("already evaluated", extra={"checkpoint": checkpoint.ref.prefix})

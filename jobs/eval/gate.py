@@ -28,7 +28,7 @@ class GateSettings(JobSettings):
     no_worse: tuple[str, ...] = setting(
         (),
         "metrics that may be worse than for the promoted model by at most a margin, such as chat.accuracy:0.01; "
-        f"empty applies the rules {', '.join(DEFAULT_NO_WORSE)} to the metrics that were measured",
+        f"empty applies the rules {', '.join(DEFAULT_NO_WORSE)} to the metrics that were measured in the same way",
     )
     against: str = setting("", "model whose promoted checkpoint to compare with; empty for the model itself")
     promote: bool = setting(False, "promote the checkpoint if the rules allow it")

@@ -68,7 +68,7 @@ class GenerateSettings(JobSettings):
 
 
 def run(settings: GenerateSettings, show: Callable[[str], None], show_tool: Callable[[str], None]) -> None:
-    """Generate text. Pass it to ``show`` piece by piece, and the model's Python calls to ``show_tool``.
+    """Generate text. Pass it to ``show`` piece by piece, and Python calls and their output to ``show_tool``.
 
     Several samples are shown one after another, each below a line with its number. Raises UserError, for example if the
     model is missing, or if the prompt does not fit into the model's context.
@@ -150,7 +150,10 @@ def read_prompt(prompt: str | None, stdin: TextIO | None) -> str:
 
 
 def chat_prompt(tokenizer: Tokenizer, system: str, message: str) -> list[int]:
-    """Token ids of a conversation with one user's message, which the assistant answers next."""
+    """Token ids of a conversation with one user's message, which the assistant answers next.
+
+    ``system`` is the message before it; empty for none. Raises UserError if ``message`` has only whitespace.
+    """
     if not message.strip():
         raise UserError("the message is empty; there is nothing to answer")
     messages = [{"role": "system", "content": system}] if system else []
@@ -183,7 +186,7 @@ class Piece:
 
 
 def pieces(outputs: Iterable[Output], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Decode an engine's outputs. A character is yielded when all its tokens have arrived.
+    """Decode an engine's outputs. A character is yielded when all its tokens have arrived, or when the sample ends.
 
     Python code and its output are not part of a piece's ``text``. They are in its ``tool``, and the code begins with
     ``>>>``.
@@ -216,7 +219,10 @@ def in_order(found: Iterable[Piece], samples: int) -> Iterator[Piece]:
 
 
 def main(settings: GenerateSettings) -> None:
-    """Write the text to standard output. Python calls go to standard error, so that a pipe gets only the text."""
+    """Write the text to standard output.
+
+    Python calls and their output go to standard error, so that a pipe gets only the text.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal shows "?" for a character that it lacks

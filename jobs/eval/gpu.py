@@ -2,7 +2,7 @@
 
 The command needs torch with Triton, the packages of ``nanochat_core`` and, for the tests, pytest; it needs no network.
 Every part of the check runs in a process of its own, and its outcome is written at once. The outcomes of all parts are
-the verdict on the GPU. If the command is cut off, the next run goes on with the part that was cut off.
+the verdict on the GPU. If the command is cut off, the next run repeats only the parts that have not passed yet.
 """
 
 import dataclasses
@@ -51,18 +51,20 @@ class PartsFailed(UserError):
 
 
 class Unfinished(UserError):
-    """The time limit passed before all parts of the check had run."""
+    """The time limit passed before all chosen parts of the check had run."""
 
     exit_code = 3
 
 
 def run(settings: GpuSettings, show: Callable[[str], None]) -> Document:
-    """Run all parts that have not passed yet, and write the JSON file, the page and the plot after each of them.
+    """Run the chosen parts that have not passed yet, or with ``--again`` all chosen parts.
+
+    The JSON file and the page are written after each part, and the plot after each measurement of inference.
 
     Raises:
         UserError: a setting is wrong, for example the name of a part.
-        PartsFailed: at least one part failed.
-        Unfinished: the time limit passed before all parts had run.
+        PartsFailed: at least one of the chosen parts failed, in this run or an earlier one.
+        Unfinished: none of them failed, but the time limit passed before all of them had run.
     """
     device = choose_device(settings.device)
     scale = FULL if device.type == "cuda" else SMALL
@@ -82,7 +84,7 @@ def run(settings: GpuSettings, show: Callable[[str], None]) -> Document:
     verdict = Verdict(make_output_folder(settings.output, "--output"), header, names)
     peers = {"peer": _absolute(settings.peer), "transformers": _absolute(settings.transformers) or _installed()}
     if verdict.outdated:
-        show("the earlier outcomes do not count, because card, torch or source code have changed")
+        show("the earlier outcomes do not count, because the machine, torch or the source code has changed")
     until = time.monotonic() + 60 * settings.minutes
     for part in chosen:
         if not settings.again and verdict.has_passed(part.name):
@@ -148,7 +150,7 @@ class Verdict:
         return bool(self.document["parts"].get(name, {}).get("status") == "passed")
 
     def add(self, name: str, outcome: dict[str, Any]) -> None:
-        """Record an outcome and write all files."""
+        """Record an outcome, and write the page and the JSON file; after a measurement of inference, also the plot."""
         self.document["parts"][name] = outcome
         if name.startswith("inference d"):
             plot_verdict(self._plot, self.document)

@@ -11,8 +11,8 @@ from nanochat_core.engine import Engine, QueueFull, Request, SamplingParams
 from nanochat_core.errors import UserError
 from nanochat_core.tokenizer import SPECIAL_TOKENS
 
-# Answers with a temperature above 0 use top-k sampling with this usual value, so that the measured speed includes the
-# time of sampling.
+# In the core and over gRPC, answers with a temperature above 0 use top-k sampling with this usual value, so that the
+# measured speed includes the time of sampling.
 TOP_K = 50
 
 
@@ -23,7 +23,8 @@ class CoreClient:
         vocabulary: prompts consist of token ids below this number.
         longest: the largest number of tokens that a prompt and its output may have together.
         description: the model, as JSON values.
-        steps: number of forward passes of the last run.
+        steps: number of steps of the last run that computed something. On a GPU, it can be a little larger than the
+            number of forward passes, because a step may only fetch the tokens of the step before it.
         step_seconds: seconds that the steps of the last run took, including scheduling and sampling.
     """
 

@@ -36,7 +36,8 @@ class NetworkClient(ABC):
     """Base class of the network clients. It has an event loop that keeps connections open between runs.
 
     The attributes ``vocabulary``, ``longest`` and ``description`` are as in
-    :class:`~jobs.eval.bench.core_client.CoreClient`, except that ``longest`` is None if the server does not report it.
+    :class:`~jobs.eval.bench.core_client.CoreClient`, except that ``longest`` is None if the server does not report it,
+    and that for a server that takes text, each id of a prompt stands for a word.
     """
 
     vocabulary: int
@@ -182,7 +183,8 @@ class HttpClient(NetworkClient):
         """Connect to the server at ``url``; the URL ends with ``/v1``.
 
         If ``model`` is empty, the client uses the first model that the server lists. If ``key`` is empty, the client
-        sends no bearer token. Raises UserError if no server answers, or if the server does not report token counts.
+        sends no bearer token. Raises UserError if the server does not answer two trial requests completely, or if it
+        does not report token counts.
         """
         super().__init__(timeout_seconds)
         self.vocabulary, self.longest = len(WORDS), None

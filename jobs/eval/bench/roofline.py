@@ -15,8 +15,8 @@ import torch
 from jobs.eval.bench.request_results import TokenCounts
 from nanochat_core.config import ModelConfig
 
-# Sizes of the measurements on each type of device. The copied tensor, of COPIED_BYTES, is larger than any cache. The
-# square matrices, with MATRIX_SIDE rows, are large enough to reach the full rate of FLOPs.
+# Sizes of the measurements on each type of device. The copied tensor, of COPIED_BYTES, is larger than the caches of
+# nearly all processors. The square matrices, with MATRIX_SIDE rows, are large enough to reach the full rate of FLOPs.
 COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 MEASURED_SECONDS = 1.0

@@ -29,7 +29,8 @@ log = logging.getLogger("jobs.eval.chat")
 # Number of questions in a chunk. A rank that is interrupted loses one chunk of a multiple-choice task, or all
 # unfinished chunks of a generative task, because the chunks of a generative task are answered together.
 _CHUNK = {"choice": 256, "generative": 32}
-# Number of tokens in one forward pass over multiple-choice questions, padding included.
+# Largest number of tokens in one forward pass over multiple-choice questions, padding included. A longer question has
+# a pass of its own.
 _FORWARD_TOKENS = 8192
 _GREEDY = SamplingParams(seed=0)
 
@@ -131,7 +132,10 @@ def answer_greedily(checkpoint: Checkpoint, task: GenerativeTask) -> list[Graded
 
 
 def choose(model: GPT, tokenizer: Tokenizer, questions: Sequence[ChoiceQuestion]) -> list[GradedAnswers]:
-    """The model's graded choice for each question: the letter with the highest logit."""
+    """The model's graded choice for each question: the letter with the highest logit among the question's letters.
+
+    A question that does not fit the model's context gets no answer.
+    """
     prompts = [_prompt(tokenizer, question) for question in questions]
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= model.config.context_length]
     letters = max((question.letters for question in questions), key=len)

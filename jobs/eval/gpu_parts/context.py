@@ -73,7 +73,7 @@ FULL = Scale(
     loaded_requests=64,
     cache_bytes=16 << 30,
     attention_heads=10,
-    tests="not compiles_for_gpus",  # tests with this mark are left out: they need no GPU and take minutes
+    tests="not compiles_for_gpus",  # a test with these words in its name needs no GPU and takes minutes
 )
 # A CPU runs every part with these sizes, to show that the part works. The measured speeds say nothing about a GPU.
 SMALL = Scale(
@@ -101,7 +101,7 @@ class Context:
     """The device and the sizes of one part, and helpers that measure durations.
 
     Attributes:
-        limits: the device's measured rates; None if they could not be measured.
+        limits: the device's measured rates; None if they were not measured.
         peer: checkout of karpathy/nanochat; None if there is none.
         transformers: folder with the package transformers; None if there is none.
     """

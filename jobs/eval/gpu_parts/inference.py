@@ -94,7 +94,8 @@ def _decode(context: Context, client: CoreClient, model: GPT, size: int) -> Resu
     summary = summarize(_run(client, shape, "fixed", size, Load(concurrency=size), seed=size))
     assert summary.inter_token_latency is not None
     step, steps = summary.inter_token_latency[0], shape.output - 1
-    # The first output token comes from the prefill step, so it counts as part of a prompt that is in the cache.
+    # The first output token comes from the prefill step, so it counts as the last token of the prompt. The tokens
+    # before it are in the cache.
     counts = [TokenCounts(shape.prompt + 1, steps, cached=shape.prompt)] * size
     return {
         "batch": size,

@@ -17,7 +17,7 @@ _DECODE_STEPS = 20
 
 
 def profile_kernels(context: Context) -> Result:
-    """Profile one training step and some decode steps of the smallest model."""
+    """Profile two training steps and some decode steps of the smallest model."""
     depth = context.scale.depths[0]
     precision = "bf16" if context.device.type == "cuda" else "fp32"
     step = Step(context, depth, precision, context.scale.train_rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 from jobs.eval.gpu_parts.context import FULL, Context, Result, Unavailable
 
 ROOT = Path(__file__).parents[3]
-# Files whose tests run on a GPU if there is one. They need no package besides pytest and torch.
+# Files whose tests run on a GPU if there is one. Besides pytest, they need only the packages of ``nanochat_core``.
 TEST_FILES = ("test_engine_gpu.py", "test_attention.py", "test_fp8.py", "test_loss.py")
 
 

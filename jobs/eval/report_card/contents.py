@@ -31,8 +31,9 @@ def gather(
         stages: a model's checkpoints by stage. There must be at least one stage.
         recipe: recipe that names the kinds of held-out conversations; empty for the recipe that trained the model.
         items: number of held-out conversations.
-        text_bytes: number of bytes of held-out text.
-        samples: number of text samples.
+        text_bytes: number of bytes of held-out text, rounded up to whole documents. If there is less text, all of it is
+            used.
+        samples: largest number of text samples.
     """
     final = list(stages.values())[-1]
     base, model = stages.get("base"), final.ref.model
@@ -77,7 +78,10 @@ def gather(
 
 
 def describe_stage(checkpoint: Checkpoint) -> Report:
-    """The description of a training stage. A value is None if the checkpoint's metadata does not have it."""
+    """The description of a training stage. A value is None or empty if the checkpoint's metadata does not have it.
+
+    A stage counts as finished if the metadata does not say otherwise.
+    """
     meta = checkpoint.meta
     plan, hardware, history = meta.get("plan", {}), meta.get("hardware", {}), meta.get("history", [])
     steps, batch, seconds = plan.get("steps", checkpoint.ref.step), plan.get("batch_tokens"), meta.get("train_seconds")
@@ -135,7 +139,7 @@ def _data_use(plan: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> 
 
 
 def warnings(report: Report, stages: Mapping[str, Checkpoint]) -> list[str]:
-    """Sentences that warn of unfinished, partial or mismatched results."""
+    """Sentences that warn of unfinished, partial, missing or mismatched results, and of skipped steps."""
     found = []
     for stage, checkpoint in stages.items():
         described = report[stage]

@@ -1,7 +1,7 @@
 """The evaluations that run when a report is written: held-out text, held-out conversations, samples of the base model.
 
-The results stay in the store (:mod:`jobs.results.evaluations`). So a report that is written again evaluates nothing
-twice, and the promotion gate can compare a model with its predecessors.
+The results stay in the store (:mod:`jobs.results.evaluations`). So a report that is written again with the same
+settings evaluates nothing twice, and the promotion gate can compare a model with its predecessors.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def evaluate_conversations(store: Store, tuned: Checkpoint, recipe: str, count: 
 
 
 def sample_continuations(store: Store, base: Checkpoint, validation: Sequence[str], count: int) -> list[list[str]]:
-    """For ``count`` held-out documents, pairs of the document's first words and the model's continuation."""
+    """For at most ``count`` held-out documents, pairs of the document's first words and the model's continuation."""
     prompts = openings(validation, count)
     settings = {name: getattr(SAMPLING, name) for name in ("temperature", "top_k", "max_tokens", "seed")}
     settings["prompts"] = prompts
