@@ -9,7 +9,8 @@ gives the queued lessons to the model, one after another. Each lesson has these 
 2. :mod:`memory` samples conversations from which the model learned earlier, so that the model does not forget them. In
    these conversations and in earlier lessons, it finds the answers that the lesson contradicts. For a model whose
    fine-tuning is not known, :mod:`rehearsal` lets the model write these conversations itself.
-3. :mod:`training` trains on the lesson and on these conversations until the model answers the held-out wordings.
+3. :mod:`training` trains on the lesson and on these conversations until the model also answers the held-out wordings,
+   for at most a given number of steps.
 4. :mod:`examination` asks the model questions before and after the training. Some of them come from :mod:`neighbors`:
    the lesson's questions with other arguments, such as other numbers.
 5. The promotion gate compares the results of the two examinations, and promotes the taught model or refuses the lesson.

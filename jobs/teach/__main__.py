@@ -93,8 +93,9 @@ def _ended_by_signals() -> Iterator[None]:
 def _queued(store: Store, model: str, settings: TeachSettings) -> int:
     """The number of the last lesson that this program gives to the model.
 
-    If the command names a file, it is the number of a new lesson, or of the lesson that an interrupted run of the same
-    command added. If the command names no file, it is the number of the last lesson that is not done.
+    If the command names a file, it is the number of a new lesson, or of a lesson with the same items and plan that is
+    not done, such as the lesson that an interrupted run of the same command added. If the command names no file, it is
+    the number of the last lesson that is not done.
     """
     undone = [lesson for lesson in lessons(store, model) if not lesson.done]
     if len(settings.lesson) == 1:
@@ -141,8 +142,8 @@ def show_lesson(lesson: Lesson, show: Callable[[str], None]) -> None:
     """Show the result of a lesson.
 
     The result is the numbers of right answers before and after the lesson, the answers that the lesson replaces, the
-    rules of the gate that the model failed, wrong answers to the lesson's questions, and questions to which the model
-    gave the right answer only before the lesson.
+    rules of the gate that the model failed, some wrong answers to the lesson's questions, and some questions to which
+    the model gave the right answer only before the lesson.
     """
     where = f" as {lesson.revision}" if lesson.state == "promoted" else ""
     show(f"{lesson.model} lesson {lesson.number}: {lesson.state}{where}{': ' if lesson.reason else ''}{lesson.reason}")

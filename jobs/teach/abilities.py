@@ -50,7 +50,8 @@ class Ability:
     def draw(self, rng: random.Random) -> dict[Value, Value]:
         """Draw a new argument for each old one.
 
-        The new numbers have about as many digits as the old ones, and the same order by size. New strings are words.
+        The new numbers have about as many digits as the old ones, and the same order by size, but two of them may be
+        equal. New strings are words.
         """
         numbers = [old for old in self.arguments if isinstance(old, int)]
         drawn = sorted(draw_number(old, rng) for old in numbers)

@@ -54,8 +54,8 @@ from nanochat_core.store import Lease, Store
 _UNSEEN_PER_ITEM = 3
 # Largest number of questions in each group whose questions come from lessons, such as ``taught`` or ``earlier``.
 _MOST = 200
-# Number of held-out conversations that are drawn from the recipe. The sample is this large because in a smaller one,
-# chance alone often lowers the share of right answers by more than a hundredth.
+# Largest number of held-out conversations that are drawn from the recipe. The sample is this large because in a smaller
+# one, chance alone often lowers the share of right answers by more than a hundredth.
 _KEPT = 400
 _MAX_TOKENS = 120
 _PROBED_DRILLS = 100

@@ -35,8 +35,8 @@ log = logging.getLogger("jobs.teach")
 
 Conversation = Sequence[Message]
 
-# Number of fine-tuning conversations that are searched for contradictions of the lesson. Training repeats some of these
-# conversations.
+# Largest number of fine-tuning conversations that are searched for contradictions of the lesson. Training repeats some
+# of these conversations.
 _REMEMBERED = 20_000
 _VALIDATION = 128
 # Largest number of conversations in Memory.examined, and also in Memory.confusable.
@@ -97,7 +97,8 @@ class Memory:
         confusable: further members of ``near`` that are about as similar to the lesson as ``examined``. They show
             during training whether the model confuses them with the lesson. Empty if the model wrote the conversations
             itself.
-        items: items of the model's earlier lessons whose questions the lesson does not ask.
+        items: items of the model's earlier lessons that are still valid: neither the lesson nor a later one of the
+            earlier lessons asks their questions.
         conflicts: the earlier answers that the lesson replaces. The lesson's result shows them to the user.
         replaced: answers of fine-tuning that the lesson or an earlier lesson replaces. The result of an earlier lesson
             has already shown the answers that this earlier lesson replaced.
@@ -255,8 +256,9 @@ def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Ran
 def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, bool]:
     """The mixture of conversations that ``plan`` names; by default, the mixture on which the model was fine-tuned.
 
-    If this mixture is not known or not in the store, the model writes conversations itself, with its weights from
-    before its first lesson. The second value says whether the model wrote the conversations.
+    If this mixture is not known or not in the store, the model writes conversations itself, with weights from before
+    its first lesson: those of the checkpoint whose settings name the mixture or, if there is none, of the model's
+    oldest checkpoint that is not a base model. The second value says whether the model wrote the conversations.
     """
     if plan.replay:
         return Mixture(store, plan.replay), False

@@ -48,8 +48,9 @@ _PRONOUN = re.compile("I|You|He|She|It|We|They|There|This|That|What|Who|Here")
 
 Conversation = tuple[Message, Message]
 
-# Number of questions that are about the assistant or ask it to calculate. With only 300 such questions, a small model
-# that had computed 134 of 160 held-out answers rightly computed only 103 of them rightly after two lessons.
+# Number of questions that are drawn about the assistant, or that ask it to calculate. A question that is drawn twice is
+# asked once. With only 300 such questions, a small model that had computed 134 of 160 held-out answers rightly computed
+# only 103 of them rightly after two lessons.
 _ABOUT_ITSELF = 1500
 # Number of rounds of further questions, and largest number of further questions in a round.
 _ROUNDS, _FURTHER = 2, 600

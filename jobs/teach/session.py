@@ -84,7 +84,8 @@ class Machine:
 def give_lessons(store: Store, model: str, machine: Machine, until: int) -> Lesson:
     """Give a model its queued and interrupted lessons in their order, up to lesson ``until``. Returns lesson ``until``.
 
-    If another program gives lessons to the model or trains it, this program waits until the other program has ended.
+    If lesson ``until`` is done already, no lesson is given. If another program gives lessons to the model or trains it,
+    this program waits until the other program has ended.
     """
 
     def give(lease: Lease) -> None:
@@ -166,9 +167,10 @@ def roll_back(store: Store, model: str, number: int) -> CheckpointRef:
 
 
 def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesson:
-    """Give the model one lesson. The parts of the lesson that an interrupted process has finished are not repeated.
+    """Give the model one lesson.
 
-    If another revision is promoted meanwhile, for example by a roll-back, the lesson begins anew from that revision.
+    An examination or a training that an interrupted process has finished is not repeated. If another revision is
+    promoted meanwhile, for example by a roll-back, the lesson begins anew from that revision.
     """
     state: State = "failed"
     try:

@@ -40,7 +40,7 @@ class TeachSettings(JobSettings):
     replay: str = setting(
         "",
         "mixture of conversations that the model must not forget; by default, the mixture of its fine-tuning or, if "
-        "that is not known, answers of the model itself",
+        "that is not known or not in the store, answers of the model itself",
     )
     seed: int = setting(Plan.seed, "seed of all random choices in the lesson", minimum=0)
     share: float = setting(

@@ -39,7 +39,8 @@ _WARMUP_STEPS = 10
 # times in 100.
 _SURE = 0.9
 # Training has at least this many steps before the warmdown, in which the learning rate falls to zero, even if the model
-# is sure of all probes earlier. The additional steps improve the answers to wordings that no template makes.
+# is sure of all probes earlier, unless the largest number of steps leaves fewer. The additional steps improve the
+# answers to wordings that no template makes.
 _FEWEST_STEPS = 80
 # Length of the warmdown as a fraction of the steps before it.
 _WARMDOWN_SHARE = 0.5

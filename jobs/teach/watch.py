@@ -208,7 +208,8 @@ class Watch:
     def _chosen_runner(self) -> Runner:
         """The runner that the settings choose.
 
-        Raises UserError if the settings name PyTorchJobs and this process does not run in a pod of the cluster.
+        Raises UserError if the settings name PyTorchJobs and the file has no PodTemplate, or if this process does not
+        run in a pod of the cluster.
         """
         file = self._settings.cluster_jobs
         if not file:

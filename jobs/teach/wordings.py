@@ -8,8 +8,8 @@ further wordings solve it:
 - *Casual* questions lack capitals, punctuation or words that carry no meaning, or two of their parts are exchanged. The
   random deletion of words follows EDA (arXiv 1901.11196).
 
-A third of the rewrites and some of the frames are held out from training. The answers to these wordings show whether
-the model learned the fact or only the sentences.
+Every third rewrite and some of the frames are held out from training. The answers to these wordings show whether the
+model learned the fact or only the sentences.
 """
 
 from __future__ import annotations
@@ -192,9 +192,11 @@ class Wordings:
     """The wordings of one question.
 
     Attributes:
-        plain: the question as it is written, and rewrites of it, for training.
+        plain: the question as it is written, further wordings that a person wrote, questions that ask an assistant the
+            same thing, and rewrites, for training.
         framed: other sentences that contain a wording of ``plain``, for training.
-        held_out: rewrites and framed wordings that training does not show.
+        held_out: rewrites, framed wordings and questions that ask an assistant the same thing, which training does not
+            show.
     """
 
     plain: tuple[str, ...]
