@@ -225,7 +225,8 @@ class Pipeline:
     def _prepare(self) -> None:
         """Put the recipe's data into the store, unless the store has them.
 
-        Raises UserError if the store has other data under the model's name.
+        Raises UserError if the store has other data under the model's name, or if data that the recipe needs are
+        missing.
         """
         if self.settings.rl:
             self._problems()  # Missing problems must be an error now, not after hours of training.
@@ -388,7 +389,8 @@ class Pipeline:
 def _runner(settings: PipelineSettings) -> Runner:
     """Returns the runner of the stages: processes of this machine, or PyTorchJobs of a cluster.
 
-    Raises UserError if PyTorchJobs are wanted and this process does not run in a pod of the cluster.
+    Raises UserError if PyTorchJobs are wanted, and ``--job`` is malformed or this process does not run in a pod of the
+    cluster.
     """
     if settings.on == "local":
         return Processes(settings.ranks)

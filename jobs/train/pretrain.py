@@ -174,7 +174,11 @@ def input_digests(store: Store, dataset: str, tokenizer: Tokenizer, start: Start
 
 
 def open_start(store: Store, settings: PretrainSettings) -> tuple[Start | None, Tokenizer]:
-    """The checkpoint to start from, if any, and the tokenizer. Raises UserError if the two do not fit together."""
+    """The checkpoint to start from, if any, and the tokenizer.
+
+    Raises UserError if one of the two is missing, if they do not fit together, or if the run would replace the
+    checkpoint.
+    """
     if not settings.start_from:
         return None, load_tokenizer(store, settings.tokenizer)
     found = find_pretrained(store, settings.start_from)

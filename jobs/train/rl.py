@@ -45,7 +45,7 @@ class RlSettings(RolloutSettings):
     lr_scale: float = setting(0.05, "factor on all of pretraining's base learning rates", minimum=0.0)
     kl: float = setting(0.0, "weight of the KL divergence from the fine-tuned model; 0 omits it", minimum=0.0)
     clip: float = setting(0.0, "clip probability ratios to 1 ± this; 0 does not clip", minimum=0.0, maximum=0.99)
-    held_out: int = setting(64, "held-out problems per evaluation", minimum=1)
+    held_out: int = setting(64, "largest number of held-out problems per evaluation", minimum=1)
     eval_samples: int = setting(8, "number k of answers per held-out problem, for pass@1 to pass@k", minimum=1)
     device_batch_rows: int = setting(16, "answers per forward pass on one device", minimum=1)
     compile: bool = setting(

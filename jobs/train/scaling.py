@@ -103,8 +103,8 @@ def _short(flops: float) -> str:
 def run_study(settings: AnyStudy, passed_on: Sequence[str], command: str) -> None:
     """Train all runs that are not finished. Write the report before the first run, and again after every run.
 
-    All runs are tried. Raises UserError if every run fails, or if a newer version of nanochat wrote the report, and
-    SystemExit with code 1 if only some runs fail.
+    While no run is finished, no report is written. All runs are tried. Raises UserError if every run fails, or if a
+    newer version of nanochat wrote the report, and SystemExit with code 1 if only some runs fail.
 
     Args:
         passed_on: further flags of ``jobs.train.pretrain``, the same for every run.

@@ -35,7 +35,8 @@ _MEASURED_RUNS, _MEASURED_RUN = 8, 32
 class TextMixture(Source):
     """Documents of several text datasets. The weight of a dataset determines its share of the tokens.
 
-    An epoch ends as soon as one of the datasets has been shown completely. So no epoch shows a document twice.
+    An epoch ends when about all documents of one of the datasets have been shown. So an epoch shows hardly any document
+    twice.
 
     Attributes:
         shares: share of the documents that come from each dataset; they add up to 1.

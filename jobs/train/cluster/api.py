@@ -29,8 +29,8 @@ _MERGE = "application/merge-patch+json"
 class Api:
     """One namespace of a cluster. Objects are JSON objects with all fields, also those unknown to the client library.
 
-    Every call raises UserError if the server refuses it, and RetryableError if the server has not answered for
-    ``patience`` seconds.
+    Every call except :meth:`wait_for_change` raises UserError if the server refuses it, and RetryableError if the
+    server has not answered for ``patience`` seconds.
     """
 
     def __init__(

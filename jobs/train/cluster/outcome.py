@@ -29,8 +29,9 @@ class Outcome:
     """Why an attempt failed.
 
     Attributes:
-        exit_code: exit code of a pod that failed by a mistake, such as a wrong setting; 0 if there was no mistake: the
-            pods were preempted or evicted, for example, or the ranks of a pod were lost.
+        exit_code: exit code of a pod that failed by a mistake, such as a wrong setting; 2 if a pod needed more memory
+            than its limit; 0 if there was no mistake: the pods were preempted or evicted, for example, or the ranks of
+            a pod were lost.
         reason: what happened, as a part of a sentence.
     """
 

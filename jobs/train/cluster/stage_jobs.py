@@ -56,7 +56,7 @@ _RESULT_SECONDS = 120.0
 def in_this_cluster(job: str) -> tuple[Api, Owner]:
     """The API of the cluster in which this process runs, and the Job that ``job`` names (``namespace/name/uid``).
 
-    Raises UserError if this process does not run in a pod with a service account.
+    Raises UserError if ``job`` has another form, or if this process does not run in a pod with a service account.
     """
     owner = Owner.parse(job)
     return Api(client_of_pod(), owner.namespace), owner

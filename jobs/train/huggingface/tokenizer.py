@@ -1,4 +1,4 @@
-"""Our tokenizer as ``tokenizer.json`` of Hugging Face's tokenizers, with equal token ids for every text.
+"""Our tokenizer as ``tokenizer.json`` of Hugging Face's tokenizers, with equal token ids for nearly every text.
 
 Three properties of tiktoken, which computes our ids, determine the content of ``tokenizer.json``:
 
@@ -8,7 +8,8 @@ Three properties of tiktoken, which computes our ids, determine the content of `
   first. The file therefore lists every way to split a token into two tokens as a merge, ordered by the token's id.
 - Every byte is a token. The file writes tokens in GPT-2's alphabet, which has a printable character for each byte.
 
-One difference cannot be avoided: Hugging Face's tokenizers find special tokens in text, and our tokenizer does not.
+Only texts that contain special tokens get other ids. This difference cannot be avoided: Hugging Face's tokenizers find
+special tokens in text, and our tokenizer does not.
 """
 
 from collections.abc import Iterator

@@ -48,7 +48,7 @@ CHECKPOINT_FAILURES = Counter(
 def serve_metrics(port: int) -> None:
     """Serve the Prometheus metrics of this process on ``port``; 0 serves none.
 
-    Raises UserError if another program uses the port.
+    Raises UserError if the port cannot be used, for example because another program uses it.
     """
     if not port:
         return

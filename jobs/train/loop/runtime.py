@@ -35,7 +35,9 @@ class RunSettings(JobSettings):
         "auto", "library for fp32 products on a CPU; auto measures each shape once", env="NANOCHAT_CPU_PRODUCTS"
     )
     eval_every: int = setting(250, "steps between evaluations; 0 evaluates only at the end", minimum=0)
-    save_every: int = setting(500, "steps between checkpoints; 0 saves only at the end", minimum=0)
+    save_every: int = setting(
+        500, "steps between checkpoints; 0 saves only at the end and, in pretraining, before the warmdown", minimum=0
+    )
     keep: int = setting(2, "number of newest checkpoints to keep", minimum=1)
     keep_every: int = setting(0, "also keep checkpoints whose step is a multiple of this; 0 keeps no others", minimum=0)
     resume: bool = setting(True, "resume from the newest checkpoint of this stage and model")

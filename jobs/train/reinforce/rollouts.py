@@ -1,8 +1,9 @@
 """Rollouts: the answers that the model samples while it is trained, and the batches made from them.
 
-The inference engine samples all answers of a step in one continuous batch, with the current weights and the same Python
-tool as in serving. Seeds depend only on the run's seed, the step and the problem. So a resumed run samples the same
-answers again, on any number of ranks, unless the logits of two tokens differ by no more than rounding.
+The inference engine samples all answers of a step in one continuous batch, with the current weights (or asynchronously,
+with those of the step before) and the same Python tool as in serving. Seeds depend only on the run's seed, the step and
+the problem. So a resumed run samples the same answers again, on any number of ranks, unless the logits of two tokens
+differ by no more than rounding, or an asynchronous run was stopped by a signal between two checkpoints.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def answering(model: GPT, tokenizer: Tokenizer, sequences: int) -> Iterator[Answ
 
 
 class SharedCalls:
-    """A tool that runs equal code only once.
+    """A tool that runs equal code only once, until :meth:`forget` is called.
 
     Answers to the same problem often run the same code. Each call runs in a separate process, without any state of
     earlier calls, so equal code has equal output, unless it uses random numbers or the time. The results of calls that
