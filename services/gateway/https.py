@@ -10,7 +10,8 @@ from services.gateway.settings import HttpsSettings
 def https_context(settings: HttpsSettings) -> ssl.SSLContext | None:
     """Returns the TLS context of the server's connections; None if the settings name no certificate.
 
-    A new connection uses the newest files. An open connection keeps the certificate that it began with.
+    A new connection uses the newest valid files, for which the gateway looks at most once a second. An open connection
+    keeps the certificate that it began with.
 
     Raises:
         UserError: the files cannot be read or do not belong together.
@@ -42,6 +43,6 @@ def https_context(settings: HttpsSettings) -> ssl.SSLContext | None:
         connection.context = files.current()
 
     # OpenSSL calls this function in every handshake, even if the client names no server. So every new connection uses
-    # the newest files.
+    # the newest valid files.
     first.sni_callback = use_newest
     return first

@@ -162,7 +162,9 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         "maximum seconds for a client to read the part of its answer that is ready to be sent, about 32 kB",
         minimum=0.1,
     )
-    request_timeout_seconds: float = setting(600.0, "maximum seconds that an engine may work on one request", minimum=1)
+    request_timeout_seconds: float = setting(
+        600.0, "maximum seconds that engines, or a sandbox, may work on one request", minimum=1
+    )
     heartbeat_seconds: float = setting(
         10.0, "seconds of silence after which a stream gets a comment line, so that proxies keep it open", minimum=0.05
     )

@@ -148,7 +148,7 @@ def new_key(
     """Returns the record of a new key and the key itself. No store keeps the key itself.
 
     Raises:
-        ValueError: the name is empty or too long, or there is no scope.
+        ValueError: the name is empty, too long or not printable, or there is no scope.
     """
     key_id = secrets.token_hex(6)
     secret = _new_secret(key_id)

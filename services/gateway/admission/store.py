@@ -20,7 +20,7 @@ class KeyStore(abc.ABC):
 
     @abc.abstractmethod
     async def load(self) -> dict[str, ApiKey]:
-        """Returns the records of all keys, by the ids of the keys."""
+        """Returns the records of all keys, by the ids of the keys. Raises StoreError or Away if a record is damaged."""
 
     @abc.abstractmethod
     async def replace(self, old: ApiKey | None, new: ApiKey) -> None:

@@ -106,7 +106,8 @@ _RESPONSE = {
 
 RESPONSES_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The response; with `stream`, server-sent events that end with `response.completed`.",
+        "description": "The response; with `stream`, server-sent events that end with `response.completed` or, if the "
+        "answer reached its largest length, with `response.incomplete`.",
         "content": {"application/json": {"example": _RESPONSE}},
     }
 }

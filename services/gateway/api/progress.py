@@ -33,7 +33,8 @@ class ProgressReader:
     async def read(self, pool: EnginePool) -> dict[str, Any]:
         """Returns the progress as JSON values.
 
-        Raises ApiError: 404 if the store has no progress; 503 or another status if no engine answers the request.
+        Raises ApiError: 404 if the store has no progress, or if the engine that was asked is of an earlier version that
+        cannot read it; 503 or another status if no engine answers the request.
         """
         async with self._lock:
             if time.monotonic() - self._read_at >= _FRESH_SECONDS:

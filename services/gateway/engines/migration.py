@@ -211,7 +211,9 @@ class Stream:
         self._wish.avoid.clear()
 
     def _leave(self, call: Call, reason: Reason) -> None:
-        """Begins to look for another engine, because the call's engine drains or hangs. The call goes on meanwhile.
+        """Begins to look for another engine, because the call's engine drains or hangs.
+
+        The stream's call goes on meanwhile. A successor's call ends.
 
         Raises:
             ApiError: the stream has no running call and no attempts left.
@@ -274,7 +276,10 @@ class Stream:
             self._look(reason, stale)
 
     def _blame(self, place: Place, code: grpc.StatusCode) -> bool:
-        """Records a failure that is the engine's fault, and returns whether the stream may have another attempt."""
+        """Records a failure that is the engine's fault, and returns whether the stream may have another attempt.
+
+        The code CANCELLED is not the engine's fault, because the engine is shutting down.
+        """
         replica = place.replica
         if code is grpc.StatusCode.CANCELLED:
             return self._may_fail_again()

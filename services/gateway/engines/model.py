@@ -16,7 +16,10 @@ _load_tokenizer = functools.lru_cache(maxsize=4)(Tokenizer.from_json)
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """One revision of a model. ``created`` is the time, in seconds since the epoch, when this gateway first saw it."""
+    """One revision of a model, as an engine serves it.
+
+    ``created`` is the time, in seconds since the epoch, when this gateway read the engine's description of the model.
+    """
 
     info: engine_pb2.ModelInfo
     tokenizer: Tokenizer

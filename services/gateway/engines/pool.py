@@ -136,8 +136,9 @@ class EnginePool:
     def models(self) -> dict[str, ServedModel]:
         """Returns the models that engines serve now, by name.
 
-        If the engines serve several revisions of a model, the result has the revision that this gateway saw last. The
-        result has the canary (a new revision on trial, :class:`Canary`) only if no engine serves another revision.
+        If the engines serve several revisions of a model, the result has the revision whose description this gateway
+        read last. The result has the canary (a new revision on trial, :class:`Canary`) only if no engine serves another
+        revision.
         """
         served = [replica.model for replica in self._replicas.values() if replica.up and replica.model]
         return {model.info.name: model for model in sorted(served, key=self._standing)}
@@ -289,7 +290,7 @@ class EnginePool:
         return replica.model is not None and self._canary.serves(replica.model.identity)
 
     def outcome(self, model: ServedModel, seconds: float) -> None:
-        """Records the seconds from a request to its first token, which are infinite for a failure.
+        """Records the seconds from the start of a call to its first token, which are infinite for a failed call.
 
         The record decides whether the canary (a new revision on trial) keeps its share of the requests.
         """

@@ -53,7 +53,8 @@ def conversation(messages: Sequence[ChatMessage], tools: Sequence[FunctionTool] 
     ``tools`` are the client's tools that the model may call.
 
     Raises:
-        ApiError: 400 if the result of a tool has no call before it, or if a tool event is wrong.
+        ApiError: 400 if the result of a tool has no call before it, if a tool event is wrong, or if there is nothing
+            that the model can read.
     """
     turns = Turns([], tools)
     for i, message in enumerate(messages):
@@ -75,7 +76,7 @@ class Turns:
     in a row. Therefore all system, developer, user and tool messages between two answers become one user turn, and
     successive assistant messages become one assistant turn. The messages keep their order, and blank lines separate
     them. Instructions at the beginning, and the description of the tools that the model may call, become a system turn
-    before the first user turn, or a user turn if the conversation begins with the assistant.
+    before the first user turn, or a user turn if the conversation begins with the assistant or has no other message.
     """
 
     def __init__(self, instructions: Sequence[str], tools: Sequence[FunctionTool]) -> None:
@@ -348,7 +349,8 @@ def engine_request(
     """Builds the engine's request. The ``prompt`` must have fewer tokens than the context length.
 
     The engine gets the lowest 64 bits of ``seed``. ``sandbox`` says whether the model may run Python in a chat. A logit
-    bias on an id that is no token of the model causes an :class:`ApiError` with status 400.
+    bias that is too large, and a logit bias or a stop token whose id is no token of the model, cause an
+    :class:`ApiError` with status 400.
     """
     alternatives = request.logprobs
     if isinstance(request, ChatParameters):

@@ -1,8 +1,9 @@
 """Gives a new revision of a model a share of the requests, until the new revision does worse than the others.
 
-Each answer has one outcome: the time to its first token, which is infinite if its engine failed. An outcome is *bad* if
-it is infinite, or larger than 1.5 times the 95th percentile of the finite outcomes of the model's other revisions. So
-errors and much too slow answers count alike. By this definition, some outcomes of the other revisions are bad, too.
+The outcome of an answer is the time to its first token. Each failure of an engine during an answer is a further
+outcome, which is infinite. An outcome is *bad* if it is infinite, or larger than 1.5 times the 95th percentile of the
+finite outcomes of the model's other revisions. So errors and much too slow answers count alike. By this definition,
+some outcomes of the other revisions may be bad, too.
 
 The new revision, called the canary, does worse if, with high confidence, its share of bad outcomes is larger than the
 others' share of bad outcomes. With few outcomes, the share alone says little: if the only outcome is bad, the share is
@@ -58,7 +59,7 @@ class Canary:
         return self._draw() * 100 < self.percent
 
     def record(self, identity: str, seconds: float) -> str | None:
-        """Records the outcome of a request: the seconds to its first token, infinite for a failure.
+        """Records an outcome: the seconds from the start of a call to its first token, infinite for a failed call.
 
         Returns the reason if this outcome takes the share back; otherwise None.
         """

@@ -8,7 +8,7 @@ const PICTURE = /^[\w-]+\.png$/;
 
 /**
  * Loads the report from the gateway. `base` is the page's address; `model` may be empty if only one model is served.
- * If the server has no report on this model, loads the report on the model that serves now.
+ * If the server sends no report on this model, loads the report on the model that serves now.
  */
 export async function loadReport(base: string, model: string, apiKey: string): Promise<Report> {
   const address = (file: string, name: string) => {

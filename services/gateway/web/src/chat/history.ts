@@ -3,8 +3,8 @@ import type { Message } from "./message";
 import { withoutPictures } from "./pictures";
 import { finishedEvents } from "./segments";
 
-// Largest number of characters in a request: far more than a model's context has room for, and well below the size of a
-// request that the server accepts.
+// Largest number of characters in a request's turns, unless the newest question alone is longer. This is far more than a
+// model's context has room for, and well below the size of a request that the server accepts.
 export const MOST_CHARACTERS = 200_000;
 const MOST_TURNS = 1_000;
 

@@ -31,7 +31,7 @@ export interface AssistantMessage extends Place {
   /** The id of the first message that the model saw, if the conversation was longer than its context. */
   memoryStart?: string;
   usage?: Usage;
-  /** Seconds from the first text to the end of the answer. */
+  /** Seconds from the first part of the answer, a text or a tool event, to its end. */
   seconds?: number;
 }
 

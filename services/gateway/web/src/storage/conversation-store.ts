@@ -24,11 +24,12 @@ export interface RemoteChanges {
  * conversation.
  *
  * A tab cannot read and write an entry in one atomic step, and it learns of other tabs' changes late, so two tabs that
- * write the same entry can lose a change. Therefore each message has its own entry, and only the tab that writes an
- * answer writes the answer's entry. Any tab may change a header, so each change is stored under a new key. The new
- * entry contains the whole header as this tab knows it. The tab then removes the older entries whose changes the new
- * entry contains. The stored header is the merge of all its entries. No removal loses a change, because an entry is
- * removed only after another entry with its changes was stored. An unreadable entry stays until the person deletes it.
+ * write the same entry can lose a change. Therefore each message has its own entry, and while a tab writes an answer,
+ * other tabs leave the answer's entry alone as long as they know that the tab writes it. Any tab may change a header,
+ * so each change is stored under a new key. The new entry contains the whole header as this tab knows it. The tab then
+ * removes the older entries whose changes the new entry contains. The stored header is the merge of all its entries. No
+ * removal loses a change, because an entry is removed only after another entry with its changes was stored. An
+ * unreadable entry stays until the person deletes it or its conversation.
  */
 export class ConversationStore {
   /** Set while the browser refuses to store more, or stores nothing at all. */
