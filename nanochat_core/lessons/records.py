@@ -339,8 +339,9 @@ def lessons(store: Store, model: str, leave_out: Collection[int] = ()) -> list[L
 def cancel_lesson(store: Store, model: str, number: int) -> None:
     """Request that a lesson is canceled. Raises UserError if the lesson is done or does not exist.
 
-    A queued lesson is canceled when its turn comes, a lesson in training within ten steps, and a lesson in
-    examination at the end of the examination. After the gate's decision, a lesson is not canceled any more.
+    A queued lesson is canceled when its turn comes, a lesson in training within ten steps or at the end of the
+    examination before the training, and a lesson in examination at the end of the examination. In a cluster, a lesson
+    is canceled within seconds. After the gate's decision, a lesson is not canceled any more.
     """
     lesson = read_lesson(store, model, number)
     check_undamaged(lesson)
