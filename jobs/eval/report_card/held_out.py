@@ -1,7 +1,8 @@
 """The evaluations that run when a report is written: held-out text, held-out conversations, samples of the base model.
 
-The results stay in the store (:mod:`jobs.results.evaluations`). So a report that is written again with the same
-settings evaluates nothing twice, and the promotion gate can compare a model with its predecessors.
+They run on the CPU in fp32. The results stay in the store (:mod:`jobs.results.evaluations`). So a report that is
+written again with the same settings evaluates nothing twice, and the promotion gate can compare a model with its
+predecessors.
 """
 
 import dataclasses

@@ -35,7 +35,7 @@ CACHE = next(f.name for f in dataclasses.fields(BaseModelOutputWithPast) if f.na
 class NanochatConfig(PretrainedConfig):
     """Shape of the model.
 
-    ``attention_windows`` has for each layer the number of earlier tokens that a token attends to.
+    ``attention_windows`` has for each layer the largest number of earlier tokens that a token attends to.
     ``value_embedding_layers`` lists the layers that have a value embedding.
     """
 
