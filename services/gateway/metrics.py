@@ -109,7 +109,9 @@ class Metrics:
             ("code",),
         )
         self.key_requests = counter(
-            "nanochat_gateway_key_requests_total", "Requests that use the model, by the id of their API key", ("key",)
+            "nanochat_gateway_key_requests_total",
+            "Accepted requests to the model, its tokenizer or the sandbox, by the id of their API key",
+            ("key",),
         )
         self.key_tokens = counter(
             "nanochat_gateway_key_tokens_total",

@@ -47,7 +47,7 @@ class AdmissionSettings(KeyStoreSettings):
     redis_failure: Literal["open", "closed"] = setting(
         "open",
         "behavior while Redis does not answer: with open, each gateway counts requests, tokens and answers for itself "
-        "and accepts the keys that it knows; with closed, it answers 503",
+        "and accepts the keys that it knows; with closed, it answers 503 to callers with a key or with limits",
     )
     anonymous_scopes: tuple[str, ...] = setting(
         ("chat", "sandbox", "metrics"),
@@ -166,7 +166,10 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         600.0, "maximum seconds that engines, or a sandbox, may work on one request", minimum=1
     )
     heartbeat_seconds: float = setting(
-        10.0, "seconds of silence after which a stream gets a comment line, so that proxies keep it open", minimum=0.05
+        10.0,
+        "seconds of silence after which a stream that an engine has accepted gets a comment line, so that proxies keep "
+        "it open",
+        minimum=0.05,
     )
     connect_timeout_seconds: float = setting(
         5.0, "maximum seconds to wait for a connection to an engine and for the description of its model", minimum=0.1
@@ -182,12 +185,14 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
     )
     max_engine_sequences: int = setting(
         0,
-        "maximum number of answers that this gateway runs at once in one engine; 0 leaves the limit to the engine",
+        "maximum number of answers that this gateway runs at once in one engine; a request with more answers to a "
+        "prompt runs alone; 0 leaves the limit to the engine",
         minimum=0,
     )
     queue_size: int = setting(
         1000,
-        "maximum number of requests that wait for an engine; further requests get 429; with 0, no request waits",
+        "maximum number of requests that wait for an engine, each prompt of a request counted; further requests get "
+        "429; with 0, no request waits",
         minimum=0,
     )
     queue_seconds: float = setting(
@@ -212,7 +217,7 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
     )
     drain_seconds: float = setting(30.0, "maximum seconds for running answers to finish after SIGTERM", minimum=0)
     response_seconds: int = setting(
-        3600, "seconds for which a response of /v1/responses can be continued; 0 keeps no responses", minimum=0
+        3600, "maximum seconds for which a response of /v1/responses can be continued; 0 keeps no responses", minimum=0
     )
     static_dir: str = setting(str(Path(__file__).parent / "static"), "folder with the built web page")
     cors_origins: tuple[str, ...] = setting(
