@@ -71,9 +71,15 @@ class PretrainSettings(StageSettings):
         "SSSL", "attention windows of the layers, as a pattern that repeats: S for short, L for full context"
     )
     ratio: float = setting(DEFAULT_RATIO, "training tokens per scaling parameter", minimum=1e-6, maximum=1e6)
-    target_flops: float | None = setting(None, "training FLOPs; replaces --ratio", minimum=1.0, maximum=1e30)
-    steps: int | None = setting(None, "optimizer steps; replaces --ratio and --target-flops", minimum=1)
-    batch_tokens: int | None = setting(None, "tokens per optimizer step; derived from --depth by default", minimum=1)
+    target_flops: float | None = setting(
+        None, "training FLOPs, which give the number of steps in place of --ratio", minimum=1.0, maximum=1e30
+    )
+    steps: int | None = setting(
+        None, "optimizer steps, in place of the number that --ratio or --target-flops gives", minimum=1
+    )
+    batch_tokens: int | None = setting(
+        None, "tokens per optimizer step; derived from --depth and --ratio by default", minimum=1
+    )
     lr_scale: float | None = setting(
         None,
         "factor on all learning rates except those of smear and backout; derived from the batch size by default",
@@ -95,7 +101,9 @@ class PretrainSettings(StageSettings):
         maximum=1e6,
     )
     weight_decay: float | None = setting(
-        None, "weight decay of matrices; derived from batch size and horizon by default", minimum=0.0
+        None,
+        "weight decay of matrices; by default derived from batch size and --target-flops or --ratio",
+        minimum=0.0,
     )
     warmup_steps: int = setting(40, "steps of linear warmup", minimum=1)
     warmdown_ratio: float = setting(0.65, "share of the run that is linear warmdown", minimum=0.0, maximum=1.0)

@@ -35,8 +35,8 @@ _MEASURED_RUNS, _MEASURED_RUN = 8, 32
 class TextMixture(Source):
     """Documents of several text datasets. The weight of a dataset determines its share of the tokens.
 
-    An epoch ends when about all documents of one of the datasets have been shown. So an epoch shows hardly any document
-    twice.
+    An epoch ends when about all documents of one of the datasets have been shown. An epoch may show a few documents
+    twice, because its first and its last block need not be whole, and a part of a block need not have the quota.
 
     Attributes:
         shares: share of the documents that come from each dataset; they add up to 1.

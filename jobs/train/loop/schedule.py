@@ -57,9 +57,9 @@ def plan_training(
 ) -> TrainingPlan:
     """Derive a run from the model's size by the rules of this module. A given argument replaces the derived value.
 
-    The derived batch size follows from the horizon of ``ratio``, and the derived weight decay from the horizon of
-    ``target_flops`` or else ``ratio``, even if other arguments replace this horizon. Raises UserError if the horizon is
-    shorter than one step.
+    The derived batch size follows from the horizon of ``ratio`` in any case. The derived weight decay follows from the
+    horizon of ``target_flops`` if ``target_flops`` gives the number of steps, and otherwise from the horizon of
+    ``ratio``. Raises UserError if the horizon is shorter than one step.
 
     Args:
         ratio: training tokens per scaling parameter.
