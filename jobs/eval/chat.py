@@ -61,7 +61,7 @@ class ChatEvalSettings(JobSettings):
     samples: int = setting(1, "answers to each question, for pass@1 to pass@samples", minimum=1)
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy", minimum=0.0)
     top_k: int = setting(0, "number of most likely tokens to sample from; 0 samples from all tokens", minimum=0)
-    batch: int = setting(64, "answers that are generated at the same time", minimum=1)
+    batch: int = setting(64, "largest number of answers that are generated at the same time", minimum=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to compute on")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype to compute in; auto is fp32 on CPUs")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)

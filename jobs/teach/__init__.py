@@ -16,5 +16,5 @@ gives the queued lessons to the model, one after another. Each lesson has these 
 5. The promotion gate compares the results of the two examinations, and promotes the taught model or refuses the lesson.
 
 Every part can be repeated. If a process dies, the promoted model is either the earlier model or the taught one. If the
-lesson is then given again, the training ends with the same weights.
+lesson is then given again on the same machine with the same number of threads, the training ends with the same weights.
 """

@@ -80,7 +80,10 @@ class Watch:
         self._problem = ""
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT. The next run of this program repeats a lesson that the signal interrupts."""
+        """Work until SIGTERM or SIGINT.
+
+        If the signal interrupts a lesson, the next run of this program gives the lesson again.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.default_int_handler)
         log.info("ready")

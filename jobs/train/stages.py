@@ -20,8 +20,8 @@ class StageRun:
     Attributes:
         name: short name, such as ``pretrain``.
         subcommand: subcommand of the program ``module``; empty if it has none.
-        inputs: digests of the data and weights that the stage uses. Two runs with equal module, flags and inputs are
-            the same work.
+        inputs: digests of the data and weights that the stage uses. Two runs with equal module, subcommand, flags and
+            inputs are the same work.
         start_over: whether to delete the checkpoints that an earlier run of the stage made from other inputs.
         progress: returns the revision of the newest checkpoint that was made from ``inputs``; empty if there is none.
         done: returns whether the store has the result of the stage.
@@ -49,7 +49,10 @@ class StageRun:
 
     @property
     def digest(self) -> str:
-        """The first 16 hexadecimal digits of the sha256 of module, flags and inputs. Equal digits mean equal work."""
+        """The first 16 hexadecimal digits of the sha256 of module, subcommand, flags and inputs.
+
+        Equal digits mean equal work.
+        """
         work = [self.module, self.subcommand, dict(self.flags), dict(self.inputs)]
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:16]
 

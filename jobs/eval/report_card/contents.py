@@ -124,8 +124,8 @@ def _data_use(plan: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> 
     """How a stage had used its data when it ended. A value is None if it was not recorded.
 
     ``epochs`` is the number of passes over the data, ``unseen_share`` the share of documents that were never shown
-    completely, and ``cropped_share`` the share of tokens that were cut off. ``cut`` and ``left_out`` are the numbers of
-    conversations that were cut or left out because they are longer than a row.
+    completely, and ``cropped_share`` the share of tokens that were cut off or left out. ``cut`` and ``left_out`` are
+    the numbers of conversations that were cut or left out because they are longer than a row.
     """
     lost = plan.get("lost", {})
     last = {name: value for point in history for name, value in point.items()}

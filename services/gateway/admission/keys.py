@@ -38,7 +38,7 @@ class Limits:
     Attributes:
         requests: requests per minute. All of them may come at the same time.
         tokens: tokens of prompts and answers per minute. All of them may come at the same time.
-        answers: answers that may be written at the same time, streamed or not.
+        answers: requests that may be answered at the same time, streamed or not, however many choices each of them has.
     """
 
     requests: int = 0
