@@ -73,7 +73,10 @@ function useShortcuts() {
   }, []);
 }
 
-/** Moves the focus into the list of conversations when the list opens, and back to the list's button when it closes. */
+/**
+ * Moves the focus into the list of conversations when the list opens, and back to the list's button when it closes, if
+ * no element that can be reached has the focus then.
+ */
 function useSidebarFocus() {
   const { layout } = usePage();
   const open = layout.sidebarOpen.value;

@@ -243,7 +243,10 @@ function Figures({ lesson }: { lesson: Lesson }) {
   );
 }
 
-/** Why a lesson was refused, and which answers it changed. These details are requested when the person opens them. */
+/**
+ * What a lesson ended with: the rules that it did not meet, and which answers were wrong, lost or changed. These details
+ * are requested once they are open: a refused lesson's at once, another's when the person opens them.
+ */
 function Details({ number, open }: { number: number; open: boolean }) {
   const { lessons } = usePage();
   const shown = useSignal(open);
