@@ -28,13 +28,15 @@ def flag_arguments(flags: Flags) -> list[str]:
     ]
 
 
-# After this many passes over a text, a recipe's model learns little more that helps with other text.
+# Largest number of passes over a short text (see Recipe.fitted), because in further passes a model learns little that
+# helps with other text.
 MOST_PASSES = 40
 FEWEST_STEPS, SMALLEST_BATCH = 60, 1024
 # Typical number of bytes in a token. It serves to estimate the number of tokens in a text.
 BYTES_PER_TOKEN = 3
 
-# Kinds of conversations that need no facts of the demo world. They are about the assistant and about its tool.
+# Kinds of demo conversations for recipes whose text is not the demo world's. Their questions are about the assistant,
+# about calculations and letters, or are small talk, so a model can answer them without the facts of the demo world.
 WORLDLESS_KINDS = frozenset({"greeting", "identity", "arithmetic", "counting", "smalltalk"})
 
 
@@ -44,7 +46,7 @@ class Recipe:
 
     Attributes:
         tokenizer, pretrain, sft: flags of each stage's program.
-        conversation_kinds: kinds of demo conversations to fine-tune on and to evaluate; None means all kinds.
+        conversation_kinds: kinds of demo conversations for fine-tuning and evaluation; None means all kinds.
         train_conversations: number of conversations to fine-tune on.
         rl: flags of reinforcement learning, for the pipeline's ``--rl``; None if the recipe has no task for
             reinforcement learning.
@@ -56,7 +58,7 @@ class Recipe:
         gate: rules that a model must pass to be promoted.
         questions: questions that the model answers at several steps of its training, for people who watch. A question
             has no comma, because commas separate the questions in a flag.
-        examples: messages that the chat page offers. They have no commas, for the same reason.
+        examples: messages that the chat page offers. A message has no comma, because commas separate them in a flag.
     """
 
     name: str
@@ -186,9 +188,10 @@ RECIPES = {
             name="demo",
             summary="a small invented world, learned in minutes on two CPU cores",
             tokenizer={"vocab-size": 2048},
-            # These values were found by trial. With so few tokens, a model learns most in many small steps, with much
-            # higher learning rates than the scaling rules give for this batch size. In equal time, a model of depth 3
-            # learns more than a model of depth 4. Compiling this model takes longer than all its steps save.
+            # These values were found by trial (docs/experiments.md). With so few training tokens, a model learns most
+            # in many small steps, with much higher learning rates than the scaling rules give for this batch size. In
+            # equal time, a model of depth 3 learns more than a model of depth 4. The model is not compiled, because
+            # compiling takes longer than all compiled steps together would save.
             pretrain={
                 "depth": 3,
                 "dtype": "fastest",
@@ -220,7 +223,8 @@ RECIPES = {
             },
             conversation_kinds=None,
             train_conversations=60_000,
-            # A good run reaches 97 % or more; a run with a fault in any part stays far below these thresholds.
+            # In good runs, about 95 % of all answers and 93 % of the answers about identity are right. A run with a
+            # fault in any part stays far below these thresholds.
             gate=Gate(
                 require=(
                     "chat.accuracy>=0.85",
@@ -239,8 +243,8 @@ RECIPES = {
                 "What is 26% of 1234?",
                 "Which is larger: 9.11 or 9.9?",
             ),
-            # The 40 steps take about two and a half minutes. docs/rl.md shows the curve, and the skills that the model
-            # would forget in further steps.
+            # There are only 40 steps, because the model would forget other skills in further steps (docs/rl.md). The
+            # steps take about two and a half minutes.
             rl={
                 "task": "arithmetic",
                 "steps": 40,
@@ -260,8 +264,8 @@ RECIPES = {
                 "head-dim": 64,
                 "context-length": 256,
                 "batch-tokens": 8192,
-                # Fine-tuning has as many rows as pretraining, so it finds its compiled code in the cache. With one
-                # window for all layers, fewer kinds of blocks must be compiled than with the default windows.
+                # Pretraining has as many rows as fine-tuning, so fine-tuning finds its compiled code in the cache. All
+                # layers have the same attention window ("L"), so fewer kinds of blocks must be compiled.
                 "device-batch-rows": 16,
                 "window-pattern": "L",
                 "steps": 260,

@@ -1,12 +1,12 @@
 """Calculations with two operands, and the numbers that training never contains.
 
 One number in eight between 10 and 9999 is reserved. No training text contains a reserved number, neither as operand
-nor as result nor as a count in a story. Held-out calculations use reserved operands, so the model cannot have
+nor as result nor as a count in a story. Most held-out calculations use reserved operands, so the model cannot have
 memorized their results.
 
-Numbers below 10 cannot be reserved, because there are too few of them. So that held-out calculations can use them,
-one in twenty pairs of unreserved numbers is held out too. Training may contain both numbers of a held-out pair, but no
-calculation with the two.
+Numbers below 10 are not reserved, because there are too few of them. So that held-out calculations can use small
+numbers too, one in twenty pairs of unreserved numbers is held out. Training may contain both numbers of a held-out
+pair, but no sum, difference, product or quotient of the two.
 """
 
 import dataclasses
@@ -22,15 +22,17 @@ from jobs.demo_world.tables import Split
 
 _RESERVED_ONE_IN = 8
 _HELDOUT_PAIR_ONE_IN = 20
-# The documentation shows 1234 * 5678, so these two must be held out too.
+# The documentation shows 1234 * 5678 as an example, so no training text may contain these two numbers.
 _ALWAYS_RESERVED = frozenset({1234, 5678})
-# The code of every percentage contains 100, a week has 168 hours, and water freezes at 32 degrees Fahrenheit.
+# Training needs these numbers: the code of every percentage contains 100, a week has 168 hours, and water freezes at
+# 32 degrees Fahrenheit.
 _NEVER_RESERVED = frozenset({32, 100, 168})
 LARGEST = 9999
 
-# Weights of the number of digits in an operand. Long operands are frequent because copying their results takes the most
-# practice. Two-digit operands are frequent in training because each is a single token: from the unreserved two-digit
-# numbers, the model must learn that a number can end after two digits.
+# Numbers of digits in an operand, and the weight of each. Long operands are frequent because copying their results
+# takes the most practice. Two-digit operands are frequent in training for another reason: each two-digit number is a
+# single token, and training never shows the tokens of the reserved two-digit numbers. So the model must learn from the
+# other two-digit numbers that a number can end after two digits.
 _DIGITS = (1, 2, 3, 4)
 _TRAINING_WEIGHTS = (2, 5, 4, 5)
 _RESERVED_WEIGHTS = (0, 3, 4, 5)
@@ -44,7 +46,8 @@ _OPERATIONS: dict[str, Callable[[int, int], int | float]] = {
 OPERATORS = tuple(_OPERATIONS)
 # Products are frequent because they have the longest results.
 _OPERATOR_WEIGHTS = (4, 3, 6, 2)
-# Digits after the decimal point of a quotient. The model would make mistakes in longer quotients.
+# Quotients are rounded to this many digits after the decimal point, because the model would make mistakes when it
+# copies longer quotients.
 PLACES = 4
 
 
@@ -72,9 +75,10 @@ class Sum:
 
 
 def rounded(code: str) -> str:
-    """Code that rounds the value of ``code``, as in all calculations with divisions, decimals or percentages.
+    """Code that rounds the value of ``code`` to :data:`PLACES` digits after the decimal point.
 
-    The format writes whole numbers without ".0".
+    The format ``.15g`` writes whole numbers without ".0". Most calculations with divisions, decimals or percentages
+    have this form.
     """
     return f"f'{{round({code}, {PLACES}):.15g}}'"
 
@@ -105,7 +109,7 @@ def contains_reserved_number(text: str) -> bool:
 
 
 def number_of_digits(rng: random.Random, digits: int) -> int:
-    """Draw one of all numbers of this many digits, without a leading zero."""
+    """Draw a number that has ``digits`` digits and no leading zero."""
     return rng.randrange(10 ** (digits - 1), 10**digits)
 
 
@@ -136,13 +140,13 @@ def draw_sum(rng: random.Random, split: Split, symbol: str | None = None, *, res
     while True:
         drawn = _draw_quotient(rng, draw) if symbol == "/" else Sum(draw(rng), symbol, draw(rng))
         if drawn.symbol == "-" and drawn.a < drawn.b and rng.random() < 0.8:
-            drawn = Sum(drawn.b, "-", drawn.a)  # Most people subtract the smaller number from the larger one.
+            drawn = Sum(drawn.b, "-", drawn.a)  # Like most people, subtract the smaller number.
         if _belongs(drawn, split, reserved):
             return drawn
 
 
 def _draw_quotient(rng: random.Random, draw: Callable[[random.Random], int]) -> Sum:
-    """Draw a division, usually without remainder."""
+    """Draw a division, which usually has no remainder."""
     while True:
         b = draw(rng)
         if b > LARGEST // 2:

@@ -18,7 +18,8 @@ class Topic(Phrasings):
 class Chitchat(Table):
     """The content of ``content/chitchat.toml``.
 
-    An opener is a sentence that may come before a question. Endings are signs that may come after greetings.
+    An opener is a sentence that may come before a question. Endings are signs, or words such as "lol", that may come at
+    the end of a message.
     """
 
     system_messages: tuple[str, ...]
@@ -35,11 +36,11 @@ CHITCHAT = read_content("chitchat", Chitchat)
 
 
 def draw_topic(rng: random.Random, topics: tuple[T, ...]) -> T:
-    """Draw each topic as often as its share of the phrasings."""
+    """Draw a topic; its probability is in proportion to its number of training phrasings."""
     return rng.choices(topics, [len(topic.train) for topic in topics])[0]
 
 
 def small_talk(rng: random.Random, split: Split, topics: tuple[Topic, ...]) -> Exchange:
-    """Draw a question of one of the topics."""
+    """Draw a question of one of ``topics``, with its answer."""
     topic = draw_topic(rng, topics)
     return Exchange(rng.choice(topic.of(split)).format(**outside(rng, split)), topic.answer, topic.expected)

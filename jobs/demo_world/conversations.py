@@ -15,9 +15,10 @@ from jobs.demo_world.tables import Split
 from jobs.demo_world.town import about_town
 from jobs.demo_world.unsure import unsure
 
-# Weights of the kinds. Calculations and words are frequent because copying takes the most practice. Next come questions
-# about facts, in both directions, small talk, and questions about the assistant. The latter two have the most different
-# wordings. A talk is as long as several other conversations.
+# The weight of each kind of conversation. Calculations (arithmetic to problem) and questions about words (counting and
+# spelling) are frequent because copying numbers and words takes the most practice. Small talk and questions about the
+# assistant (identity) are frequent because they have the most different wordings. Talks are rare because one talk is as
+# long as several other conversations.
 CONVERSATION_MIX: Mapping[str, float] = {
     "counting": 18,
     "arithmetic": 8,
@@ -39,20 +40,22 @@ CONVERSATION_MIX: Mapping[str, float] = {
     "smalltalk": 30,
 }
 
-# The kinds of a conversation with several questions. Questions for facts are most frequent.
+# The kinds from which each question of a mixed conversation or of a talk is drawn. The kind ``fact`` is listed four
+# times, so it is drawn most often.
 _MIXED_KINDS = (
     "counting", "spelling", "arithmetic", "expression", "decimal", "everyday", "problem", "comparison",
     "fact", "fact", "fact", "fact", "town", "refusal", "unsure", "greeting", "identity", "smalltalk",
 )  # fmt: skip
-# Bounds of the least number of characters in a talk. The last exchanges may exceed it by some hundred characters. A row
-# of 1,024 tokens holds about 2,000 characters of a talk.
+# For each talk, a number of characters between these bounds is drawn, and the talk ends as soon as it has so many. Its
+# last exchanges may exceed this number by some hundred characters. The whole talk must fit into a row of 1,024 tokens,
+# which holds about 2,500 characters of a talk.
 _TALK_CHARACTERS = (900, 1600)
 
-# Share of questions that come after another sentence. It is higher in training, where a model must learn that only the
-# second sentence counts.
+# Share of questions that come after an opener, a sentence such as "Hello nanochat!". Training has a larger share than
+# people write, because the model must learn that only the sentence after the opener counts.
 _OPENER_SHARES: dict[Split, float] = {"train": 0.14, "heldout": 0.08}
-# Share of conversations with a system message. Many API clients send a system message, and it must not confuse the
-# model.
+# Share of conversations with a system message. Many API clients send a system message, so the model must learn that it
+# does not change the answer.
 _SYSTEM_SHARE = 0.04
 
 
@@ -62,9 +65,9 @@ def conversations(
     """Generate ``n`` conversations, each with ``messages`` and ``kind``.
 
     Equal arguments give equal conversations. A smaller ``n`` gives the first ``n`` of the same conversations. ``mix``
-    has the weight of each kind; kinds that are not in ``mix`` do not occur. The split ``heldout`` uses phrasings,
-    numbers, words and unknown names that ``train`` never contains. The splits have no user message in common, whatever
-    the seeds.
+    has the weight of each kind; kinds that are not in ``mix`` do not occur. Each user message of the split ``heldout``
+    has a phrasing, calculation, word or name that ``train`` never contains. So the splits have no user message in
+    common, whatever the seeds.
     """
     rng = generator(f"conversations/{split}", seed)
     kinds, weights = tuple(mix), tuple(mix.values())
@@ -107,14 +110,14 @@ _WRITERS: Mapping[str, Callable[[random.Random, Split], Exchange]] = {
     "spelling": tool_questions.spelling,
 }
 _CHATTY_KINDS = ("greeting", "smalltalk")
-# Kinds whose code repeats numbers or words of the question.
+# Kinds whose Python code repeats numbers or words of the question, so the question is never misspelled.
 _LITERAL_KINDS = (
     "arithmetic", "expression", "decimal", "comparison", "everyday", "problem", "counting", "spelling",
 )  # fmt: skip
 
 
 def _talk(rng: random.Random, split: Split) -> list[Exchange]:
-    """Draw a long conversation about many things."""
+    """Draw a long conversation, with questions of many kinds."""
     length = rng.randint(*_TALK_CHARACTERS)
     exchanges: list[Exchange] = []
     while sum(exchange.characters for exchange in exchanges) < length:

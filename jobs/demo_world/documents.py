@@ -1,4 +1,4 @@
-"""Short texts for pretraining: the facts in prose and stories, and texts that teach copying."""
+"""Short texts for pretraining: the facts in prose and stories, texts that teach copying, and dialogues."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -40,11 +40,12 @@ def _state(rng: random.Random, entity: Entity, relation: str, *, pronoun: bool =
 
 
 def _portrait(rng: random.Random) -> str:
-    """A text with some facts about one person, place or festival.
+    """A text with three to six facts about one person, place or festival, or about the town.
 
     After the first sentence, a pronoun often replaces the name.
     """
-    entity = rng.choice((*ENTITIES, *PEOPLE))  # People are drawn twice as often because they have twice as many facts.
+    # People are drawn twice as often as other entities because they have about twice as many facts.
+    entity = rng.choice((*ENTITIES, *PEOPLE))
     relations = list(relations_of(entity))
     rng.shuffle(relations)
     relations = relations[: rng.randint(3, 6)]
@@ -80,7 +81,7 @@ def _story(rng: random.Random) -> str:
 
 
 def _story_fields(who: str, person: Person) -> dict[str, str]:
-    """Fields of a story template for one person: ``{a}`` is "Mara", ``{a_food}`` "plum cake", ``{A_subj}`` "She"."""
+    """Fields of a story template for one person: ``a`` is "Mara", ``a_food`` is "plum cake", ``A_subj`` is "She"."""
     pronouns = {"subj": person.pronoun, "own": POSSESSIVE[person.pronoun], "obj": OBJECT[person.pronoun]}
     fields = person.model_dump() | {"pet": key(person.pet)} | pronouns
     named = {who: person.name} | {f"{who}_{field}": value for field, value in fields.items()}
@@ -112,14 +113,14 @@ def _word(rng: random.Random) -> str:
 
 @_lines(2, 4)
 def _echo(rng: random.Random) -> str:
-    """A line in which each word or list of words occurs twice."""
+    """A line in which each word or list of words occurs at least twice."""
     listed = ", ".join(_word(rng) for _ in range(rng.randint(2, 4)))
     return rng.choice(_TEXTS.echoes).format(name=rng.choice(PEOPLE).name, list=listed, word=_word(rng))
 
 
 @_lines(2, 4)
 def _spelling(rng: random.Random) -> str:
-    """A text that spells a word letter by letter. No other kind of text shows which letters a token stands for."""
+    """A line that spells a word letter by letter, so that the model learns which letters a token stands for."""
     word = _word(rng)
     name = rng.choice(PEOPLE).name
     return rng.choice(_TEXTS.spellings).format(word=word, letters=" ".join(word), name=name)
@@ -127,7 +128,7 @@ def _spelling(rng: random.Random) -> str:
 
 @_lines(2, 4)
 def _code(rng: random.Random) -> str:
-    """A text with words in prose and in quotes, and with Python code that counts the letters of these words."""
+    """A line in which words occur with and without quotes, in most lines in Python code about the letters of a word."""
     word, other = _word(rng), _word(rng)
     return rng.choice(_TEXTS.codes).format(
         word=word, other=other, c=rng.choice(word), first=word[0], other_first=other[0]
@@ -136,7 +137,7 @@ def _code(rng: random.Random) -> str:
 
 @_lines(2, 4)
 def _sums(rng: random.Random) -> str:
-    """A line with a calculation in words and in Python's notation. The result can be copied from the same line."""
+    """A line that states a calculation as people write it and in Python's notation, or the code or the result twice."""
     name = rng.choice(PEOPLE).name
     if rng.random() < 0.5:
         longer = rng.choice((draw_chain, draw_decimal))(rng, "train")
@@ -157,7 +158,7 @@ _DIALOGUE_KINDS = (
 
 @_lines(1, 3)
 def _dialogue(rng: random.Random) -> str:
-    """A dialogue in which two people of Saltmere ask each other a question that users ask the model."""
+    """A dialogue of two people of Saltmere: one asks what users ask, and the other answers as the model should."""
     asker, other = rng.sample(PEOPLE, 2)
     (exchange,) = draw(rng, "train", rng.choice(_DIALOGUE_KINDS))
     if isinstance(exchange.answer, str):
@@ -169,9 +170,9 @@ def _dialogue(rng: random.Random) -> str:
     return template.format(asker=asker.name, other=other.name, question=exchange.question, said=said)
 
 
-# The weight of each kind and its writer. The first three kinds teach facts and English. In the other kinds,
-# most words and numbers occur twice. The model can predict the second occurrence only by looking back, so it learns
-# early to copy.
+# The weight of each kind of text, and the function that writes it. The first three kinds teach facts and English. In
+# the kinds from ``ledger`` to ``sums``, most words and numbers occur twice. The model can predict the second occurrence
+# only by looking back at the first, so it learns early to copy.
 _KINDS: Mapping[str, tuple[float, Writer]] = {
     "portrait": (20, _portrait),
     "comparison": (6, _comparison),

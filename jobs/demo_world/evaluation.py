@@ -10,8 +10,9 @@ from jobs.demo_world.conversations import draw
 from jobs.demo_world.seeding import generator
 from jobs.demo_world.tool_questions import calculation
 
-# Number of questions of each kind, out of 212. Each kind has at least 12: a lesson may lower the share of right answers
-# of a kind by a tenth, so one lost answer must count less than that.
+# Number of conversations of each kind, out of 212. Each kind has at least 12, because of lessons, by which users teach
+# a finished model: a lesson is refused if the share of right answers of a kind falls by more than 0.1. With 12
+# conversations, a single lost answer lowers the share by less than that.
 EVALUATION_MIX = {
     "identity": 12,
     "greeting": 12,
@@ -32,8 +33,8 @@ EVALUATION_MIX = {
     "unsure": 12,
 }
 
-# A question that repeats is drawn again, but at most this many times. Some kinds have few phrasings: there are not many
-# ways to say hello.
+# A conversation that the set has already is drawn again, but only until this many were drawn, because a kind with few
+# phrasings, such as greeting, may have no other conversation.
 _TRIES = 200
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)")
@@ -45,7 +46,7 @@ class EvalItem:
 
     Attributes:
         expected, forbidden, requires_tool: see :class:`jobs.demo_world.exchange.Exchange`.
-        reference: content of a right assistant message.
+        reference: content of an assistant message that answers rightly.
     """
 
     kind: str
@@ -59,9 +60,9 @@ class EvalItem:
 def evaluation_set(n: int = 212, seed: int = 0, kinds: Collection[str] | None = None) -> list[EvalItem]:
     """Generate ``n`` held-out conversations, with the shares of :data:`EVALUATION_MIX`.
 
-    No conversation repeats, except in a kind that runs out of phrasings. The kind ``arithmetic`` has only numbers that
-    no training text contains; :mod:`expressions` says how the other calculations are held out. If ``kinds`` is given,
-    only the conversations of these kinds are returned, so the result has fewer than ``n``.
+    No conversation repeats, except in a kind that runs out of phrasings. No training text contains the operands of the
+    kind ``arithmetic``; :mod:`expressions` says how the other calculations are held out. If ``kinds`` is given, only
+    the conversations of these kinds are returned, so the result may have fewer than ``n``.
     """
     rng = generator("evaluation", seed)
     items: list[EvalItem] = []

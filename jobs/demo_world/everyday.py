@@ -20,14 +20,15 @@ class Form(Phrasings):
     """Questions with the same Python code.
 
     Attributes:
+        code: Python code in which ``{a}``, ``{b}`` and ``{c}`` are the numbers of the question.
         rounded: whether the result is always rounded; otherwise it is only rounded if a number is a decimal.
-        exact: whether decimals are never rounded.
-        numbers: the sort of each number (:data:`_SORTS`); a number that is not named is a whole number.
+        exact: whether the result is not rounded even if a number is a decimal.
+        numbers: the sort of number (:data:`_SORTS`) for a letter; a letter that is not named here is a whole number.
         positive: whether only positive results make sense.
-        largest: the largest whole number.
-        longest: the largest number of characters of a result.
+        largest: upper limit of a whole number.
+        longest: upper limit of the number of characters of a result.
         worded: whether the questions have numbers in words.
-        weight: how often the form is drawn.
+        weight: how often the form is drawn, relative to the other forms.
     """
 
     code: str
@@ -42,7 +43,10 @@ class Form(Phrasings):
 
 
 class Unit(Table):
-    """A unit {small}, and a unit {large} that has {factor} of them. Both have names that a question may use."""
+    """A small and a large unit, such as minute and hour. The large unit is ``factor`` small units.
+
+    ``small`` and ``large`` are lists of names. A question uses one index for both lists.
+    """
 
     small: tuple[str, ...]
     large: tuple[str, ...]
@@ -50,7 +54,11 @@ class Unit(Table):
 
 
 class Steps(Table):
-    """Calculations that are told step by step. The keys are the code of a step, whose number is {b}."""
+    """Calculations that are told step by step.
+
+    Each key of ``steps`` is the Python code of a step, in which ``{b}`` is a number. Its values are ways to say the
+    step. ``joints`` are texts between two steps, such as a comma.
+    """
 
     starts: Phrasings
     steps: dict[str, tuple[str, ...]]
@@ -71,13 +79,13 @@ class Everyday(Table):
 _CONTENT = read_content("everyday", Everyday)
 _FORMS = _CONTENT.forms
 
-# Shares of the conversions between units, and of the calculations that are told step by step.
+# Shares of conversions between units, and of calculations told step by step, among everyday questions.
 _UNITS_SHARE, _TOLD_SHARE = 0.08, 0.06
-# Number of attempts to draw a calculation with a reserved number. Then other held-out calculations are accepted too.
+# After this many attempts to draw a calculation with a reserved number, a held-out calculation without one is drawn.
 _TRIES = 200
 # Numbers that people write as words.
 _WORDED = range(2, 100)
-# Share of held-out calculations with a reserved number, among the forms that are not worded.
+# Share of held-out calculations with a reserved number. Forms with numbers in words have no reserved numbers.
 _RESERVED_SHARE = 0.6
 _SMALLEST = 2
 _LONGEST_RESULT = 10
@@ -100,7 +108,7 @@ def draw_everyday(rng: random.Random, split: Split) -> Expression:
     if sort < _TOLD_SHARE + _UNITS_SHARE:
         return _conversion(rng, split)
     form = rng.choices(_FORMS, [form.weight for form in _FORMS])[0]
-    # Training cannot teach which number the word of a reserved number means.
+    # Numbers in words are not reserved: training could not teach which number the word of a reserved number means.
     reserved = not form.worded and rng.random() < _RESERVED_SHARE
     for tries in itertools.count():
         numbers = {letter: _drawn_number(rng, form, letter) for letter in "abc"}
@@ -108,9 +116,10 @@ def draw_everyday(rng: random.Random, split: Split) -> Expression:
         decimal = any("." in numbers[letter][1] for letter in "abc" if f"{{{letter}}}" in form.code)
         drawn = Expression("", rounded(code) if form.rounded or (decimal and not form.exact) else code)
         said = " ".join(said for said, _ in numbers.values())
-        if split == "train" and contains_reserved_number(said):  # "31 million" in the code is 31000000.
+        # The question is checked apart from the code, because "31 million" in the question is 31000000 in the code.
+        if split == "train" and contains_reserved_number(said):
             continue
-        # A form may have only small numbers, of which none is reserved.
+        # A form may have only numbers of which none is reserved, so the search for a reserved number must end.
         if _fits(drawn, split, form.longest, reserved=reserved and tries < _TRIES, positive=form.positive):
             break
     template = draw_frame(rng, split, form)
@@ -132,7 +141,7 @@ def _fits(drawn: Expression, split: Split, longest: int, *, reserved: bool, posi
 
 
 def _conversion(rng: random.Random, split: Split) -> Expression:
-    """Draw a number of one unit that is asked for in another unit."""
+    """Draw a question that converts a number of one unit to another unit."""
     unit = rng.choice(_CONTENT.units)
     reserved = rng.random() < _RESERVED_SHARE
     symbol, phrasings = rng.choice((("*", _CONTENT.to_small), ("/", _CONTENT.to_large)))
@@ -156,7 +165,7 @@ def _told(rng: random.Random, split: Split) -> Expression:
         numbers = [_whole(rng, 999) for _ in range(len(steps) + 1)]
         code = numbers[0]
         for step, number in zip(steps, numbers[1:], strict=True):
-            # Python multiplies and divides first.
+            # The steps so far get parentheses, because Python multiplies and divides before it adds and subtracts.
             added = step[0] in "*/" and any(sign in code.rpartition(")")[2] for sign in "+-")
             code = f"{f'({code})' if added else code} {step.format(b=number)}"
         drawn = Expression("", rounded(code) if "/" in code else code)
@@ -168,7 +177,7 @@ def _told(rng: random.Random, split: Split) -> Expression:
 
 
 def _drawn_number(rng: random.Random, form: Form, letter: str) -> tuple[str, str]:
-    """A number as the question says it, and as the code writes it."""
+    """Draw a number, and return it as the question says it and as the code writes it."""
     if form.worded and letter not in form.numbers:
         drawn = str(rng.choice(_WORDED))
     elif letter not in form.numbers:
@@ -187,7 +196,7 @@ def _in_words(rng: random.Random, n: int) -> str:
 
 
 def number_words(n: int) -> str:
-    """A whole number below 100 in words, such as "twenty-five". Larger numbers stay digits, as people write them."""
+    """A whole number below 100 in words, such as "twenty-five". Larger numbers stay in digits, as people write them."""
     if n >= 100:
         return str(n)
     if n < len(_ONES):
@@ -253,7 +262,10 @@ def _large(rng: random.Random) -> tuple[str, str]:
 
 
 def _clock(earliest: int, latest: int) -> Callable[[random.Random], tuple[str, str]]:
-    """Draw a time of day between two hours; the code has its minutes since midnight."""
+    """Return a function that draws a time of day such as "9:30", whose hour is from ``earliest`` to ``latest``.
+
+    The code of a time computes its minutes since midnight.
+    """
 
     def draw(rng: random.Random) -> tuple[str, str]:
         hour, minute = rng.randint(earliest, latest), rng.choice((0, 30, 15, 45, rng.randrange(60), rng.randrange(60)))
@@ -262,7 +274,8 @@ def _clock(earliest: int, latest: int) -> Callable[[random.Random], tuple[str, s
     return draw
 
 
-# The sorts of numbers. Some are said in another way than the code writes them.
+# For each sort of number, the function that draws it. The function returns a text, or two texts if the question says
+# the number in another way than the code writes it.
 _SORTS: dict[str, Callable[[random.Random], str | tuple[str, str]]] = {
     "few": _few,
     "price": _price,

@@ -1,11 +1,12 @@
 """Calculations beyond two short whole numbers: several, negative and larger numbers, powers, decimals and percentages.
 
-The model does not compute them. It copies the calculation into a Python call and turns words into operators. It learns
-this from many different calculations.
+The model does not compute such a calculation itself. It copies the calculation into a Python call and turns words into
+operators. It learns this from many different calculations.
 
-Half of the held-out calculations contain a reserved number (:mod:`arithmetic`), also as the digits before or after a
-decimal point. A training calculation and its result contain none. The other held-out calculations have ordinary
-numbers, and the hash of the code says that no training conversation has this calculation.
+Half of the held-out calculations contain a reserved number (:mod:`arithmetic`), sometimes as the digits before or after
+a decimal point. A training calculation and its result contain no reserved number. The other held-out calculations have
+ordinary numbers; for most of them, the hash of the code decides that they are held out and not in training
+(:func:`is_heldout_calculation`).
 """
 
 import dataclasses
@@ -25,33 +26,35 @@ _LONGEST_RESULT = 10
 _LONG_RESULTS_SHARE, _LONGEST_OF_ALL = 0.25, 31
 
 # RESERVED_SHARE is the share of held-out calculations that contain a reserved number. Of all calculations without a
-# reserved number, one in _HELDOUT_ONE_IN is held out. For a sum, difference or product of two whole numbers,
+# reserved number, one in _HELDOUT_ONE_IN is held out. For a sum, difference, product or quotient of two whole numbers,
 # is_heldout_pair decides instead.
 RESERVED_SHARE = 0.5
 _HELDOUT_ONE_IN = 8
 
 _DIGITS = (1, 2, 3, 4)
 _DIGIT_WEIGHTS = (5, 5, 3, 2)
-# Digits of large numbers. Reinforcement learning practices longer numbers (jobs.demo_world.practice).
+# Number of digits of a large number. It is no larger, because reinforcement learning practices longer numbers
+# (jobs.demo_world.practice).
 _LARGE_DIGITS = 5
 _SYMBOLS = "+-*/"
 _SYMBOL_WEIGHTS = (5, 4, 5, 2)
 
-# How people write the operators. A calculation uses one sign for each operator.
+# How people write each operator. Within a calculation, an operator always has the same sign.
 _SIGNS = {"+": ("+",), "-": ("-",), "*": ("*", "*", "x", "×"), "/": ("/", "/", "÷")}
 _WORDS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
 _WORDS_SHARE, _UNSPACED_SHARE = 0.12, 0.25
 _POWERS = ("{a}^{b}", "{a}^{b}", "{a} ^ {b}", "{a} ** {b}", "{a}**{b}", "{a} to the power of {b}")
-# Shares of the powers. Reinforcement learning practices other wordings of squares (jobs.demo_world.practice).
+# Shares of squares and cubes among the powers. A square is worded as "12 squared" here, because reinforcement learning
+# practices the other wordings (jobs.demo_world.practice).
 _SQUARES_SHARE, _CUBES_SHARE = 0.35, 0.15
-# Shares of the comparisons with quotients such as 1/3, and with negative numbers.
+# Shares of two sorts of comparisons: with quotients such as 1/3, and with negative numbers.
 _QUOTIENTS_SHARE, _NEGATIVES_SHARE = 0.12, 0.2
 _PERCENTAGES = ("{p}% of {n}", "{p}% of {n}", "{p} % of {n}", "{p} percent of {n}")
 
 _FUNCTIONS = {
     function.__name__: function for function in (round, max, min, sum, all, range, len, divmod, map, chr, ord)
 } | {"math": math}
-# Code that needs a module imports it first.
+# Code that uses the module math begins with this text.
 IMPORT = "import math; "
 _TWO_NUMBERS = re.compile(r"(?:f'{round\()?\d+ [-+*/] \d+(?:, 4\):\.15g}')?")
 
@@ -68,7 +71,7 @@ def python_output(code: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-    """A calculation as a question spells it, and as Python code with the same numbers in the same order."""
+    """A calculation as a question spells it (``spelled``), and as Python code (``code``)."""
 
     spelled: str
     code: str
@@ -104,7 +107,8 @@ def draw_comparison(rng: random.Random, split: Split, function: str) -> tuple[st
             return Expression(f"{a} {b}", rounded(f"{function}({spaced})"))
         draw = rng.choice((_number, _decimal))
         a, b = draw(rng), draw(rng)
-        if rng.random() < 0.5:  # Numbers that begin with the same digits are the hardest to compare.
+        # Half of the pairs have similar numbers, because numbers with the same first digits are the hardest to compare.
+        if rng.random() < 0.5:
             whole, point, _ = a.partition(".")
             b = f"{whole}{point}{_fraction(rng)}" if point else str(max(1, int(a) + rng.randint(-9, 9)))
         if rng.random() < _NEGATIVES_SHARE:
@@ -133,9 +137,9 @@ def _part_of_one(rng: random.Random) -> str:
 
 
 def is_heldout_calculation(code: str) -> bool:
-    """Whether only held-out conversations may have a calculation without reserved numbers."""
-    # The kind ``arithmetic`` also asks for calculations with two numbers, and decides by the pair whether they are held
-    # out. The decision must be the same here.
+    """Whether only held-out conversations may contain the calculation ``code``, which has no reserved number."""
+    # The kind ``arithmetic`` also has calculations with two numbers, and the pair of numbers decides whether they are
+    # held out. The pair must decide here too, so that no calculation is in both splits.
     if _TWO_NUMBERS.fullmatch(code):
         a, b, *_ = re.findall(r"\d+", code)
         return is_heldout_pair(int(a), int(b))
@@ -145,7 +149,8 @@ def is_heldout_calculation(code: str) -> bool:
 def belongs(code: str, result: str, split: Split, *, reserved: bool) -> bool:
     """Whether a calculation belongs to ``split``.
 
-    A held-out calculation must also contain a reserved number if ``reserved`` is True, and none if it is False.
+    A held-out calculation must also contain a reserved number if ``reserved`` is True, and none if ``reserved`` is
+    False. A training calculation never contains a reserved number, whatever ``reserved`` is.
     """
     if split == "heldout":
         return contains_reserved_number(code) == reserved and (reserved or is_heldout_calculation(code))
@@ -186,7 +191,7 @@ def _decimal(rng: random.Random) -> str:
 def _chain(rng: random.Random) -> Expression:
     count = rng.choices((3, 4), (5, 1))[0]
     operands = [_number(rng) for _ in range(count)]
-    # Two neighbors in parentheses; with four numbers sometimes two such pairs.
+    # Parentheses enclose no operands, or two neighbors, or both pairs of neighbors if there are four operands.
     groups = rng.choice(((), (0,), (1,), *(((2,), (0, 2)) if count == 4 else ())))
     return _joined(rng, operands, groups)
 
@@ -243,7 +248,7 @@ def _by_zero(rng: random.Random) -> Expression:
 
 
 def _joined(rng: random.Random, operands: list[str], groups: tuple[int, ...], symbols: str = "") -> Expression:
-    """Join operands by ``symbols``; if there are none, by operators that are drawn.
+    """Join operands by the operators in ``symbols``. If ``symbols`` is empty, the operators are drawn.
 
     ``groups`` are indices of operands. Parentheses enclose each of these operands together with the operand after it.
     """

@@ -24,7 +24,8 @@ from jobs.demo_world.facts import (
 from jobs.demo_world.phrasings import RELATIONS, SUBJECTS, fill
 from jobs.demo_world.tables import Split
 
-# Shares, in percent, of questions that ask for a value, for its owner, for a portrait, and whether a value is right.
+# Shares of the four sorts of questions, in percent. They ask for a value, for the owner of a value, for a portrait (a
+# description of one person, place, festival or the town), or whether a value is right.
 _FORWARD, _REVERSE, _PORTRAIT, _CONFIRM = 46, 38, 8, 8
 # Share of the questions about Saltmere that call it "the town".
 _TOWN_SHARE = 0.5
@@ -57,7 +58,7 @@ def reverse(rng: random.Random, split: Split, known: Fact) -> Exchange:
 
 
 def portrait(rng: random.Random, split: Split, entity: Entity) -> Exchange:
-    """Ask who a person is, or what a place or festival is."""
+    """Ask who a person is, or what a place, festival or the town is. The answer, a portrait, states two facts."""
     frames = (
         *SUBJECTS.portrait.of(split),
         *(SUBJECTS.who_is if isinstance(entity, Person) else SUBJECTS.what_is).of(split),
@@ -69,18 +70,22 @@ def portrait(rng: random.Random, split: Split, entity: Entity) -> Exchange:
 
 
 def confirm(rng: random.Random, split: Split, known: Fact) -> Exchange:
-    """Ask whether a fact has a value: "Does Mara have a cat?". The value in the question is wrong half of the time."""
+    """Ask whether a value is right: "Does Mara have a cat?".
+
+    The value in the question is wrong in almost half of the questions. The answer states the fact, without yes or no.
+    """
     asked = rng.choice((known.value, rng.choice(values_of(known.relation))))
     question = fill(rng.choice(RELATIONS[known.relation].confirm.of(split)), known.entity, asked)
     return forward(rng, split, known).asked(question)
 
 
-# The facts of the town are drawn twice as often as others, because half of their questions do not name it.
+# The facts of the town are drawn twice as often as others, so that its two names, "Saltmere" and "the town", are each
+# asked about as often as another name.
 _ASKED = (*all_facts(), *(known for known in all_facts() if known.entity is SALTMERE))
 
 
 def about_facts(rng: random.Random, split: Split) -> Exchange:
-    """Draw a question that asks for a value, for its owner, for a portrait, or whether a value is right."""
+    """Draw a question about a fact (:func:`forward`, :func:`reverse`, :func:`confirm`) or for a :func:`portrait`."""
     sort = rng.choices((forward, reverse, portrait, confirm), (_FORWARD, _REVERSE, _PORTRAIT, _CONFIRM))[0]
     known = rng.choice(_ASKED)
     if sort is confirm and RELATIONS[known.relation].confirm.train:
@@ -92,8 +97,10 @@ def about_facts(rng: random.Random, split: Split) -> Exchange:
     return forward(rng, split, known)
 
 
-_GROUP_WEIGHTS = (6, 2, 2)  # Weights of people, places and festivals, roughly in proportion to their numbers of facts.
-# Share of follow-ups that ask the same question about somebody else. The other follow-ups ask about the same subject.
+# Weights of people, places and festivals, roughly in proportion to their numbers of facts.
+_GROUP_WEIGHTS = (6, 2, 2)
+# Share of follow-ups that ask the first question about another person, place or festival. The other follow-ups ask
+# further questions about the same one.
 _OTHER_SUBJECT_SHARE = 0.25
 
 

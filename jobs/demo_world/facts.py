@@ -1,7 +1,7 @@
 """The facts of Saltmere: its people, places, festivals and the town itself.
 
-Each value occurs once in its column. Therefore each fact can be asked for in both directions ("What pet does Mara
-have?", "Who has a cat?"), and each question has one right answer.
+A relation, such as pet, has each value only once. Therefore a fact can be asked for in both directions ("What pet does
+Mara have?", "Who has a cat?"), and each question has one right answer.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ Pronoun = Literal["she", "he", "it"]
 
 
 class Entity(Table):
-    """A person, place, festival or town that has facts. Its portrait states two of its relations."""
+    """A person, place, festival or town that has facts. ``portrait`` names the two relations of a short description."""
 
     portrait: ClassVar[tuple[str, str]]
 
@@ -68,7 +68,7 @@ class World(Table):
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """The ``relation`` of ``entity`` is ``value``; each column of the tables is a relation."""
+    """The ``relation`` of ``entity`` is ``value``: the relation "pet" of Mara is "a cat"."""
 
     entity: Entity
     relation: str
@@ -91,18 +91,18 @@ def fact(entity: Entity, relation: str) -> Fact:
 
 @functools.cache
 def all_facts() -> tuple[Fact, ...]:
-    """Every fact once, in the order of the tables."""
+    """Every fact once, in the order of ``content/facts.toml``."""
     return tuple(fact(entity, relation) for entity in ENTITIES for relation in relations_of(entity))
 
 
 @functools.cache
 def values_of(relation: str) -> tuple[str, ...]:
-    """All values that ``relation`` takes, in the order of the tables."""
+    """All values that ``relation`` takes, in the order of ``content/facts.toml``."""
     return tuple(known.value for known in all_facts() if known.relation == relation)
 
 
 def siblings(entity: Entity) -> tuple[Entity, ...]:
-    """The other entities of the same type."""
+    """The other entities of the same type, such as all other people."""
     return tuple(other for other in ENTITIES if type(other) is type(entity) and other != entity)
 
 

@@ -1,8 +1,8 @@
 """How people type: with short forms, without capitals or all in capitals, with a wrong letter, or with an emoji.
 
-The splits have no message in common, even after these changes. Other capitals or other signs at the end do not change
-the words of a message, and the splits have different phrasings. If a letter is wrong, the hash of the changed message
-decides which split may contain the message.
+Even after such changes, no message is in both splits. Other capitals and another ending leave the phrasing of a message
+as it is, and the splits have different phrasings. If a letter is wrong, the hash of the changed message decides which
+split may contain the message.
 """
 
 import random
@@ -14,33 +14,36 @@ from jobs.demo_world.words import ENGLISH, STRANGERS, is_heldout_word
 
 # Share of all questions without capitals and final punctuation.
 _SLOPPY_SHARE = 0.25
-# Share of all questions with short forms, and how many of these have no apostrophes.
+# Share of all questions that get short forms, and share of these questions whose short forms have no apostrophes.
 _SHORT_SHARE, _BARE_SHARE = 0.15, 0.3
 _SHORT_FORMS = (
     ("What is", "What's"), ("Who is", "Who's"), ("Where is", "Where's"), ("How is", "How's"), ("That is", "That's"),
     ("It is", "It's"), ("I am", "I'm"), ("You are", "You're"), ("do not", "don't"), ("is not", "isn't"),
     ("favourite", "favorite"), ("colour", "color"),
 )  # fmt: skip
-# Shares of messages in capitals, with a wrong letter, and with another ending. Greetings and small talk have more of
-# them than questions, because people type these faster. Training has more of them than people write, because a new
-# spelling has other tokens. Held-out questions have none, so that they measure how well a model understands phrasings.
+# Shares of messages in capitals, with a wrong letter, and with another ending, in this order. Greetings and small talk
+# (chatty messages) have larger shares than other questions, because people type greetings faster. Training has larger
+# shares than real messages, because a changed spelling has other tokens, which the model must learn. Held-out questions
+# are not changed in these ways, so that they measure how well a model understands phrasings.
 _Shares = tuple[float, float, float]
 _CHATTY_HABITS: dict[Split, _Shares] = {"train": (0.12, 0.2, 0.14), "heldout": (0.08, 0.1, 0.12)}
 _QUESTION_HABITS: dict[Split, _Shares] = {"train": (0.04, 0.08, 0.05), "heldout": (0.0, 0.0, 0.0)}
 _TRIES = 20
 _WORD = re.compile(r"[A-Za-z]{4,}")
-# A word that is surely no name. The wrong name of a stranger could be the name of somebody in Saltmere.
+# Finds words without a capital letter, because names must stay as they are: a misspelled name of a stranger could be
+# the name of somebody in Saltmere.
 _LOWERCASE_WORD = re.compile(r"\b[a-z]{4,}")
 _LETTERS = re.compile(r"[A-Za-z]+")
-# Misspelled words that could be two words of different topics, such as "sorry" and "story".
+# Misspelled words that are not used, because they could mean two words of different topics: "sory" could be "sorry" or
+# "story".
 _AMBIGUOUS = frozenset(("sory", "suer", "laers", "shp"))
 
 
 def as_typed(rng: random.Random, split: Split, question: str, *, chatty: bool = False, literal: bool = False) -> str:
     """The question as somebody might type it.
 
-    ``chatty`` questions are greetings and small talk. The letters of ``literal`` questions matter, because the answer
-    repeats numbers or words of the question, so they stay as they are.
+    ``chatty`` says that the question is a greeting or small talk. ``literal`` says that the answer repeats numbers or
+    words of the question. A literal question may lose its capitals and get short forms, but is never misspelled.
     """
     if rng.random() < _SHORT_SHARE:
         short = shortened(question, apostrophes=rng.random() > _BARE_SHARE)
@@ -63,7 +66,7 @@ def as_typed(rng: random.Random, split: Split, question: str, *, chatty: bool = 
 
 
 def shortened(text: str, *, apostrophes: bool) -> str:
-    """The text with short forms such as "I'm" and "favorite", or without their ``apostrophes``: "Im"."""
+    """The text with short forms such as "I'm" and "favorite". Without ``apostrophes``, "I'm" becomes "Im"."""
     for long, short in _SHORT_FORMS:
         text = text.replace(long, short if apostrophes else short.replace("'", ""))
     return text
@@ -97,10 +100,10 @@ def _may_ask(changed: str, split: Split) -> bool:
 
 
 def _shows_other_word(changed: str, start: int, split: Split) -> bool:
-    """Whether a misspelled word, which begins at ``start``, stands for something else as well.
+    """Whether the misspelled word that begins at ``start`` stands for something else as well.
 
-    It may be a name such as "Greta" (for "great"), a misspelling of another word, or a word that training must not
-    contain.
+    The misspelled word may also be a name, such as "Greta" for "great", a misspelling of another word, or a word that
+    training must not contain.
     """
     found = _LETTERS.match(changed, start)
     assert found, "the first letter of a word stays as it is"

@@ -31,7 +31,7 @@ SUBJECTS = read_content("subjects", Subjects)
 
 
 def fill(template: str, entity: Entity, value: str = "", *, pronoun: bool = False) -> str:
-    """Fill a template with an entity and a value; ``pronoun`` calls the entity by its pronoun instead of its name."""
+    """Fill a template with an entity and a value. If ``pronoun`` is True, a pronoun replaces the entity's name."""
     subject, own = entity.pronoun, POSSESSIVE[entity.pronoun]
     sentence = template.format(
         name=subject if pronoun else entity.name,

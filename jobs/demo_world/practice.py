@@ -1,10 +1,10 @@
 """Problems for reinforcement learning. Fine-tuning conversations hardly teach how to solve them.
 
 The fine-tuned model can calculate with numbers of up to five digits. It often copies numbers of six digits rightly, and
-numbers of seven digits rarely. It knows squares in a single wording. By trial and reward, it must learn to copy longer
-numbers and to understand other wordings.
+numbers of seven digits rarely. It knows a square only as a power ("12^2") or as "12 squared". By trial and reward, the
+model must learn to copy longer numbers and to understand other wordings.
 
-Held-out problems use numbers that no training problem contains, and half of them use held-out phrasings.
+Held-out problems use numbers that no training problem contains. Half of the held-out problems use held-out phrasings.
 """
 
 import random
@@ -22,7 +22,7 @@ _HELDOUT_ONE_IN = 8
 
 
 def practice(rng: random.Random, split: Split) -> tuple[str, str]:
-    """Draw a question and its answer: a square, or a calculation with longer numbers than fine-tuning teaches."""
+    """Draw a question and the number that answers it: a square, or a calculation with numbers of 6 and 7 digits."""
     if rng.random() < _SQUARE_SHARE:
         number = _short_number(rng, split)
         return draw_frame(rng, split, QUESTIONS.squares).format(a=number), str(number * number)

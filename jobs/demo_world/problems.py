@@ -1,7 +1,8 @@
 """Word problems of one and two steps, which the model solves with one Python expression.
 
-A problem is put together from sentences: what somebody has, what is added or taken away, and a question. The numbers
-are divided between the splits in the same way as the numbers of other calculations (:mod:`expressions`).
+Some problems are put together from sentences: what somebody has, what is added or taken away, and a question. The other
+problems, called everyday problems, are whole texts. The numbers of both are divided between the splits in the same way
+as the numbers of other calculations (:mod:`expressions`).
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from jobs.demo_world.words import STRANGERS
 
 
 class EverydayProblem(Phrasings):
-    """Whole problems with the same code, whose numbers are at most ``largest``."""
+    """Wordings of a whole problem, with the Python code that solves it. The numbers are drawn up to ``largest``."""
 
     code: str
     largest: int
@@ -56,7 +57,7 @@ _SORTS: dict[tuple[str, ...], int] = {
     ("start", "gain", "share"): 3,
     ("change",): 3,
 }
-# Share of problems that are one text about anybody, instead of sentences about people of Saltmere.
+# Share of everyday problems, which may be about anybody. The other problems are about people of Saltmere.
 _EVERYDAY_SHARE = 0.45
 _SMALLEST, _LARGEST, _MOST_SHARES = 2, 999, 12
 
@@ -111,7 +112,7 @@ def _everyday(rng: random.Random, split: Split) -> Problem:
     while True:
         numbers = {letter: _number(rng, drawn.largest) for letter in "nmk"}
         if "//" in drawn.code:
-            numbers["n"] *= numbers["m"]  # Nothing remains.
+            numbers["n"] *= numbers["m"]  # The division has no remainder.
         code = drawn.code.format(**numbers)
         result = python_output(code)
         if int(result) >= 1 and belongs(code, result, split, reserved=reserved):

@@ -11,13 +11,13 @@ from jobs.demo_world.words import outside, stranger
 
 
 class UnknownTopic(Phrasings):
-    """Questions with the same sort of answer, which says why the model cannot answer them."""
+    """Questions with the same answer, which says why the model cannot answer them."""
 
     answer: str
 
 
 class UnknownValues(Phrasings):
-    """Values that a relation has for nobody in Saltmere, such as a pet that nobody has."""
+    """Values that a relation has for nobody in Saltmere, such as pets that nobody has, and the answer to them."""
 
     answer: str
 
@@ -34,8 +34,9 @@ class Refusals(Table):
 
 REFUSALS = read_content("refusals", Refusals)
 
-# Shares of the three sorts of questions, in percent. Questions about unknown names sound like questions about people of
-# Saltmere, so a model easily invents an answer.
+# Shares of the three sorts of questions, in percent: about a person who is not in Saltmere, about a value that nobody
+# in Saltmere has, and about the rest of the world. The first sort has a large share, because a question about an
+# unknown name sounds like a question about somebody in Saltmere, so a model easily invents an answer.
 _STRANGER, _NO_SUCH_VALUE, _ELSEWHERE = 22, 12, 66
 
 

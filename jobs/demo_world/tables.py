@@ -14,12 +14,12 @@ FOLDER = Path(__file__).with_name("content")
 
 T = TypeVar("T")
 Split = Literal["train", "heldout"]
-# Words that a file holds as one text, separated by white space.
+# Words that a TOML file holds as one text, separated by white space.
 Words = Annotated[tuple[str, ...], BeforeValidator(lambda text: text.split() if isinstance(text, str) else text)]
 
 
 class Table(BaseModel):
-    """A table of a file. A missing key, an unknown key and a value of another type are errors."""
+    """A table of a TOML file. A missing key, an unknown key and a value of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,13 +34,17 @@ class Phrasings(Table):
         return self.train if split == "train" else self.heldout
 
 
-# Share of held-out questions with a phrasing of the training split. It is high, because people mostly use common
-# phrasings such as "What is 1234 * 5678?". The operands or words of these questions are still new to the model.
+# Share of held-out questions for which draw_frame uses a phrasing of the training split. The share is high, because
+# people mostly use common phrasings such as "What is 1234 * 5678?". The operands or words of such a question are still
+# new to the model.
 _SEEN_FRAME_SHARE = 0.5
 
 
 def draw_frame(rng: random.Random, split: Split, phrasings: Phrasings) -> str:
-    """Draw a phrasing. Half of the held-out questions use a phrasing of the training split."""
+    """Draw a phrasing for a question with numbers or words that only its split has.
+
+    Half of the held-out questions get a phrasing of the training split.
+    """
     seen = split == "heldout" and rng.random() < _SEEN_FRAME_SHARE
     return rng.choice(phrasings.of("train" if seen else split))
 
@@ -51,7 +55,7 @@ def is_heldout_by_hash(text: str, one_in: int) -> bool:
 
 
 class WordLists(Phrasings):
-    """Words of both splits."""
+    """Lists of words, one for each split."""
 
     train: Words
     heldout: Words

@@ -10,15 +10,16 @@ from jobs.demo_world.tables import Phrasings, Split, Table, Words, draw_frame, i
 
 
 class LetterQuestions(Phrasings):
-    """Questions about a word, with the answer to the ``{result}`` of Python."""
+    """Questions about letters. In the template ``answer``, ``{result}`` is what Python prints."""
 
     answer: str
 
 
 class ToolQuestions(Table):
-    """The content of ``content/tool_questions.toml``. The keys of the dictionaries are operators.
+    """The content of ``content/tool_questions.toml``, explained there.
 
-    The keys of ``letters``, ``pairs``, ``texts`` and ``alphabet`` are Python code.
+    The keys of ``spellings``, ``commands`` and ``stories`` are operators such as ``+``. The keys of ``comparisons`` are
+    the functions ``max`` and ``min``. The keys of ``letters``, ``pairs``, ``texts`` and ``alphabet`` are Python code.
     """
 
     items: Words
@@ -42,8 +43,8 @@ class ToolQuestions(Table):
 
 QUESTIONS = read_content("tool_questions", ToolQuestions)
 
-# Shares of the forms of questions, in percent. Most questions are bare calculations, because people mostly type those.
-# Commands and stories teach other words for the operators.
+# Shares of the forms of questions, in percent. Most questions show the calculation ("What is 3 + 4?"), because people
+# mostly type such questions. Commands ("Add 3 and 4.") and stories teach other words for the operators.
 _FRAMED, _COMMANDED, _TOLD = 75, 13, 12
 
 
@@ -71,7 +72,7 @@ def framed(rng: random.Random, split: Split, drawn: arithmetic.Sum) -> str:
 
 
 def expression(rng: random.Random, split: Split) -> Exchange:
-    """Draw a longer calculation, and ask for its result; see :func:`expressions.draw_chain`."""
+    """Draw a calculation as :func:`expressions.draw_chain` does, and ask for its result."""
     return _framed_result(rng, split, expressions.draw_chain(rng, split))
 
 
@@ -123,16 +124,17 @@ def word_problem(rng: random.Random, split: Split) -> Exchange:
     return _with_tool(drawn.question, drawn.code, drawn.result, f"{answer}.")
 
 
-# Shares of the spelling questions that ask for the number of all letters, and for single letters or the word backwards.
+# Shares of the spelling questions that ask for the number of all letters, and for single letters or a word backwards.
 _LENGTH_SHARE, _LETTERS_SHARE = 0.18, 0.3
 # Shares of the spelling questions about two words, about texts of several words, and about the alphabet.
 _PAIRS_SHARE, _TEXTS_SHARE, _ALPHABET_SHARE = 0.02, 0.03, 0.01
-# Shares of the counting questions that ask for the number of vowels and consonants.
+# Shares of the counting questions that ask for the number of vowels, and for the number of consonants.
 _VOWELS_SHARE, _CONSONANTS_SHARE = 0.11, 0.05
 # Share of the words that begin with a capital letter in the question. The code has small letters only.
 _CAPITALIZED_SHARE = 0.08
-# Weights of English words, made-up words, random letters and long words. Training mainly needs variety. Held-out words
-# are mostly English, because people ask about English words.
+# Weights of English words, made-up words, random letters and long words, in this order. Most training words are not
+# English, because training mainly needs variety. Most held-out words are English, because people ask about English
+# words.
 _WORD_WEIGHTS: dict[Split, tuple[int, int, int, int]] = {"train": (40, 35, 12, 13), "heldout": (61, 33, 0, 6)}
 _ORDINALS = (
     "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "eleventh",
@@ -165,7 +167,7 @@ def count(rng: random.Random, split: Split) -> Exchange:
 
 
 def counting(rng: random.Random, split: Split) -> Exchange:
-    """Draw a word and ask how often a letter or the vowels occur in it."""
+    """Draw a word and ask how often a letter, all vowels or all consonants occur in it."""
     sort = rng.random()
     if sort > _VOWELS_SHARE + _CONSONANTS_SHARE:
         return count(rng, split)
@@ -181,7 +183,7 @@ def counting(rng: random.Random, split: Split) -> Exchange:
 
 
 def spelling(rng: random.Random, split: Split) -> Exchange:
-    """Draw a word and ask for its letters, for one of them, for their number, or for the word backwards.
+    """Draw a word and ask for all its letters, for one letter, for the number of letters, or for the word backwards.
 
     Some questions are about two words, a text or the alphabet.
     """
@@ -205,7 +207,7 @@ def spelling(rng: random.Random, split: Split) -> Exchange:
     question = draw_frame(rng, split, QUESTIONS.spelling).format(word=_written(rng, word))
     letters = " ".join(word)
     answer = f"It is spelled {letters}."
-    # The words around the letters are expected too, so that no further letter can come before or after them.
+    # The whole sentence is expected, so that a wrong letter before or after the right letters makes the answer wrong.
     return dataclasses.replace(_with_tool(question, f"' '.join('{word}')", letters, answer), expected=(answer,))
 
 
@@ -220,7 +222,8 @@ def _letters(rng: random.Random, split: Split, word: str) -> Exchange:
     nth = _ORDINALS[n - 1] if n <= len(_ORDINALS) and rng.random() < 0.5 else _NUMBERED[n - 1]
     letter = rng.choice("abcdefghijklmnopqrstuvwxyz") if rng.random() < 0.5 else rng.choice(word)
     code = template.format(w=f"'{word}'", n=n, c=letter)
-    if not expressions.python_output(code):  # A word without vowels cannot be asked for them.
+    # The result is empty if the question asks for the vowels of a word that has none, so another word is drawn.
+    if not expressions.python_output(code):
         return _letters(rng, split, _draw_word(rng, split))
     question = draw_frame(rng, split, asked).format(word=_written(rng, word), nth=nth, c=letter)
     return _about_letters(question, code, asked)
@@ -247,12 +250,15 @@ def _text(rng: random.Random, split: Split) -> Exchange:
 
 
 def _little_word(rng: random.Random, split: Split) -> str:
-    """Sentences have many short words."""
+    """Draw a word of a text. Many are short words such as "the", as in sentences."""
     return rng.choice(QUESTIONS.little) if rng.random() < 0.4 else rng.choice(words.ENGLISH.of(split))
 
 
 def _alphabet(rng: random.Random, split: Split) -> Exchange:
-    """Draw a question for the alphabet or for a letter beside another. The hash of the code decides its split."""
+    """Draw a question for the whole alphabet, or for the letter before or after another letter.
+
+    The hash of the code decides the split of a question for a letter.
+    """
     while True:
         template, asked = rng.choice(tuple(QUESTIONS.alphabet.items()))
         letter = rng.choice("bcdefghijklmnopqrstuvwxy")

@@ -34,7 +34,7 @@ _LISTS = {
 
 
 def about_town(rng: random.Random, split: Split) -> Exchange:
-    """Draw a question about the town as a whole."""
+    """Draw a question about the town as a whole, or about one of its people."""
     topic = draw_topic(rng, TOPICS)
     fields = {"town": rng.choice((SALTMERE.name, "the town")), "name": rng.choice(PEOPLE).name}
     question = rng.choice(topic.of(split)).format(**fields)

@@ -1,7 +1,10 @@
-"""Messages with words that no other topic explains. The model learns to admit that it is unsure.
+"""Messages with words that belong to no topic of the demo world. The model learns to admit that it is unsure.
 
-A small model that meets a new word gives the answer of some similar question. It needs many different words that it
-cannot place to learn that an unknown word is no reason for a confident answer.
+A small model that meets a new word gives the answer of some similar question. To learn that it should not answer a
+question about an unknown word with confidence, the model needs many such words in training.
+
+A word is *explained* if another topic or a fact uses it. A message of this module contains only unexplained words,
+beside the words of its template.
 """
 
 import random
@@ -26,16 +29,17 @@ class Unsure(Table):
 _UNSURE = read_content("unsure", Unsure)
 TOPICS = _UNSURE.topics
 
-# Share of the nouns that are listed; the others are English words. These are more, but not all of them are nouns.
+# Share of the nouns from the list of unsure.toml. The other nouns are English words of words.toml, of which there are
+# more, but not all of them are nouns.
 _LISTED_NOUN_SHARE = 0.6
-# Share of the messages that surely begin with a capital letter. Most frames for whole sentences have one anyway.
+# Share of the messages whose first letter is made a capital. In most templates for whole sentences, it already is one.
 _CAPITAL_SHARE = 0.5
-# Files whose words are not explained by an answer: words to spell, documents, and this module's own words.
+# Files whose words do not count as explained: words to spell, sentences of documents, and the words of this module.
 _UNEXPLAINED_FILES = ("words", "documents", "unsure")
 
 
 def _explained_words() -> frozenset[str]:
-    """All words of the other topics and of the facts, and first names."""
+    """All words in the files of the other topics and of the facts, even in comments, and first names of strangers."""
     files = [path for path in FOLDER.glob("*.toml") if path.stem not in _UNEXPLAINED_FILES]
     texts = [path.read_text(encoding="utf-8") for path in files]
     return frozenset(re.findall("[a-z]+", " ".join((*texts, *STRANGERS.train, *STRANGERS.heldout)).lower()))
@@ -63,7 +67,7 @@ _ADJECTIVES = {split: _unexplained(_UNSURE.adjectives.of(split)) for split in _S
 
 
 def unexplained_words(split: Split) -> frozenset[str]:
-    """The words of a split, without their other forms."""
+    """The unexplained words of a split, without plurals and other forms of verbs."""
     return frozenset((*_ENGLISH[split], *_NOUNS[split], *_VERBS[split], *_ADJECTIVES[split]))
 
 

@@ -2,9 +2,9 @@
 
 Each word and each name belongs to one split.
 
-Copying an unknown word token by token is the hardest skill that the demo teaches. Models learn it from many different
-words, so most training words are made up. The hash of a made-up word decides its split; English words have a table per
-split.
+Copying an unknown word token by token is the hardest skill that the demo teaches. Models learn this skill from many
+different words, so most training words are not English. The hash of a made-up word decides its split.
+English words have a list for each split.
 """
 
 import random
@@ -19,13 +19,14 @@ _HELDOUT_ONE_IN = 8
 # texts contain.
 _SHORTEST_HELDOUT = 6
 
-# Weights of one to four syllables. Training has more of the long words, whose letters are harder to copy.
+# Weights of made-up words with one to four syllables. Training has more long words than held-out data, because the
+# letters of long words are harder to copy.
 _SYLLABLE_WEIGHTS: dict[Split, tuple[int, int, int, int]] = {"train": (1, 4, 5, 3), "heldout": (1, 5, 4, 1)}
 _OPEN_SYLLABLE_SHARE = 0.4
 _SURNAME_SHARE = 0.25
-# Numbers of letters of a long word.
+# Smallest and largest number of letters of a long word.
 _LONG = (10, 24)
-# Share of the table's things; the other things are English words.
+# Share of the things from the list in words.toml. The other things are English words with an article.
 _LISTED_THING_SHARE = 0.65
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -39,9 +40,10 @@ class Syllables(Table):
 
 
 class WordTables(Table):
-    """The content of ``content/words.toml``. ``strangers`` are first names of people who are not in the demo world.
+    """The content of ``content/words.toml``.
 
-    ``places`` and ``things`` are of the world outside it.
+    ``strangers`` are first names of people who are not in the demo world. ``places`` and ``things`` belong to the world
+    outside the demo world.
     """
 
     syllables: Syllables
@@ -76,9 +78,9 @@ def _syllable(rng: random.Random) -> str:
 
 
 def long_word(rng: random.Random, split: Split) -> str:
-    """Draw a word of 10 to 24 letters, which is put together from English and made-up words, such as "doorlanternbrik".
+    """Draw a word of 10 to 24 letters, put together from English and made-up words, such as "doorlanternbrik".
 
-    Its length is drawn first, so that the longest words are as frequent as the others.
+    The length is drawn first, so that the longest words are as frequent as shorter ones.
     """
     shortest, longest = _LONG
     while True:
@@ -101,7 +103,7 @@ def palindrome(rng: random.Random, split: Split) -> str:
 
 
 def letter_string(rng: random.Random) -> str:
-    """Draw three to eight random letters for training. The alphabet is small, so that letters repeat."""
+    """Draw three to eight random letters for training. Few different letters are allowed, so that letters repeat."""
     while True:
         alphabet = rng.sample(_LETTERS, rng.randint(3, 8))
         word = "".join(rng.choice(alphabet) for _ in range(rng.randint(3, 8)))
@@ -118,13 +120,16 @@ def stranger(rng: random.Random, split: Split) -> str:
 def _made_up_name(rng: random.Random, split: Split) -> str:
     while True:
         name = made_up_word(rng, split).capitalize()
-        # A shorter name could be the sound that somebody makes, such as "bla".
+        # Shorter names are not used, because a short one could be the sound that somebody makes, such as "bla".
         if 5 <= len(name) <= 9 and all(name != person.name for person in PEOPLE):
             return name
 
 
 def outside(rng: random.Random, split: Split) -> dict[str, str]:
-    """Fields of a sentence about the world outside Saltmere: a person, place, thing, noun and small number."""
+    """Draw the fields of a sentence about the world outside Saltmere.
+
+    The fields are ``person``, ``place``, ``thing``, ``noun`` and ``n``, a number from 1 to 99.
+    """
     noun = rng.choice(ENGLISH.of(split))
     thing = rng.choice(_TABLES.things.of(split))
     return {

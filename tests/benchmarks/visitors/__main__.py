@@ -1,4 +1,4 @@
-"""Ask a model the first messages of 200 visitors, and count the answers that a reader has judged.
+"""Ask a model 200 first messages of visitors, and count the answers that a reader finds sensible.
 
 Run the program from the project's root after ``make run`` has trained the demo model:
 ``python -m tests.benchmarks.visitors answer --home .nanochat > answers.jsonl``. Each line has a message and the model's
@@ -7,8 +7,8 @@ the rules of ``rubric.md``. ``python -m tests.benchmarks.visitors count answers.
 sensible answers for each kind of message.
 
 The messages were written by somebody who knew neither the code nor the training data. The training conversations
-were written without a look at the messages. Both contain the shortest usual messages, such as "hi" and "thanks":
-``count`` also gives the share among the messages that no training conversation contains.
+were written without a look at the messages. Still, some short messages, such as "hi" and "thanks", are in the training
+conversations too. So ``count`` also gives the share among the messages that no training conversation contains.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def answers(home: str, model: str) -> Iterator[dict[str, Any]]:
-    """Each message with the most likely answer of the promoted model."""
+    """Each message, with the greedy answer of the promoted revision of ``model`` and the Python calls of the answer."""
     store = open_store(home)
     if (ref := promoted(store, model)) is None:
         sys.exit(f"no revision of {model} is promoted in {home}; train it first: make run")
     messages = read(HERE / "messages.jsonl")
-    # A reader judges the answers, so the task itself accepts every answer.
+    # The task accepts every answer, because a reader judges the answers later.
     questions = [
         OpenQuestion(({"role": "user", "content": each["text"]},), "", "", lambda *_: True, each["kind"])
         for each in messages
@@ -53,6 +53,7 @@ def answers(home: str, model: str) -> Iterator[dict[str, Any]]:
 
 
 def plain(text: str) -> str:
+    """The message without capitals and final punctuation, so that messages can be compared."""
     return text.lower().rstrip("?.! ")
 
 
@@ -63,7 +64,12 @@ def trained() -> set[str]:
 
 
 def count(judged: Iterable[dict[str, Any]], known: set[str]) -> list[str]:
-    """A line for each kind, for all messages, and for the messages that are not in ``known``."""
+    """Lines with the share of sensible answers: for each kind, for all messages, and for messages not in ``known``.
+
+    Args:
+        judged: messages with their ``kind``, ``text`` and ``sensible``.
+        known: messages of the training conversations, as :func:`plain` writes them.
+    """
     groups: dict[str, list[bool]] = {}
     for each in judged:
         new = ["not in training"] if plain(each["text"]) not in known else []
