@@ -39,7 +39,10 @@ _UNEXPLAINED_FILES = ("words", "documents", "unsure")
 
 
 def _explained_words() -> frozenset[str]:
-    """All words in the files of the other topics and of the facts, even in comments, and first names of strangers."""
+    """All words in the files of the other topics and of the facts, and the first names of strangers.
+
+    Words in the comments of these files count too, so another comment may change the data.
+    """
     files = [path for path in FOLDER.glob("*.toml") if path.stem not in _UNEXPLAINED_FILES]
     texts = [path.read_text(encoding="utf-8") for path in files]
     return frozenset(re.findall("[a-z]+", " ".join((*texts, *STRANGERS.train, *STRANGERS.heldout)).lower()))
