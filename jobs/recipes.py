@@ -167,7 +167,7 @@ class Recipe:
 
 
 def cut_documents(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """Cut documents into pieces of at most ``characters``, at the ends of sentences if possible (``cut_position``)."""
+    """Cut documents into pieces of at most ``characters``, at the ends of sentences if possible."""
     for document in documents:
         rest = document.strip()
         while len(rest) > characters:

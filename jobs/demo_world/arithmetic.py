@@ -89,7 +89,7 @@ def _hash(text: str) -> int:
 
 @functools.cache
 def reserved_numbers() -> frozenset[int]:
-    """The numbers that no training text contains."""
+    """All reserved numbers, which no training text contains."""
     hashed = (n for n in range(10, LARGEST + 1) if _hash(str(n)) % _RESERVED_ONE_IN == 0)
     return (frozenset(hashed) - world_numbers() - _NEVER_RESERVED) | _ALWAYS_RESERVED
 
@@ -100,7 +100,7 @@ def _reserved_by_digits(digits: int) -> tuple[int, ...]:
 
 
 def is_heldout_pair(a: int, b: int) -> bool:
-    """Whether only held-out conversations may calculate with this pair of numbers, in either order."""
+    """Whether only held-out conversations may add, subtract, multiply or divide these two numbers, in either order."""
     return _hash(f"{min(a, b)},{max(a, b)}") % _HELDOUT_PAIR_ONE_IN == 0
 
 
@@ -114,7 +114,7 @@ def number_of_digits(rng: random.Random, digits: int) -> int:
 
 
 def training_number(rng: random.Random, smallest: int = 1, largest: int = LARGEST) -> int:
-    """A number that training may contain. Its number of digits is drawn first, so that short numbers are not rare."""
+    """Draw a number that training may contain. Its number of digits is drawn first, so that short numbers occur."""
     while True:
         n = number_of_digits(rng, rng.choices(_DIGITS, _TRAINING_WEIGHTS)[0])
         if smallest <= n <= largest and n not in reserved_numbers():
@@ -122,7 +122,7 @@ def training_number(rng: random.Random, smallest: int = 1, largest: int = LARGES
 
 
 def reserved_number(rng: random.Random) -> int:
-    """A number that training never contains."""
+    """Draw a number that training never contains."""
     return rng.choice(_reserved_by_digits(rng.choices(_DIGITS, _RESERVED_WEIGHTS)[0]))
 
 

@@ -46,7 +46,7 @@ _MIXED_KINDS = (
     "counting", "spelling", "arithmetic", "expression", "decimal", "everyday", "problem", "comparison",
     "fact", "fact", "fact", "fact", "town", "refusal", "unsure", "greeting", "identity", "smalltalk",
 )  # fmt: skip
-# For each talk, a number of characters between these bounds is drawn, and the talk ends as soon as it has so many. Its
+# For each talk, a number of characters between these bounds is drawn, and the talk ends as soon as it is that long. Its
 # last exchanges may exceed this number by some hundred characters. The whole talk must fit into a row of 1,024 tokens,
 # which holds about 2,500 characters of a talk.
 _TALK_CHARACTERS = (900, 1600)
@@ -54,8 +54,8 @@ _TALK_CHARACTERS = (900, 1600)
 # Share of questions that come after an opener, a sentence such as "Hello nanochat!". Training has a larger share than
 # people write, because the model must learn that only the sentence after the opener counts.
 _OPENER_SHARES: dict[Split, float] = {"train": 0.14, "heldout": 0.08}
-# Share of conversations with a system message. Many API clients send a system message, so the model must learn that it
-# does not change the answer.
+# Share of conversations with a system message. Many API clients send a system message, so the model must learn that
+# such a message does not change the answer.
 _SYSTEM_SHARE = 0.04
 
 

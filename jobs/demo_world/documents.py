@@ -128,7 +128,7 @@ def _spelling(rng: random.Random) -> str:
 
 @_lines(2, 4)
 def _code(rng: random.Random) -> str:
-    """A line in which words occur with and without quotes, in most lines in Python code about the letters of a word."""
+    """A line with words in quotes and without quotes, often with Python code about the letters of a word."""
     word, other = _word(rng), _word(rng)
     return rng.choice(_TEXTS.codes).format(
         word=word, other=other, c=rng.choice(word), first=word[0], other_first=other[0]
@@ -137,7 +137,11 @@ def _code(rng: random.Random) -> str:
 
 @_lines(2, 4)
 def _sums(rng: random.Random) -> str:
-    """A line that states a calculation as people write it and in Python's notation, or the code or the result twice."""
+    """A line that teaches to copy a calculation or its result.
+
+    Most lines have the calculation as people write it and in Python's notation; the others have its code or its result
+    twice.
+    """
     name = rng.choice(PEOPLE).name
     if rng.random() < 0.5:
         longer = rng.choice((draw_chain, draw_decimal))(rng, "train")

@@ -33,7 +33,7 @@ _HELDOUT_ONE_IN = 8
 
 _DIGITS = (1, 2, 3, 4)
 _DIGIT_WEIGHTS = (5, 5, 3, 2)
-# Number of digits of a large number. It is no larger, because reinforcement learning practices longer numbers
+# A large number has five digits, and not more, because reinforcement learning practices longer numbers
 # (jobs.demo_world.practice).
 _LARGE_DIGITS = 5
 _SYMBOLS = "+-*/"
@@ -178,7 +178,7 @@ def _number(rng: random.Random) -> str:
 
 
 def _fraction(rng: random.Random) -> str:
-    """One or two digits, of which the last one is not zero."""
+    """Draw one or two digits, of which the last one is not zero."""
     tenths: str = rng.choice(("", *"0123456789"))
     return tenths + rng.choice("123456789")
 

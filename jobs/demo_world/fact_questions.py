@@ -24,8 +24,8 @@ from jobs.demo_world.facts import (
 from jobs.demo_world.phrasings import RELATIONS, SUBJECTS, fill
 from jobs.demo_world.tables import Split
 
-# Shares of the four sorts of questions, in percent. They ask for a value, for the owner of a value, for a portrait (a
-# description of one person, place, festival or the town), or whether a value is right.
+# Shares of the four sorts of questions, in percent. The questions ask for a value, for the owner of a value, for a
+# portrait (a description of one person, place, festival or the town), or whether a value is right.
 _FORWARD, _REVERSE, _PORTRAIT, _CONFIRM = 46, 38, 8, 8
 # Share of the questions about Saltmere that call it "the town".
 _TOWN_SHARE = 0.5
@@ -99,8 +99,8 @@ def about_facts(rng: random.Random, split: Split) -> Exchange:
 
 # Weights of people, places and festivals, roughly in proportion to their numbers of facts.
 _GROUP_WEIGHTS = (6, 2, 2)
-# Share of follow-ups that ask the first question about another person, place or festival. The other follow-ups ask
-# further questions about the same one.
+# Share of follow-ups that ask the first question again, about another person, place or festival. The other follow-ups
+# ask further questions about the person, place or festival of the first question.
 _OTHER_SUBJECT_SHARE = 0.25
 
 

@@ -12,7 +12,7 @@ from jobs.demo_world.chitchat import CHITCHAT
 from jobs.demo_world.tables import Split, is_heldout_by_hash
 from jobs.demo_world.words import ENGLISH, STRANGERS, is_heldout_word
 
-# Share of all questions without capitals and final punctuation.
+# Share of all questions that lose their capitals and final punctuation.
 _SLOPPY_SHARE = 0.25
 # Share of all questions that get short forms, and share of these questions whose short forms have no apostrophes.
 _SHORT_SHARE, _BARE_SHARE = 0.15, 0.3
@@ -23,8 +23,9 @@ _SHORT_FORMS = (
 )  # fmt: skip
 # Shares of messages in capitals, with a wrong letter, and with another ending, in this order. Greetings and small talk
 # (chatty messages) have larger shares than other questions, because people type greetings faster. Training has larger
-# shares than real messages, because a changed spelling has other tokens, which the model must learn. Held-out questions
-# are not changed in these ways, so that they measure how well a model understands phrasings.
+# shares than real messages, because a changed spelling has other tokens, which the model must learn. Held-out
+# questions, except greetings and small talk, get no such changes, because they measure how well a model understands
+# phrasings.
 _Shares = tuple[float, float, float]
 _CHATTY_HABITS: dict[Split, _Shares] = {"train": (0.12, 0.2, 0.14), "heldout": (0.08, 0.1, 0.12)}
 _QUESTION_HABITS: dict[Split, _Shares] = {"train": (0.04, 0.08, 0.05), "heldout": (0.0, 0.0, 0.0)}

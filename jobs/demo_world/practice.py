@@ -15,7 +15,8 @@ from jobs.demo_world.tool_questions import QUESTIONS, framed
 
 _SQUARE_SHARE = 0.4
 _DIGITS = (6, 7)
-# Larger factors would give results much longer than any answer in the training conversations.
+# Squares and products have no larger factors, because their results would be much longer than the answers in training
+# conversations.
 _LARGEST_FACTOR = 999
 # Of the numbers above 9,999, one in eight is reserved for held-out problems.
 _HELDOUT_ONE_IN = 8

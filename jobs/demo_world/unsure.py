@@ -75,7 +75,7 @@ def unexplained_words(split: Split) -> frozenset[str]:
 
 
 def unsure(rng: random.Random, split: Split) -> Exchange:
-    """Draw a message that the model cannot understand, and the answer that admits it."""
+    """Draw a message that the model cannot understand, with an answer in which the model admits this."""
     topic = draw_topic(rng, TOPICS)
     question = draw_frame(rng, split, topic).format(**_fields(rng, split))
     if rng.random() < _CAPITAL_SHARE:

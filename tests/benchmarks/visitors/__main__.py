@@ -58,7 +58,7 @@ def plain(text: str) -> str:
 
 
 def trained() -> set[str]:
-    """The users' messages of all training conversations of the demo model."""
+    """The users' messages of all training conversations of the demo model, as :func:`plain` writes them."""
     drawn = conversations("train", seed=1, n=RECIPES["demo"].train_conversations)
     return {plain(each["content"]) for one in drawn for each in one["messages"] if each["role"] == "user"}
 
