@@ -11,6 +11,8 @@ import grpc
 import hypothesis
 import pytest
 
+import tests.support.fast_disk  # noqa: F401 - the import is what makes the disk fast
+
 pytest.register_assert_rewrite("tests.support.store_contract")
 
 # Without a GPU, Triton must interpret its kernels. Triton reads this variable when it is imported.

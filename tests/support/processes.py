@@ -14,7 +14,7 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     [
         *("jobs.train.pipeline", "nanochat_core.training.optim", "torch._dynamo", "matplotlib.pyplot"),
-        *("services.engine.server", "tests.support.frozen"),
+        *("services.engine.server", "tests.support.fast_disk", "tests.support.frozen"),
     ]
 )
 

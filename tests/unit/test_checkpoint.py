@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import pickle
 import resource
 import threading
@@ -51,8 +50,7 @@ SHARDS = [
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderStore:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+def store(tmp_path: Path) -> FolderStore:
     return FolderStore(tmp_path / "store")
 
 

@@ -21,8 +21,7 @@ KEY = "leases/models/demo.json"
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderStore:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+def store(tmp_path: Path) -> FolderStore:
     return FolderStore(tmp_path / "store")
 
 

@@ -25,12 +25,6 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "not" / "yet" / "there"))
 
 
-@pytest.fixture(autouse=True)
-def _fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips waiting for the disk: no test cuts the power, and the waits would hide races."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def everything_in(folder: Path) -> set[str]:
     """All files and folders inside a folder and its subfolders, including hidden ones."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
