@@ -424,7 +424,7 @@ def test_sigterm_in_a_stage_saves_its_state_and_the_next_run_goes_on_from_there(
     shutil.rmtree(again.home / "models")
     process = FORKSERVER.Process(target=run_pipeline, args=(again.folder,))
     process.start()
-    eventually(lambda: bool(base_steps(again.folder)), seconds=120, every=0.002)
+    eventually(lambda: bool(base_steps(again.folder)), seconds=120)
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM
@@ -487,7 +487,7 @@ def test_sigterm_between_stages_ends_the_pipeline(again: Again) -> None:
 
 
 # This run is long enough to be interrupted, even if the interrupting process has to wait for the processor.
-LONG = dataclasses.replace(RECIPE, pretrain={**RECIPE.pretrain, "steps": 400})
+LONG = dataclasses.replace(RECIPE, pretrain={**RECIPE.pretrain, "steps": 400, "eval-every": 400})
 
 
 def run_pipeline(folder: Path) -> None:

@@ -127,7 +127,7 @@ class OwnSignal:
     def send(self, log: Path) -> None:
         """Wait, and send the signal to this process."""
         while not self.due(log):
-            time.sleep(0.002)
+            time.sleep(0.005)
         time.sleep(self.delay)
         os.kill(os.getpid(), self.number)
 
@@ -228,7 +228,7 @@ class Job:
                 return
             assert runs, f"ended with {self._process.exitcode}: {self.stderr}"
             assert time.monotonic() < deadline
-            time.sleep(0.001)
+            time.sleep(0.01)
 
 
 def _run(
