@@ -80,7 +80,8 @@ def rendered(*settings: str, flags: tuple[str, ...] = ()) -> list[Any]:
     """The objects of a release ``n`` with these values."""
     done = template(*settings, flags=flags)
     assert done.returncode == 0, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    # libyaml's parser takes an eighth of the time of the parser in Python.
+    return [document for document in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if document]
 
 
 def with_environments(*names: str) -> list[Any]:
