@@ -18,9 +18,9 @@ from tests.support.stack import Stack
 SUM = [{"role": "user", "content": "What is 1234 * 5678?"}]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stack(demo_home: Path) -> Iterator[Stack]:
-    """Services for one test. The test may kill them."""
+    """Services that the tests may kill or stop. Each test but the last leaves them ready."""
     # On a busy machine, an engine may need longer for its start than a request waits by default.
     running = Stack(demo_home, NANOCHAT_GATEWAY_QUEUE_SECONDS="200")
     try:
@@ -95,14 +95,6 @@ def test_without_the_sandbox_the_model_reads_a_tool_error(stack: Stack) -> None:
     assert result["output"].startswith("error")
 
 
-def test_ctrl_c_stops_every_service(demo_home: Path) -> None:
-    running = Stack(demo_home)
-    running.wait_ready()
-    pids = [running.service_pid(name) for name in ("sandbox", "engine", "gateway")]
-    assert running.stop() == 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
 def test_a_second_start_is_ready_in_seconds(demo_home: Path) -> None:
     started = time.monotonic()
     running = Stack(demo_home)
@@ -119,3 +111,10 @@ def test_a_taken_port_is_a_clear_error(demo_home: Path, stack: Stack) -> None:
     with pytest.raises(AssertionError, match=f"{port}"):
         second.wait_ready()
     assert second.stop() != 0
+
+
+def test_ctrl_c_stops_every_service(stack: Stack) -> None:
+    stack.wait_ready()
+    pids = [stack.service_pid(name) for name in ("sandbox", "engine", "gateway")]
+    assert stack.stop() == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
