@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH):$(or $(XDG_CACHE_HOME),$(HOME)/.cac
 # Some environments forbid Python to store compiled modules. Each process would then compile all of torch's Python again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run test test-unit test-web test-cluster test-cluster-full test-numerics test-clients test-browsers chaos bench gpu lint lint-types lint-rules servers format docs manifests protos lock images release clean setup
+.PHONY: help run test test-unit test-model test-web test-cluster test-cluster-full test-numerics test-clients test-browsers chaos bench gpu lint lint-types lint-rules servers format docs manifests protos lock images release clean setup
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -25,13 +25,16 @@ run: setup $(STATIC)/index.html ## Serve the chat page (PORT=8000 to choose), an
 # but a test that expects something within seconds may then fail on a slow machine: make test TEST_PROCESSES=4
 TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 4 ? cores : 4)))
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
-test: setup $(STATIC)/index.html ## Lint, type checks and every test that needs neither Docker nor Kubernetes
+test: setup $(STATIC)/index.html ## Lint, type checks and the tests that need neither Docker nor Kubernetes, except make test-model
 	@$(MAKE) --no-print-directory --jobs=2 SERVERS=servers lint-types lint-rules test-web
-	@$(PYTHON) -m pytest -m "not cluster and not browsers" $(SIDE_BY_SIDE) --cov --cov-report=
+	@$(PYTHON) -m pytest -m "not cluster and not browsers and not recipe" $(SIDE_BY_SIDE) --cov --cov-report=
 	@echo "The test processes themselves run $$(coverage report --format=total) % of the lines; coverage html shows which"
 
 test-unit: setup ## The unit tests that start no server and train nothing: run them often while you edit
 	@$(PYTHON) -m pytest tests/unit -m "not slow" $(SIDE_BY_SIDE)
+
+test-model: setup ## Train the demo model with all steps of its recipe, and check what it can do
+	@$(PYTHON) -m pytest -m recipe tests/e2e/test_demo_model.py
 
 # The Kubernetes tests train the model and leave it in TEST_STORE; the Compose tests serve it from there. If only a certain
 # command reaches the cluster, set NANOCHAT_CLUSTER_EXEC to it: this command then runs the Kubernetes tests.

@@ -1,4 +1,4 @@
-"""A trained demo model and running services for the end-to-end tests."""
+"""Trained demo models and running services for the end-to-end tests."""
 
 import fcntl
 import os
@@ -32,7 +32,7 @@ EXPECT_MS = 30_000
 sync_api.expect.set_options(timeout=EXPECT_MS)
 async_api.expect.set_options(timeout=EXPECT_MS)
 
-# Time limit of each test. It is long, because the first test waits for the training.
+# Time limit of each test. It is long, because the first test waits for a training.
 TRAINING_SECONDS = 1500
 
 
@@ -44,17 +44,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_home() -> Path:
-    """The checkout's own store with the trained demo model. The training skips finished stages.
+    """A store with a demo model that was trained for fewer steps than the recipe's model."""
+    return _trained("tests.support.quick_demo", ROOT / "build/quick-demo")
 
-    If several test processes need the model, one of them trains it, and the others wait.
+
+@pytest.fixture(scope="session")
+def recipe_home() -> Path:
+    """The checkout's own store with the demo model of the recipe."""
+    return _trained("jobs.train.pipeline", ROOT / ".nanochat")
+
+
+def _trained(program: str, home: Path) -> Path:
+    """Train a demo model, unless the store has one. NANOCHAT_TEST_HOME names a store that takes the place of ``home``.
+
+    The training skips finished stages. If several test processes need a model, one of them trains it, and the others
+    wait.
     """
-    home = Path(os.environ.get("NANOCHAT_TEST_HOME") or ROOT / ".nanochat")
+    home = Path(os.environ.get("NANOCHAT_TEST_HOME") or home)
     lock = os.open(Path(__file__).parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(
-            [sys.executable, "-m", "jobs.train.pipeline", "--recipe", "demo", "--home", str(home)], cwd=ROOT, check=True
-        )
+        subprocess.run([sys.executable, "-m", program, "--recipe", "demo", "--home", str(home)], cwd=ROOT, check=True)
     finally:
         os.close(lock)
     return home

@@ -1,4 +1,8 @@
-"""The abilities that the demo model must have after a few minutes of training on a CPU."""
+"""The abilities that the demo model must have after a few minutes of training on a CPU.
+
+``make test-model`` trains the whole recipe for these tests. ``make test`` leaves them out, because the training takes
+longer than all other tests.
+"""
 
 import json
 from pathlib import Path
@@ -13,14 +17,16 @@ from jobs.tasks import demo
 from nanochat_core.checkpoint import pick_checkpoint
 from nanochat_core.store import open_store
 
+pytestmark = pytest.mark.recipe
+
 Answered = list[tuple[EvalItem, GradedAnswers]]
 
 
 @pytest.fixture(scope="module")
-def answered(demo_home: Path) -> Answered:
+def answered(recipe_home: Path) -> Answered:
     """Answers to 1,000 held-out conversations. The report uses 212 conversations, but only 50 of these are sums."""
     items = find_recipe("demo").evaluation_items(1000)
-    checkpoint = pick_checkpoint(open_store(str(demo_home)), "demo", "", "sft")
+    checkpoint = pick_checkpoint(open_store(str(recipe_home)), "demo", "", "sft")
     return list(zip(items, answer_greedily(checkpoint, demo.task(items)), strict=True))
 
 
@@ -74,8 +80,8 @@ def test_unseen_words_are_spelled_right_in_80_percent(answered: Answered) -> Non
     assert_right(answered, ["spelling"], 0.80)
 
 
-def test_the_report_shows_the_loss_and_more_than_two_hundred_answers(demo_home: Path) -> None:
-    folder = demo_home / "reports/demo"
+def test_the_report_shows_the_loss_and_more_than_two_hundred_answers(recipe_home: Path) -> None:
+    folder = recipe_home / "reports/demo"
     report = json.loads((folder / "report.json").read_text())
     assert sum(kind["items"] for kind in report["chat"]["kinds"].values()) == 212
     text = (folder / "report.md").read_text()
