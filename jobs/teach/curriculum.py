@@ -27,7 +27,7 @@ _TURNS_OF_ABILITY = 8
 # Share of the remembered conversations that are drawn from Memory.near: conversations that the model could confuse with
 # the lesson.
 _NEAR_SHARE = 0.25
-# Largest share of all training examples that show items of earlier lessons.
+# Of all training examples, at most this share shows items of earlier lessons.
 _EARLIER_SHARE = 0.15
 
 

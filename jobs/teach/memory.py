@@ -256,9 +256,12 @@ def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Ran
 def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, bool]:
     """The mixture of conversations that ``plan`` names; by default, the mixture on which the model was fine-tuned.
 
-    If this mixture is not known or not in the store, the model writes conversations itself, with weights from before
-    its first lesson: those of the checkpoint whose settings name the mixture or, if there is none, of the model's
-    oldest checkpoint that is not a base model. The second value says whether the model wrote the conversations.
+    If the default mixture is not known or not in the store, the model writes conversations itself, with weights from
+    before its first lesson. These are the weights of the checkpoint whose settings name the mixture. If no checkpoint
+    names one, they are the weights of the model's oldest checkpoint that is not a base model. The second value says
+    whether the model wrote the conversations.
+
+    Raises UserError if ``plan`` names a mixture that does not exist.
     """
     if plan.replay:
         return Mixture(store, plan.replay), False

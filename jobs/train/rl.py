@@ -76,8 +76,9 @@ def reinforce(settings: RlSettings, runtime: Runtime) -> CheckpointRef:
     model = stage.model
     sequences = math.ceil(settings.examples / ranks.size) * settings.samples
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.0))
+    # The argument ``batch_lr_scale`` of parameter_groups is not used, because it does not scale the smear group's rate.
     for group in groups:
-        group["lr"] *= settings.lr_scale  # because ``batch_lr_scale`` does not scale all learning rates
+        group["lr"] *= settings.lr_scale
     with answering(model, tuned.tokenizer, sequences) as answerer:
         pad_id = tuned.tokenizer.bos_id
         source = RolloutSource(answerer, model, problems.training, reward, settings, steps, pad_id, ranks)

@@ -7,7 +7,7 @@ would take longer than many tests, and would hide races.
 import os
 
 
-def _return_at_once(descriptor: object) -> None:
+def _return_at_once(fd: object) -> None:
     """Does nothing."""
 
 

@@ -192,7 +192,7 @@ struct Batch {
   const int64_t *ids, *positions;         // (tokens,)
   const int32_t *first_token, *start;     // (chunks + 1,), (chunks,)
   const float *turns;                     // (context, head_dim) alternating cosines and negative sines
-  float *scale;                           // (tokens,) 1 / sqrt(sum of squares of x)
+  float *scale;                           // (tokens,) 1 / sqrt(sum of squares of x + dim * epsilon)
   float *queries;                         // (tokens, heads, head_dim)
 };
 

@@ -20,7 +20,7 @@ def enter(x0, x, scale, embedding, smear, ids, previous_ids, scales, epsilon, di
     Args:
         x0: (tokens, dim) receives the embedding.
         x: (tokens, dim) receives the first block's input.
-        scale: (tokens,) fp32 receives 1 / sqrt(sum of squares of ``x``).
+        scale: (tokens,) fp32 receives 1 / sqrt(sum of squares of ``x`` + dim * epsilon).
         embedding: (rows, dim), normalized; the row after the last token id is zero.
         smear: (vocabulary, 1) factor of the previous token's embedding.
         ids, previous_ids: (tokens,) ids of each token and of the token before it.
