@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import logging
 import os
 import signal
@@ -40,6 +41,26 @@ _CHANNEL = grpc.insecure_channel("127.0.0.1:1")
 # Examples have no deadline: on a busy machine, a slow example says nothing about the code.
 hypothesis.settings.register_profile("nanochat", deadline=None)
 hypothesis.settings.load_profile("nanochat")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect the tests without garbage collections, and let later collections ignore what exists then.
+
+    The imported modules and the tests are more than a million objects, which stay until the end. Otherwise, each full
+    collection would visit them all.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Objects that stay frozen are not freed at exit, and a library then prints these objects."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
