@@ -232,7 +232,7 @@ def test_the_watch_gives_lessons_of_the_store_and_rolls_back(jobs: Jobs) -> None
     before = promoted(jobs.store, NAME)
     plan = Plan(**{name.replace("-", "_"): value for name, value in PLAN.items() if name != "threads"})
     song = read_items(written(jobs, "song.jsonl", SONG))
-    watching = jobs.start("jobs.teach.watch", {"threads": 1, "poll-seconds": 0.1})
+    watching = jobs.start("tests.support.equal_watch", {"threads": 1, "poll-seconds": 0.1})
     rng = random.Random(5)
 
     add_lesson(jobs.store, NAME, song, plan, who="ada", source="song.jsonl")
@@ -241,7 +241,7 @@ def test_the_watch_gives_lessons_of_the_store_and_rolls_back(jobs: Jobs) -> None
         time.sleep(rng.uniform(0, 1))
         watching.signal(signal.SIGKILL)
         watching.wait()
-        watching = jobs.start("jobs.teach.watch", {"threads": 1, "poll-seconds": 0.1})
+        watching = jobs.start("tests.support.equal_watch", {"threads": 1, "poll-seconds": 0.1})
     watching.wait_until(lambda: last(jobs).done)
     assert last(jobs).state == "promoted", last(jobs).reason
     assert last(jobs).training["history"]
