@@ -22,7 +22,7 @@ run: setup $(STATIC)/index.html ## Serve the chat page (PORT=8000 to choose), an
 
 # Several processes run the tests, each a file at a time, in the order that tests/conftest.py sets. Many tests wait for
 # servers, browsers or time limits, so there are twice as many processes as cores. There are at most four, because each
-# takes up to 2 GB of memory.
+# takes up to 3 GB of memory.
 TEST_PROCESSES := $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 2 ? 2 : 4)))
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 test: setup $(STATIC)/index.html ## Lint, type checks and the tests that need neither Docker nor Kubernetes, except make test-model
