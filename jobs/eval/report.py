@@ -4,17 +4,18 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jobs.eval.checkpoints import newest_stages
 from jobs.eval.report_card.contents import gather
+from jobs.eval.report_card.held_out import Computing
 from jobs.eval.report_card.plots import draw
 from jobs.program import JobSettings, run_program
 from jobs.promotion.decisions import folder
 from jobs.results.report_page import render
 from jobs.results.reports import REPORT_FORMAT, read_report
 from nanochat_core.checkpoint import check_model_name
-from nanochat_core.device import prepare_cpu
+from nanochat_core.device import choose_device, choose_dtype, prepare_cpu
 from nanochat_core.formats import with_format
 from nanochat_core.settings import setting
 from nanochat_core.store import Lease, Store, open_store
@@ -37,12 +38,15 @@ class ReportSettings(JobSettings):
     price_per_hour: float | None = setting(
         None, "price of an hour of the training machine; without it the report shows no cost", minimum=0.0
     )
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device of the held-out evaluations")
+    dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of the held-out evaluations; auto is fp32 on CPUs")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to torch", minimum=0, maximum=4096)
 
 
 def run(settings: ReportSettings) -> dict[str, Any]:
     """Make the missing held-out evaluations, write the report, and return the content of ``report.json``."""
     prepare_cpu(settings.threads)
+    device = choose_device(settings.device)
     store = open_store(settings.home)
     with Lease(store, f"reports/{check_model_name(settings.model)}", "jobs.eval.report"):
         stages = newest_stages(store, settings.model, settings.revision)
@@ -53,6 +57,7 @@ def run(settings: ReportSettings) -> dict[str, Any]:
             items=settings.items,
             text_bytes=settings.text_bytes,
             samples=settings.samples,
+            computing=Computing(device, choose_dtype(settings.dtype, device)),
         )
         report["price_per_hour"] = settings.price_per_hour
         write_report(store, report, {stage: checkpoint.meta.get("history", []) for stage, checkpoint in stages.items()})

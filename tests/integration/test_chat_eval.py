@@ -18,7 +18,7 @@ from jobs.eval.chat_eval import evaluate_tasks
 from jobs.eval.chat_eval.evaluate_tasks import answer_greedily
 from jobs.eval.chat_eval.scores import GradedAnswers, right_by_group
 from jobs.eval.report_card import held_out
-from jobs.eval.report_card.held_out import evaluate_conversations
+from jobs.eval.report_card.held_out import Computing, evaluate_conversations
 from jobs.generation import SAMPLING, SandboxTool, continue_text, read_completion
 from jobs.recipes import find_recipe
 from jobs.tasks import demo
@@ -225,8 +225,9 @@ def test_accuracies_count_the_right_answers_of_each_kind(
 ) -> None:
     items = find_recipe("demo").evaluation_items(40)
     answers = [GradedAnswers((Response(" said "),), (i % 4 == 0,)) for i in range(40)]
-    monkeypatch.setattr(held_out, "answer_greedily", lambda _checkpoint, _task: answers)
-    result = evaluate_conversations(open_store(str(home)), checkpoint, "demo", 40)
+    monkeypatch.setattr(held_out, "answer_greedily", lambda _checkpoint, _task, **_computing: answers)
+    computing = Computing(torch.device("cpu"), torch.float32)
+    result = evaluate_conversations(open_store(str(home)), checkpoint, "demo", 40, computing)
     assert result["accuracy"] == 0.25
     assert result["revision"] == "sft/step_000007"
     groups = right_by_group(demo.task(items).questions, answers)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs.eval import compare
 from jobs.eval.checkpoints import newest_stages
@@ -15,10 +16,11 @@ from jobs.eval.report_card import held_out
 from jobs.promotion.decisions import decisions
 from jobs.promotion.gate import decide
 from jobs.promotion.rules import Gate
-from jobs.results.evaluations import Evaluation
+from jobs.results.evaluations import Evaluation, results
 from jobs.results.reports import is_reported
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_checkpoint, newest_checkpoint
 from nanochat_core.config import ModelConfig
+from nanochat_core.device import choose_device, choose_dtype
 from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.store import Store, open_store
@@ -27,6 +29,7 @@ from nanochat_core.training.checkpoint_writer import save_checkpoint
 from tests.support.report_dicts import task
 from tests.support.tiny_training import NAME, fill
 
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 LOSSES = [{"step": i, "loss": 3.0 / i, "train_seconds": float(i)} for i in range(1, 5)]
 HISTORIES: dict[str, list[dict[str, Any]]] = {
     "base": [*LOSSES[:-1], LOSSES[-1] | {"val_bpb": 2.0}],
@@ -126,19 +129,93 @@ def test_a_model_that_is_not_there_is_an_error(store: Store) -> None:
         report_on(store, "none")
 
 
-def test_nothing_is_measured_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    add(store, "base")
-    add(store, "sft")
-    first = report_on(store, recipe="demo")
+def forbid_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, each held-out evaluation that is made is an error."""
 
     def again(*_args: Any, **_options: Any) -> None:
         raise AssertionError("measured again")
 
     for name in ("bits_per_byte", "answer_greedily", "continue_text"):
         monkeypatch.setattr(held_out, name, again)
+
+
+def test_nothing_is_measured_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(store, "base")
+    add(store, "sft")
+    first = report_on(store, recipe="demo")
+    forbid_measuring(monkeypatch)
     assert report_on(store, recipe="demo") == first
     with pytest.raises(AssertionError, match="measured again"):
         report_on(store, recipe="demo", items=14)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "computed"),
+    [
+        ("auto", "auto", None),
+        ("cpu", "fp32", ("cpu", torch.float32)),
+        ("cpu", "bf16", ("cpu", torch.bfloat16)),
+        pytest.param("cuda", "fp32", ("cuda", torch.float32), marks=ON_GPU),
+        pytest.param("auto", "bf16", ("cuda", torch.bfloat16), marks=ON_GPU),
+    ],
+)
+def test_the_held_out_evaluations_compute_on_the_device_and_in_the_dtype_that_are_given(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: str,
+    computed: tuple[str, torch.dtype] | None,
+) -> None:
+    built = []
+    build_model = Checkpoint.build_model
+
+    def noting(*arguments: Any) -> GPT:
+        model = build_model(*arguments)
+        built.append((model.cos.device.type, model.compute_dtype))
+        return model
+
+    if computed is None:
+        chosen = choose_device("auto")
+        computed = chosen.type, choose_dtype("auto", chosen)
+    add(store, "base")
+    add(store, "sft")
+    monkeypatch.setattr(Checkpoint, "build_model", noting)
+    report_on(store, recipe="demo", device=device, dtype=dtype)
+    assert built == [computed] * 3, "held-out text, samples and held-out conversations"
+    stored = {each["evaluation"]: each["settings"] for each in results(store, NAME)}
+    assert stored.keys() == {"bpb", "samples", "conversations"}
+    for settings in stored.values():
+        assert (settings["device"], settings["dtype"]) == (computed[0], str(computed[1]).removeprefix("torch."))
+
+
+def test_another_dtype_is_another_evaluation_whose_metrics_are_found_but_are_not_compared(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model in ("a", "b"):
+        base = add(store, "base", model)
+        tuned = add(store, "sft", model, inputs={"base": base.weights_digest})
+    report_on(store, "a", recipe="demo", device="cpu", dtype="fp32")
+    report_on(store, "b", recipe="demo", device="cpu", dtype="fp32")
+    assert compared(store, tmp_path / "same", "a", "b")[0]["not_comparable"] == []
+    in_fp32 = {each["identity"] for each in results(store, "b")}
+
+    found, _ = report_on(store, "b", recipe="demo", device="cpu", dtype="bf16")
+    in_bf16 = {each["identity"] for each in results(store, "b")}
+    assert len(in_fp32) == len(in_bf16) == 3
+    assert not in_fp32 & in_bf16, "results in fp32 were taken for results in bf16"
+    values, _ = compared(store, tmp_path / "other", "a", "b")
+    assert values["figures"]["bpb.bits_per_byte"][1] == found["base"]["held_out_bits_per_byte"]
+    assert values["figures"]["chat.accuracy"][1] == found["chat"]["accuracy"]
+    assert {"bpb.bits_per_byte", "chat.accuracy"} <= set(values["not_comparable"])
+
+    assert is_reported(store, "b", base, tuned)
+    gate = Gate(require=("chat.accuracy>=0", "bpb.bits_per_byte>0"))
+    decision = decide(store, tuned, gate, promoting=False)
+    assert decision.accepted, "the gate finds the results in bf16"
+    forbid_measuring(monkeypatch)
+    assert report_on(store, "b", recipe="demo", device="cpu", dtype="bf16")[0] == found | {
+        "promotion": decision.summary()
+    }
 
 
 def test_warnings_name_what_is_wrong_with_a_run(store: Store) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from jobs.eval.chat_eval.letter_choice import last_logits, letter_tokens
 from jobs.eval.chat_eval.scores import GradedAnswers
 from jobs.generation import SandboxTool, read_completion
@@ -117,9 +119,18 @@ def evaluate_generative(
             count(1)
 
 
-def answer_greedily(checkpoint: Checkpoint, task: GenerativeTask) -> list[GradedAnswers]:
-    """Answer all questions of a task greedily on the CPU, and grade the answers. Stores nothing."""
-    model, tokenizer = checkpoint.build_model(), checkpoint.tokenizer
+def answer_greedily(
+    checkpoint: Checkpoint,
+    task: GenerativeTask,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[GradedAnswers]:
+    """Answer all questions of a task greedily, and grade the answers. Stores nothing.
+
+    ``dtype`` is the dtype of activations and matrix products.
+    """
+    model, tokenizer = checkpoint.build_model(device, dtype), checkpoint.tokenizer
     with (
         SandboxExecutor() as sandbox,
         contextlib.closing(Engine(model, tokenizer, tool_runner=SandboxTool(sandbox))) as engine,

@@ -23,7 +23,14 @@ Report = dict[str, Any]
 
 
 def gather(
-    store: Store, stages: Mapping[str, Checkpoint], *, recipe: str, items: int, text_bytes: int, samples: int
+    store: Store,
+    stages: Mapping[str, Checkpoint],
+    *,
+    recipe: str,
+    items: int,
+    text_bytes: int,
+    samples: int,
+    computing: held_out.Computing,
 ) -> Report:
     """The content of a model's report. Held-out evaluations that the store lacks are made first.
 
@@ -34,6 +41,7 @@ def gather(
         text_bytes: number of bytes of held-out text, rounded up to whole documents. If there is less text, all of it is
             used.
         samples: largest number of text samples.
+        computing: device and dtype of the held-out evaluations.
     """
     final = list(stages.values())[-1]
     base, model = stages.get("base"), final.ref.model
@@ -52,14 +60,14 @@ def gather(
     datasets = [entry.name for entry in parse_mixture(trained_on)]
     if base is not None and all(dataset_exists(store, name) or shard_keys(store, name) for name in datasets):
         documents = held_out.first_documents(store, datasets, text_bytes)
-        measured = held_out.evaluate_text(store, base, documents)
+        measured = held_out.evaluate_text(store, base, documents, computing)
         report["base"]["held_out_bits_per_byte"] = measured["bits_per_byte"]
         report["base"]["xz_9_bits_per_byte"] = measured["xz_9_bits_per_byte"]
         report["tokenizer"]["held_out_bytes_per_token"] = measured["bytes_per_token"]
-        report["samples"] = held_out.sample_continuations(store, base, documents, samples)
+        report["samples"] = held_out.sample_continuations(store, base, documents, samples, computing)
     report["tokenizer"]["domains"] = _domains(store, final)
     if final.ref.stage != "base" and report["recipe"]:
-        chat = held_out.evaluate_conversations(store, final, report["recipe"], items)
+        chat = held_out.evaluate_conversations(store, final, report["recipe"], items, computing)
         names = ("revision", "accuracy", "kinds", "examples", "wrong")  # results of earlier versions have no ``wrong``
         report["chat"] = {name: chat[name] for name in names if name in chat}
     results = {stage: results_of(store, point.ref, point.weights_digest) for stage, point in stages.items()}
