@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
+
 from jobs.eval.bench.core_client import CoreClient
 from jobs.eval.bench.models import random_model, random_tokenizer
 from jobs.eval.bench.network_clients import GrpcClient, HttpClient, NetworkClient
@@ -270,7 +272,13 @@ def open_endpoint(settings: BenchEngineSettings) -> NetworkClient:
     Raises a :class:`UserError` if the address is malformed or contains a user name or a password, if the variable with
     the API key is not set, or if the server cannot be measured, for example because it does not answer.
     """
-    variable, url = settings.api_key_variable, urllib.parse.urlsplit(settings.endpoint)
+    variable, forms = settings.api_key_variable, "http://host:port/v1 or grpc://host:port"
+    try:
+        url = urllib.parse.urlsplit(settings.endpoint)
+        url.port  # noqa: B018 - raises if the port is not a number
+        httpx.URL(settings.endpoint)  # refuses some addresses that urlsplit accepts
+    except (ValueError, httpx.InvalidURL) as error:
+        raise UserError(f"--endpoint is not a URL ({error}); use {forms}") from error
     key = os.environ.get(variable, "") if variable else ""
     if variable and not key:
         raise UserError(f"--api-key-variable names {variable}, which is not set")
@@ -280,7 +288,7 @@ def open_endpoint(settings: BenchEngineSettings) -> NetworkClient:
         return GrpcClient(url.netloc, settings.timeout_seconds)
     if url.scheme in ("http", "https") and url.netloc:
         return HttpClient(settings.endpoint, settings.model, key, settings.timeout_seconds)
-    raise UserError(f"--endpoint is {settings.endpoint!r}; use http://host:port/v1 or grpc://host:port")
+    raise UserError(f"--endpoint is {settings.endpoint!r}; use {forms}")
 
 
 def load_model(settings: BenchEngineSettings) -> tuple[GPT, Tokenizer, dict[str, Any]]:

@@ -344,6 +344,13 @@ def test_endpoints_that_fail_are_told_apart(
         ({"endpoint": "grpc://127.0.0.1:1"}, "no engine answers at grpc://127.0.0.1:1 (UNAVAILABLE"),
         ({"endpoint": "http://127.0.0.1:1/v1"}, "http://127.0.0.1:1/v1 cannot be measured: ConnectError"),
         ({"endpoint": "ftp://host/v1"}, "--endpoint is 'ftp://host/v1'; use http://host:port/v1 or grpc://host:port"),
+        ({"endpoint": "http://[::1"}, "--endpoint is not a URL (Invalid IPv6 URL); use http://host:port/v1 or grpc://"),
+        (
+            {"endpoint": "grpc://host:99999"},
+            "--endpoint is not a URL (Port out of range 0-65535); use http://host:port",
+        ),
+        ({"endpoint": "http://host:port/v1"}, "--endpoint is not a URL (Port could not be cast to integer value as"),
+        ({"endpoint": "http://[::1]x/v1"}, "--endpoint is not a URL (Invalid port: 'x'); use http://host:port/v1"),
         ({"endpoint": "http://me:secret@host/v1"}, "--endpoint has a user or password in it"),
         ({"endpoint": "http://h/v1", "api_key_variable": "NOT_SET"}, "--api-key-variable names NOT_SET, which is not"),
         ({"depth": 1, "context_length": 20}, "prompts and outputs reach 46 tokens, but the context length is 20"),
