@@ -15,7 +15,7 @@ from jobs.eval.chat_eval.scores import chat_core, score, table
 from jobs.generation import SandboxTool
 from jobs.program import JobSettings, run_program
 from jobs.recipes import find_recipe
-from jobs.results.evaluations import Evaluation
+from jobs.results.evaluations import Evaluation, Result
 from jobs.results.metrics import CHAT_TASKS
 from jobs.tasks.registry import AnyTask, Selection, open_tasks
 from jobs.tasks.task import ChoiceTask, GenerativeTask
@@ -89,7 +89,9 @@ def run(
     tasks = open_tasks(settings.tasks, source, Selection(settings.items, settings.seed, kinds))
     checkpoint = pick_checkpoint(store, settings.model, settings.revision, settings.stage)
     evaluation = evaluation_of(settings, store, checkpoint, tasks, device)
-    result = evaluation.result()
+    # All ranks decide by what the first rank finds in the store, because another program could store or delete the
+    # result after one rank has looked for it and before another rank looks.
+    result: Result | None = ranks.gather(evaluation.result())[0]
     if result is None:
         with leased(store, evaluation.folder, "jobs.eval.chat", ranks):
             _evaluate(settings, checkpoint, tasks, evaluation, device, ranks)

@@ -181,6 +181,24 @@ def test_two_ranks_find_what_one_finds(home: Path, uninterrupted: bytes) -> None
     assert result_of(home) == uninterrupted
 
 
+def on_rank_with_a_result(ranks: Ranks, home: str, rank: int, result: dict[str, Any]) -> Any:
+    """Like on_rank, but only ``rank`` finds a result, as if another program had stored it or deleted it meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == rank:
+            patch.setattr(Evaluation, "result", lambda _: result)
+        return on_rank(ranks, home)
+
+
+def test_the_first_rank_decides_for_all_whether_there_is_a_result(home: Path, uninterrupted: bytes) -> None:
+    stored = json.loads(uninterrupted)
+    found = run_ranks(2, on_rank_with_a_result, str(home), 0, stored)
+    assert found == [stored["identity"]] * 2
+    assert not (home / FOLDER).exists(), "a rank evaluated although the first rank had found the result"
+    found = run_ranks(2, on_rank_with_a_result, str(home), 1, stored)
+    assert found == [stored["identity"], None], "a rank did not evaluate although the first rank had found no result"
+    assert result_of(home) == uninterrupted
+
+
 def test_a_rank_with_a_store_of_its_own_is_named(home: Path) -> None:
     alone = settings(home, tasks=("spelling",))
     with pytest.raises(UserError, match=r"spelling-00001 of another rank is not in .*; all ranks need the same store"):
