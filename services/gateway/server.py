@@ -55,8 +55,12 @@ class Server(uvicorn.Server):
         self._shutdown: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Logs the event ``ready`` once the server accepts connections."""
+        """Logs the event ``ready`` once the server accepts connections. Raises SystemExit if the app cannot start."""
         await super().startup(sockets)
+        if not self.started:
+            # Some versions of uvicorn, such as 0.34, return here, and the process would end with exit code 0. Other
+            # versions raise SystemExit themselves. The log already has the app's error.
+            raise SystemExit(1)
         for listener in sockets or ():
             host, port = listener.getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

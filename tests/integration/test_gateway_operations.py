@@ -14,9 +14,13 @@ from typing import Any
 
 import grpc
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanochat_core.protos import engine_pb2 as pb
+from services.gateway.app import create_app
+from services.gateway.server import Server, listen
+from services.gateway.settings import GatewaySettings
 from tests.support.scripted_engine import (
     TOKENIZER,
     chunk,
@@ -321,6 +325,31 @@ async def test_an_answer_that_outlasts_the_drain_ends_with_an_error_event() -> N
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
         assert (await gateway.event("drained"))["answers_cut"] == 1
         assert await asyncio.wait_for(gateway.process.wait(), 30) == 0
+
+
+async def startup_of_early_uvicorn(server: uvicorn.Server, _sockets: Any = None) -> None:
+    """The beginning of ``Server.startup`` of uvicorn 0.34. The rest, for an app that has started, is left out."""
+    await server.lifespan.startup()
+    server.should_exit = server.lifespan.should_exit
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["installed uvicorn", "early uvicorn"])
+async def test_a_gateway_that_cannot_start_fails_and_does_not_call_itself_ready(
+    early: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail() -> None:
+        raise RuntimeError("the keys are unreadable")
+
+    settings = GatewaySettings(engine_addresses=("127.0.0.1:1",), static_dir="/nonexistent")
+    app = create_app(settings)
+    monkeypatch.setattr(app.state.admission, "start", fail)
+    if early:
+        monkeypatch.setattr(uvicorn.Server, "startup", startup_of_early_uvicorn)
+    with listen("127.0.0.1", 0) as listener, caplog.at_level(logging.INFO), pytest.raises(SystemExit) as ended:
+        await Server(app, settings).serve(sockets=[listener])
+    assert ended.value.code not in (None, 0)
+    assert "ready" not in [record.message for record in caplog.records]
+    assert any("the keys are unreadable" in str(record.exc_info or record.message) for record in caplog.records)
 
 
 async def test_a_taken_port_is_one_clear_line() -> None:
