@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import json
 import logging
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from jobs.train.loop.step import Objective, cross_entropy
 from jobs.train.loop.trainer import Trainer
 from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint, promote, promoted
 from nanochat_core.config import ModelConfig
+from nanochat_core.errors import UserError
 from nanochat_core.model import GPT
 from nanochat_core.store import FolderStore
 from nanochat_core.tokenizer import Tokenizer
@@ -276,6 +278,36 @@ def test_a_run_that_starts_over_withdraws_the_promotion_of_a_checkpoint_that_it_
     trainer(tmp_path, steps=1).run()
     assert promoted(store, "m") == (served if still_promoted else None)
     assert list_checkpoints(store, "m", "base") == [CheckpointRef("m", "base", 1)]
+
+
+def make_newer(tmp_path: Path, step: int) -> None:
+    """Change a checkpoint's manifest as if a newer version of nanochat had written it."""
+    manifest = tmp_path / f"models/m/base/step_{step:06d}/MANIFEST.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"format": content.get("format", 1) + 1}))
+
+
+def test_a_run_does_not_start_over_if_it_would_have_to_delete_a_checkpoint_of_a_newer_version(tmp_path: Path) -> None:
+    store, served = FolderStore(tmp_path), CheckpointRef("m", "base", 2)
+    trainer(tmp_path, steps=3, save_every=1, keep=3).run()
+    promote(store, served)
+    make_newer(tmp_path, step=2)
+    before = {key: store.read(key) for key in store.keys("models")}
+    with pytest.raises(UserError, match=r"step_000002/MANIFEST\.json has format 2.* a newer version of nanochat"):
+        trainer(tmp_path, steps=5, save_every=1, keep=1).run()
+    assert {key: store.read(key) for key in store.keys("models")} == before
+    assert promoted(store, "m") == served
+
+
+def test_an_old_checkpoint_of_a_newer_version_is_not_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path, steps=3, save_every=1, keep=3).run()
+    make_newer(tmp_path, step=2)
+    longer = trainer(tmp_path, steps=5, save_every=1, keep=1)
+    longer.state.step = 3
+    longer.run()
+    assert [ref.step for ref in list_checkpoints(FolderStore(tmp_path), "m", "base")] == [2, 5]
+    kept = {record.checkpoint for record in caplog.records if record.message == "checkpoint kept"}
+    assert kept == {"models/m/base/step_000002"}
 
 
 def test_checkpoints_to_keep_for_good_are_not_deleted_and_half_written_ones_are(tmp_path: Path) -> None:

@@ -99,9 +99,20 @@ class RunCheckpoints:
     def replace_after(self, step: int) -> None:
         """Delete all checkpoints of steps after ``step`` as soon as the next checkpoint has been saved.
 
-        These later checkpoints are damaged, or belong to an earlier run that is being started over.
+        These later checkpoints are damaged, or belong to an earlier run that is being started over. All ranks must call
+        this.
+
+        Raises UserError if this version of nanochat cannot read one of these checkpoints although it is not damaged.
+        Another version may be able to read this checkpoint, so the run must not delete it. If the run kept the
+        checkpoint, it could not resume later, because the kept checkpoint would be newer than its own.
         """
         self._replaced = {ref for ref in self._stored() if ref.step > step}
+
+        def check() -> None:
+            for ref in sorted(self._replaced):
+                check_formats(self._store, ref)
+
+        self._ranks.lead(check, self._config.settings.rank_timeout)
 
     def save(self, writer: CheckpointWriter, state: RunState, *, finished: bool = False) -> None:
         """Start to write a checkpoint. When it is complete, the writer deletes checkpoints that are no longer needed.
@@ -150,8 +161,9 @@ class RunCheckpoints:
         """Delete the run's checkpoints that are not needed any more, and incomplete checkpoints.
 
         The following checkpoints stay: the ``keep`` newest checkpoints, the promoted checkpoint, the checkpoint of
-        ``kept_step``, and each checkpoint whose step is a multiple of ``keep_every``. The checkpoints that
-        :meth:`replace_after` has chosen are deleted in any case.
+        ``kept_step``, each checkpoint whose step is a multiple of ``keep_every``, and each checkpoint that this version
+        of nanochat cannot read although it is not damaged. The checkpoints that :meth:`replace_after` has chosen and
+        checked are deleted even if they are promoted or one of the other rules names them.
         """
         settings, model, replaced = self._config.settings, self._config.model_name, self._replaced - {written}
         own = [ref for ref in self._stored() if ref not in replaced]
@@ -169,7 +181,7 @@ class RunCheckpoints:
         self._replaced = set()
 
     def _delete(self, ref: CheckpointRef) -> None:
-        """Delete a checkpoint, unless one of its files has a format of a newer version of nanochat.
+        """Delete a checkpoint, unless this version of nanochat cannot read it although it is not damaged.
 
         Raises LeaseLost if another program has taken over the model's name.
         """
