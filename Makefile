@@ -33,8 +33,8 @@ test: setup $(STATIC)/index.html ## Lint, type checks and the tests that need ne
 test-unit: setup ## The unit tests that start no server and train nothing: run them often while you edit
 	@$(PYTHON) -m pytest tests/unit -m "not slow" $(SIDE_BY_SIDE)
 
-test-model: setup ## Train the demo model with all steps of its recipe, and check what it can do
-	@$(PYTHON) -m pytest -m recipe tests/e2e/test_demo_model.py
+test-model: setup $(STATIC)/index.html ## Train the demo model with all steps of its recipe, and check what it can do and learn
+	@$(PYTHON) -m pytest -m recipe tests/e2e
 
 # The Kubernetes tests train the model and leave it in TEST_STORE; the Compose tests serve it from there. If only a certain
 # command reaches the cluster, set NANOCHAT_CLUSTER_EXEC to it: this command then runs the Kubernetes tests.

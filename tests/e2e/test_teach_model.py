@@ -1,5 +1,8 @@
 """A person makes the demo model their own on the page. All parts are real: link, services, lesson and answer.
 
+The model is the recipe's (``make test-model``). A lesson is refused if the model forgets other things, and a model of
+fewer steps answers many of the examination's questions rightly only by chance.
+
 If ``NANOCHAT_TEST_PICTURES`` names a folder, the test also writes the pictures of docs/lessons.md into it.
 """
 
@@ -17,15 +20,17 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from tests.support.greedy_page import greedy_context
 from tests.support.stack import Stack
 
+pytestmark = pytest.mark.recipe
+
 COLORS = 64
 LESSON_MS = 900_000
 QUESTION, ANSWER = "What is my dog called?", "Your dog is called Biscuit."
 
 
 @pytest.fixture
-def link(demo_home: Path, tmp_path: Path) -> Iterator[str]:
+def link(recipe_home: Path, tmp_path: Path) -> Iterator[str]:
     """The link that ``make run`` prints, for a copy of the store: other tests need the model without lessons."""
-    shutil.copytree(demo_home, tmp_path / "home")
+    shutil.copytree(recipe_home, tmp_path / "home")
     running = Stack(tmp_path / "home")
     try:
         yield running.wait_owner_link()
