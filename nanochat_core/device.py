@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nanochat_core.errors import UserError
 
-# With fp8, only the matrix products of training are in fp8 (nanochat_core/training/fp8.py); everything else is bf16.
+# With fp8, training computes only the products with the large matrices of the blocks in fp8
+# (nanochat_core/training/fp8.py). The activations and the other matrix products are bf16.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 FP8_CAPABILITY = (9, 0)
 # A thread that records a CUDA graph holds this lock, because no thread may return memory to the device during the

@@ -191,7 +191,7 @@ def _decimal(rng: random.Random) -> str:
 def _chain(rng: random.Random) -> Expression:
     count = rng.choices((3, 4), (5, 1))[0]
     operands = [_number(rng) for _ in range(count)]
-    # Parentheses enclose no operands, or two neighbors, or both pairs of neighbors if there are four operands.
+    # Parentheses enclose no operands, or two neighbors, or, if there are four operands, the first two and the last two.
     groups = rng.choice(((), (0,), (1,), *(((2,), (0, 2)) if count == 4 else ())))
     return _joined(rng, operands, groups)
 

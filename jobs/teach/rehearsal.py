@@ -141,8 +141,8 @@ def _row(conversation: Conversation) -> dict[str, Any]:
 def _answered(engine: Engine, checkpoint: Checkpoint, questions: Sequence[str]) -> Iterator[tuple[Conversation, bool]]:
     """Conversations of a question and the model's greedy answer, each with whether the model was sure of the answer.
 
-    The conversations are in the order of the questions. A conversation is left out if it does not have exactly the
-    tokens that the model has read and written, for example because the answer does not end.
+    The conversations are in the order of the questions. A conversation is left out if rendering it again does not give
+    exactly the tokens of the prompt and of the model's output, for example because the answer does not end.
     """
     tokenizer, context = checkpoint.tokenizer, checkpoint.config.context_length
     asked = [Message("user", (Part("text", question),)) for question in questions]

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 LoadedT = TypeVar("LoadedT")
 
 META_FORMAT = 1
-# Format 2 adds, to the position in the training data, the parts of documents that are not packed into rows yet.
+# In format 2, the position in the training data also names each document that is not completely packed into rows yet,
+# and its first token that is not packed.
 TRAINER_STATE_FORMAT = 2
 
 

@@ -209,11 +209,12 @@ class Sampler:
         return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
     def _candidates(self, z: Tensor, params: Items[SamplingParams]) -> Tensor | None:
-        """Ids (rows, n) of candidates that include all tokens that top-k keeps; None if a row has no small top-k.
+        """Ids (rows, n) of candidates that include all tokens that top-k keeps.
 
-        Noise for the whole vocabulary takes several times as long as finding a few candidates. The result is also None
-        if tokens tie with a row's last candidate, because top-k keeps these tokens too. On a GPU, the result is always
-        None, because the test for ties reads numbers from the device, and this takes longer than computing the noise.
+        The result is None if a row is greedy or has no small top-k. The result is also None if another token ties with
+        a row's k-th best token, because top-k then keeps both. Finding a few candidates is several times as fast as
+        noise for the whole vocabulary. On a GPU, the result is always None, because the test for ties reads numbers
+        from the device, and this takes longer than computing the noise.
         """
         if z.is_cuda or not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
             return None

@@ -34,8 +34,8 @@ class ModelHost:
 
     Attributes:
         current: the model that gets new requests; None until the first model is loaded.
-        in_progress: which program trains the model now and how far it is, such as ``jobs.train.sft: step 12 of 320``;
-            empty if no program trains the model now, or if there is a revision to serve.
+        in_progress: which program works on the model now and how far it is, such as ``jobs.train.sft: step 12 of 320``;
+            empty if no program works on the model now, or if there is a revision to serve.
     """
 
     def __init__(

@@ -148,7 +148,7 @@ def polar_express_flops(shape: tuple[int, int]) -> float:
     """FLOPs of Muon's orthogonalization of one matrix.
 
     The orthogonalization evaluates several polynomials. Each of them multiplies the matrix with its transpose, squares
-    the product, and multiplies this square with the matrix.
+    the product, and multiplies a weighted sum of the product and its square with the matrix.
     """
     small, large = min(shape), max(shape)
     return len(POLAR_EXPRESS) * (4.0 * small * small * large + 2.0 * small**3)

@@ -27,8 +27,8 @@ BLOCK = 16_384
 # Number of blocks whose order is cached. Several blocks are in use at the same time, because packers read at different
 # speeds.
 _CACHED_BLOCKS = 64
-# The mean length is measured on a few runs of consecutive documents. Most runs lie in one row group, so few row groups
-# are read.
+# The mean length is measured on a few runs of consecutive documents. Most runs lie within a single row group each, so
+# few row groups are read.
 _MEASURED_RUNS, _MEASURED_RUN = 8, 32
 
 

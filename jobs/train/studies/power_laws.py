@@ -111,7 +111,7 @@ class IsoFlop:
         sizes: number of scaling parameters of each model.
         tokens: number of training tokens of each model.
         losses: held-out loss of each model.
-        fit: parabola of the loss over the size; None if it cannot be fitted.
+        fit: parabola of the loss over the logarithm of the size; None if it cannot be fitted.
     """
 
     flops: float

@@ -165,7 +165,10 @@ class _PaddedBatch:
         return self._padded.index_copy_(0, self._places, q)
 
     def _view(self, group: int) -> tuple[Tensor, Tensor]:
-        """The ids (chunks, n) of the blocks to gather in a cache group, and the mask (chunks, 1, rows, keys)."""
+        """The ids (chunks, n) of the blocks to gather in a cache group, and the mask.
+
+        The mask is as :meth:`TorchCache.mask` returns it.
+        """
         if group not in self._views:
             self._views[group] = self._build_view(group)
         return self._views[group]
