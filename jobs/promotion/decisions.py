@@ -22,11 +22,14 @@ class Decision:
 
     Attributes:
         digest: sha256 of the checkpoint's weights.
-        against: model and revision of the checkpoint with which the gate compared the judged checkpoint. If a
-            checkpoint was promoted without a comparison, for example by a roll-back, this is the checkpoint that it
-            replaced. Empty if no other checkpoint was promoted.
+        against: model and revision of the checkpoint with which the gate compared the judged checkpoint. A roll-back
+            compares nothing; this is then the checkpoint that it replaced. Empty if there was no such checkpoint, or if
+            both have the same weights.
         promoted: whether this decision promoted the checkpoint. A decision without ``--promote`` promotes nothing.
         time: when the decision was made, in UTC (ISO 8601).
+        replaced: model and revision of the other checkpoint that was promoted until this decision promoted the judged
+            checkpoint; empty if no other checkpoint was promoted. None if the decision promoted nothing, or if a
+            version without this field wrote it.
     """
 
     digest: str
@@ -36,6 +39,7 @@ class Decision:
     against: str
     promoted: bool
     time: str
+    replaced: str | None = None
 
     @property
     def refusals(self) -> list[str]:
@@ -66,15 +70,24 @@ def last_promotion(store: Store, model: str) -> tuple[CheckpointRef, Decision] |
     """The newest decision that promoted a checkpoint of the model, and the checkpoint's name.
 
     The decision is stored before the checkpoint is promoted. If the process died between these two writes, the
-    checkpoint is not promoted, although this decision says so.
+    checkpoint is not promoted, although ``promoted`` is true in this decision.
     """
     return max(_promotions(store, model), key=lambda each: each[1].time, default=None)
 
 
 def was_replaced(store: Store, ref: CheckpointRef) -> bool:
     """Whether a later promotion replaced this checkpoint, which was promoted until then."""
-    shown = f"{ref.model} {ref.revision}"
-    return any(other != ref and decision.against == shown for other, decision in _promotions(store, ref.model))
+    return any(
+        # If an older version made the decision, only the checkpoint of the comparison is known. It is the replaced one,
+        # unless the gate compared with another model.
+        other != ref and shown(ref) == (decision.against if decision.replaced is None else decision.replaced)
+        for other, decision in _promotions(store, ref.model)
+    )
+
+
+def shown(ref: CheckpointRef) -> str:
+    """How a decision names another checkpoint: by its model and its revision."""
+    return f"{ref.model} {ref.revision}"
 
 
 def _promotions(store: Store, model: str) -> list[tuple[CheckpointRef, Decision]]:

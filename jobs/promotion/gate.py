@@ -5,7 +5,7 @@ import datetime
 import logging
 from collections.abc import Mapping
 
-from jobs.promotion.decisions import Decision, add_decision, decisions, last_promotion
+from jobs.promotion.decisions import Decision, add_decision, decisions, last_promotion, shown
 from jobs.promotion.rules import Gate
 from jobs.results.metrics import Metric, metrics_of
 from jobs.results.reports import report_promotion
@@ -89,14 +89,16 @@ def _decide(store: Store, checkpoint: Checkpoint, gate: Gate, promoting: bool, a
     other = compared.metrics if compared else None
     outcomes = tuple(rule.judge(metrics, other) for rule in rules)
     accepted = all(outcome.passed is not False for outcome in outcomes)
+    earlier = promoted(store, ref.model)
     decision = Decision(
         digest=digest,
         accepted=accepted,
         outcomes=outcomes,
         metrics=metrics,
-        against=f"{compared.ref.model} {compared.ref.revision}" if compared and other is not None else "",
+        against=shown(compared.ref) if compared and other is not None else "",
         promoted=accepted and promoting,
         time=_now(),
+        replaced=_replaced(earlier, ref) if accepted and promoting else None,
     )
     add_decision(store, ref, decision)
     if decision.promoted:
@@ -148,9 +150,14 @@ def restore(store: Store, ref: CheckpointRef, digest: str) -> None:
         if not made:
             raise UserError(f"{ref.prefix} was never promoted with these weights; nanochat eval gate may promote it")
         if (current := promoted(store, ref.model)) != ref:
-            against = f"{current.model} {current.revision}" if current else ""
-            add_decision(store, ref, dataclasses.replace(made[-1], against=against, time=_now()))
+            replaced = _replaced(current, ref)
+            add_decision(store, ref, dataclasses.replace(made[-1], against=replaced, time=_now(), replaced=replaced))
             promote(store, ref)
+
+
+def _replaced(earlier: CheckpointRef | None, ref: CheckpointRef) -> str:
+    """The field ``replaced`` of a decision that promotes ``ref`` after ``earlier`` was promoted."""
+    return "" if earlier is None or earlier == ref else shown(earlier)
 
 
 def _now() -> str:

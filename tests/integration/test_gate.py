@@ -1,5 +1,6 @@
 """The promotion gate with a real store and engine: if it refuses a worse model, the old model is still served."""
 
+import json
 import runpy
 import sys
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs.promotion.decisions import Decision, decisions, last_promotion
+from jobs.promotion.decisions import Decision, decisions, last_promotion, was_replaced
 from jobs.promotion.gate import PromotedChanged, decide, restore
 from jobs.promotion.rules import Gate
 from jobs.results.evaluations import Evaluation
@@ -261,3 +262,52 @@ def test_the_newest_promotion_is_known_even_if_a_model_was_promoted_again(store:
     newest = last_promotion(store, "tiny")
     assert newest is not None
     assert newest[0] == SECOND
+
+
+def test_a_replaced_promotion_is_known_whatever_the_gate_compared_with(store: Store) -> None:
+    trained(store, CheckpointRef("old", "sft", 1), 0.9, depth=4)
+    asked(store, CheckpointRef("old", "sft", 1))
+    trained(store, FIRST, 0.95)
+    trained(store, SECOND, 0.9, depth=3)
+    asked(store, FIRST)
+    assert not was_replaced(store, FIRST)
+    assert asked(store, SECOND, against="old", promoting=False).accepted
+    assert not was_replaced(store, FIRST), "nothing was promoted"
+    decision = asked(store, SECOND, against="old")
+    assert (decision.against, decision.replaced) == ("old sft/step_000001", "tiny sft/step_000001")
+    assert [was_replaced(store, each) for each in (FIRST, SECOND)] == [True, False]
+
+
+def test_a_promotion_that_equal_weights_replaced_is_known(store: Store) -> None:
+    for ref in (FIRST, SECOND):
+        trained(store, ref, 0.9)
+        assert asked(store, ref).against == "", "there is no other model to compare with"
+    assert [was_replaced(store, each) for each in (FIRST, SECOND)] == [True, False]
+
+
+def test_a_promotion_that_never_happened_was_not_replaced(store: Store) -> None:
+    trained(store, FIRST, 0.95)
+    asked(store, FIRST)
+    trained(store, SECOND, 0.96, depth=3)
+    asked(store, SECOND)
+    promote(store, FIRST)  # as if the process had died between the decision on the second model and its promotion
+    trained(store, FIRST, 0.5, depth=4)
+    asked(store, FIRST)
+    assert promoted(store, "tiny") is None
+    third = CheckpointRef("tiny", "sft", 3)
+    trained(store, third, 0.97, depth=5)
+    assert asked(store, third).against == "tiny sft/step_000002"
+    assert [was_replaced(store, each) for each in (FIRST, SECOND)] == [True, False]
+
+
+def test_a_decision_of_a_version_that_did_not_record_what_it_replaced_is_read(store: Store) -> None:
+    trained(store, FIRST, 0.9)
+    trained(store, SECOND, 0.95, depth=3)
+    asked(store, FIRST)
+    asked(store, SECOND)
+    key = "reports/tiny/decisions/sft_step_000002.json"
+    stored = json.loads(store.read(key))
+    assert stored["decisions"][0].pop("replaced") == "tiny sft/step_000001"
+    store.write(key, json.dumps(stored).encode())
+    assert [each.replaced for each in decisions(store, SECOND)] == [None]
+    assert was_replaced(store, FIRST)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from jobs.promotion.decisions import decisions
+from jobs.promotion.gate import decide
 from jobs.teach import session, training
 from jobs.teach.curriculum import Curriculum
 from jobs.teach.session import Machine, end_canceled, give_lessons, roll_back, taught_ref
@@ -27,6 +28,7 @@ from nanochat_core.lessons.records import Lesson, NoLesson, Plan, cancel_lesson,
 from nanochat_core.store import FolderStore, Lease, NameInUse, Store
 from nanochat_core.training.distributed import ALONE
 from tests.support.lesson_store import (
+    ACCEPT,
     MODEL,
     REFUSED,
     SFT,
@@ -108,6 +110,20 @@ def test_a_roll_back_after_a_death_between_promotion_and_record_is_not_undone(st
     lesson = give(store, 2)
     assert (lesson.state, lesson.digest) == ("promoted", weights_digest(store, taught_ref(second)))
     assert promoted(store, MODEL) == taught_ref(first)
+
+
+def test_a_promotion_after_such_a_death_is_not_undone_though_the_gate_compared_with_another_model(
+    store: WatchedStore,
+) -> None:
+    with_model(store.root, CheckpointRef("other", "sft", 2))
+    queue(store, "Rex.")
+    second = queue(store, "Max.")
+    killed_before(store, 2, after_promotion(store))
+    decision = decide(store, load_checkpoint(store, SFT), ACCEPT, promoting=True, against="other")
+    assert (decision.promoted, decision.against) == (True, "other sft/step_000002")
+    lesson = give(store, 2)
+    assert (lesson.state, lesson.digest) == ("promoted", weights_digest(store, taught_ref(second)))
+    assert promoted(store, MODEL) == SFT
 
 
 def test_a_lesson_whose_model_is_promoted_has_not_failed_whatever_comes_after(store: WatchedStore) -> None:
