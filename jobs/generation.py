@@ -52,8 +52,8 @@ def continue_text(
 ) -> list[list[str]]:
     """For each prompt, a pair of the prompt and the model's continuation.
 
-    A prompt is cut if it is longer than half of the context. A continuation ends where the model ends the document, or
-    after ``sampling.max_tokens`` tokens.
+    A prompt is cut if it is longer than half of the context. A continuation ends where the model ends the document,
+    after ``sampling.max_tokens`` tokens, or at the end of the context.
     """
     most = max(1, model.config.context_length // 2)
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:most] for prompt in prompts]
@@ -70,7 +70,10 @@ def continue_text(
 
 
 def openings(documents: Sequence[str], count: int, words: int = 6) -> list[str]:
-    """The first words of ``count`` evenly spread documents, with the spaces and line breaks between the words."""
+    """The first ``words`` words of at most ``count`` evenly spread documents.
+
+    The spaces and line breaks between the words are kept.
+    """
     return ["".join(re.findall(r"\s*\S+", document)[:words]).lstrip() for document in spread(documents, count)]
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$])")
 # Characters that, at the start of a line, begin a list, a heading or the underline of a heading.
 _LEADING = re.compile(r"^(\d+)([.)])(?=\s|$)|^([-+=#])")
-# Matches a cell with a number and its unit, such as "4 min 08 s" or "0.55 bits per byte".
+# Matches a cell of a column of numbers: a number with or without a unit, such as "4 min 08 s" or "0.55 bits per byte",
+# a dash, or an empty cell.
 _NUMBER = re.compile(r"(?!`)\W*\d\S*( \w{1,4}){0,3}|—|")
 
 

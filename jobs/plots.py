@@ -10,7 +10,7 @@ import numpy as np
 
 INK, FAINT, TRAIN, HELD_OUT = "#1f2933", "#d5dbe1", "#2f6fde", "#d9480f"
 # How far :func:`smoothed` looks on each side of a step: _REACH is a share of all steps. For the first steps,
-# _EARLY_REACH is used instead, a share of the steps so far.
+# _EARLY_REACH is used instead, a share of the steps so far, if it reaches less far.
 _REACH, _EARLY_REACH = 0.05, 0.3
 _STYLE: dict[Any, Any] = {
     "axes.titlecolor": INK,
@@ -30,7 +30,7 @@ _STYLE: dict[Any, Any] = {
 def panels(
     path: Path, count: int, *, columns: int = 0, width: float = 5.2, height: float = 3.6
 ) -> Iterator[Sequence[Any]]:
-    """Yield the axes of a plot. The plot is written to ``path`` when the context ends.
+    """Yield the axes of a plot. The plot is written to ``path`` when the context ends without an error.
 
     A row has at most ``columns`` of the ``count`` axes; 0 puts all of them in one row. Each axis has the given size in
     inches.
@@ -74,7 +74,7 @@ def log_scale(axis: Any, shown: Callable[[float], str]) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """At most eight round numbers from ``low`` to ``high``, which are positive.
+    """At most eight round numbers from ``low`` to ``high``. Both limits must be positive.
 
     The ratios of neighboring numbers are as even as possible. In a short range, the differences are equal instead.
     """
@@ -85,19 +85,19 @@ def log_ticks(low: float, high: float) -> list[float]:
             return ticks
     if len(ticks) > 6:
         return ticks[:: math.ceil(len(ticks) / 6)]
-    # A short range contains too few of the numbers above, so its ticks have equal distances: a round number.
+    # A short range contains too few of the numbers above, so its ticks are the multiples of a round number.
     unit = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = next(unit * factor for factor in (5, 2, 1) if (high - low) / (unit * factor) >= 3)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def scientific(value: float) -> str:
-    """A number with at most three digits, such as 3e15 for FLOPs."""
+    """A number with at most three significant digits, such as 3e15 for FLOPs."""
     return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
 def short(value: float) -> str:
-    """A count or a loss with at most four digits, such as 0.95 or 300 M."""
+    """A count or a loss with at most four significant digits, such as 0.95 or 300 M."""
     for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if value >= size:
             return f"{value / size:.4g}{letter}"
@@ -118,7 +118,7 @@ def smoothed(steps: Sequence[float], values: Sequence[float]) -> list[float]:
     step does not lag, and values on a straight line stay as they are. The line at a step is fitted to the values of the
     steps near it. On each side, these are the steps within the fraction :data:`_REACH` of the whole run. At the
     beginning, where a loss bends most, they are only the steps within the fraction :data:`_EARLY_REACH` of the steps
-    done so far.
+    done so far. The line always covers the steps that are nearer than three times the mean distance between steps.
 
     ``steps`` must increase.
     """

@@ -77,12 +77,15 @@ class Recipe:
     examples: tuple[str, ...] = ()
 
     def fitted(self, text_bytes: int) -> Self:
-        """The recipe for a training text of ``text_bytes`` bytes: a short text gets fewer steps and smaller batches.
+        """The recipe for a training text of ``text_bytes`` bytes: a short text gets fewer steps or smaller batches.
+
+        A recipe that makes its own data, or does not set both steps and batch size, stays unchanged.
 
         A model that sees a text very often repeats it and predicts other text worse. So the steps show the text at most
         about :data:`MOST_PASSES` times. First the number of steps is lowered, but not below :data:`FEWEST_STEPS`. If
         the steps still show the text too often, the batches become smaller, down to about :data:`SMALLEST_BATCH`
-        tokens. The learning rates then follow the square root of the batch size. A warning reports the smaller values.
+        tokens. The learning rates then follow the square root of the batch size. A warning reports the new numbers of
+        steps and of tokens in a batch.
         """
         steps, batch = self.pretrain.get("steps"), self.pretrain.get("batch-tokens")
         if not (self.needs_data and isinstance(steps, int) and isinstance(batch, int)):
@@ -126,8 +129,8 @@ class Recipe:
     def prepare(self, store: Store, name: str, data: LocalText | None) -> None:
         """Write text to ``data/<name>`` and conversations to ``data/<name>-chat`` unless the store has them.
 
-        Raises UserError if the recipe needs ``data`` and ``data`` is None, or if the recipe makes its own data and
-        ``data`` is given.
+        Raises UserError if the recipe makes its own data and ``data`` is given, or if the recipe needs text and neither
+        ``data`` nor the store has it. Also raises the errors of :meth:`LocalText.documents` and :func:`write_dataset`.
         """
         if data is not None and not self.needs_data:
             raise UserError(f"recipe {self.name} makes its own data; leave --data out or use --recipe small")

@@ -36,7 +36,7 @@ class Source:
     Attributes:
         shards: URL, key or path of each shard; the last shard is the validation split.
         fetch: copies a shard (one of ``shards``) to a local file. Over HTTP, it continues after the bytes that an
-            earlier call left there. It raises UserError if the source refuses the shard, and Stopped if its third
+            earlier call left there. It raises UserError if the shard cannot be fetched, and Stopped if its third
             argument is set.
     """
 
@@ -117,7 +117,8 @@ def download(store: Store, name: str, source: Source, shown: str, wanted: Sequen
         parallel: number of shards that are downloaded at the same time.
 
     Raises:
-        UserError: a shard does not exist, cannot be downloaded or is damaged, or the dataset comes from another source.
+        UserError: a shard does not exist, cannot be downloaded or stored, or is damaged; or ``data/<name>`` has shards
+            that come from another source or were not downloaded.
     """
     last = len(source.shards) - 1
     beyond = [number for number in wanted if not 0 <= number < last]

@@ -34,7 +34,9 @@ ENDINGS = f"{', '.join(_FORMATS)}, or one of these except .parquet, followed by 
 # Regular expression for the endings of files that consist of rows.
 ROWS_ENDING = r"\.(parquet|(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?)"
 
-# Names of files that describe the dataset in their folder. Such files are not read as data.
+# Names of files that describe a dataset. If the user gives a folder, its files of the first kind are not read as data.
+# Texts of the second kind are not read either if a file of the folder consists of rows or has a name that states a
+# split.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _READMES = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing", "requirements")
 
@@ -73,8 +75,8 @@ def find_files(path: Path) -> dict[str, Path]:
             out. For a dataset's folder in the cache of the Hugging Face hub, its current snapshot is searched.
 
     Raises:
-        UserError: ``path`` names no readable file, or a folder cannot be read or has a link to a file that does not
-            exist.
+        UserError: ``path`` names no readable file, a folder cannot be read or has a link to a file that does not exist,
+            or nothing says which snapshot of a dataset is current.
     """
     if path.is_file():
         found = {path.name: path}

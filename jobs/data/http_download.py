@@ -1,4 +1,7 @@
-"""Download one file over HTTP. A retry continues where the last attempt ended; size and sha256 are checked."""
+"""Download one file over HTTP. A retry continues where the last attempt ended.
+
+The size and the sha256 are checked if the server announces them.
+"""
 
 import contextlib
 import errno
@@ -19,7 +22,8 @@ log = logging.getLogger("jobs.data.download")
 
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
-# The download gives up after this many failures in a row. An attempt that receives a byte does not count as a failure.
+# The download gives up after this many failures in a row. An attempt does not count as a failure if the partial file is
+# longer after it.
 ATTEMPTS = 6
 _TIMEOUT_SECONDS = 60
 _RETRIED_STATUS = (408, 425, 429)
@@ -55,7 +59,7 @@ def fetch_file(url: str, part: Path, stop: threading.Event, advice: str) -> None
         advice: what the user can do if the server refuses the file.
 
     Raises:
-        UserError: the server refuses the file, or too many attempts failed.
+        UserError: the URL is wrong, the server refuses the file, too many attempts failed, or the disk is full.
         Stopped: ``stop`` was set.
     """
     failures = 0
@@ -90,7 +94,10 @@ def discard(part: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(part: Path) -> Iterator[None]:
-    """Turn the errors of a full or read-only disk into a StoreError that says what to do."""
+    """Turn the errors of a disk that cannot be written, for example a full disk, into a StoreError.
+
+    The error's message says what to do.
+    """
     try:
         yield
     except OSError as error:

@@ -20,7 +20,8 @@ from nanochat_core.paths import user_path
 
 log = logging.getLogger("jobs.data.local_text")
 
-# Plain text is cut between paragraphs into documents of about this many characters.
+# Plain text is cut into documents of at least this many and at most twice as many characters, if possible between
+# paragraphs. The last document of a file may be shorter.
 DOCUMENT_CHARACTERS = 4000
 HELD_OUT_FRACTION = 0.05
 # With fewer held-out characters than this, a warning is logged, because bits per byte vary much from one short text to
@@ -65,12 +66,12 @@ class LocalText:
 
         If there are no validation files, the caller holds out a part of the training files.
 
-        The files of ``val_data`` are for validation. If the names of these files state splits, only the files of the
-        validation split are used.
+        The files of ``val_data`` are for validation. If the names of these files state several splits, only the files
+        of the validation split, or else of the test split, are used.
 
         Raises:
-            UserError: there is no readable file, the names do not say which files are for training, or the files of
-                ``val_data`` leave no file for training.
+            UserError: there is no readable file, the names do not say which files are for training (this also applies
+                to a folder ``val_data``), or the files of ``val_data`` leave no file for training.
         """
         found = _absolute(find_files(self.data))
         if self.val_data is None:
@@ -107,14 +108,16 @@ class LocalText:
         If no file is for validation, the last twentieth of the documents is the validation split. The documents are in
         the order of the files' names. If there are many large files, the validation split is the last file instead. The
         validation split is taken from the end, so that neighboring passages of a book do not get into both splits. If
-        the text has few documents, a document may be cut in two.
+        the text has fewer than 20 documents, the split is a twentieth of the characters instead, or up to a fifth of a
+        short text, and a document may be cut in two.
 
-        The iterators read the files while the caller takes documents. If a share of the documents is held out, this
-        method first reads all files once to count the documents.
+        The iterators read the files while the caller takes documents. If a share of the text is held out, this method
+        first reads all files to count the documents.
 
         Raises:
-            UserError: as for :attr:`splits`. The iterators raise UserError if a file is damaged, does not fit its
-                ending or has no text.
+            UserError: as for :attr:`splits`, or the text is too short to be divided. This method, when it counts the
+                documents, and the iterators raise UserError if a file is damaged or does not fit its ending, or if all
+                files of a split have no text.
         """
         splits = self.splits
         training, validation = splits.training, splits.validation

@@ -18,7 +18,11 @@ class Entry:
 
 
 def parse_mixture(text: str) -> list[Entry]:
-    """Parse comma-separated entries of the form ``name[:weight]``; any other text raises a UserError."""
+    """Parse comma-separated entries of the form ``name[:weight]``. The default weight is 1.
+
+    Raises UserError for any other text, for a weight that is not above 0 or is above :data:`MOST_WEIGHT`, and for a
+    name that occurs twice.
+    """
     entries: list[Entry] = []
     for part in text.split(","):
         name, colon, weight = part.strip().rpartition(":")

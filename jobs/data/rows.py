@@ -1,4 +1,7 @@
-"""Rows of JSON, CSV and parquet files, in order or in any order; every error names the file and the row."""
+"""Rows of JSON, CSV and parquet files, in order or in any order.
+
+Every error names the file, and also the row if one row causes the error.
+"""
 
 import csv
 import itertools
@@ -32,11 +35,11 @@ _MAY_CONTINUE_CHARACTERS = 16
 def stream_rows(path: Path, shown: str) -> Iterator[tuple[str, Row]]:
     """The rows of a JSON or CSV file in order, as pairs (place, row).
 
-    The place is the row's name in error messages, for example ``a.csv:3`` if ``shown`` is ``a.csv``. Only the current
-    row is in memory. Invalid UTF-8 becomes lone surrogates.
+    The place is the row's name in error messages, for example ``a.csv:3`` if ``shown`` is ``a.csv``. The file is read
+    in pieces, so it need not fit into memory. Invalid UTF-8 becomes lone surrogates.
 
     Raises:
-        UserError: the file is damaged, or a row is not an object of named values.
+        UserError: the file cannot be read or is damaged, or a row is not an object of named values.
     """
     unit = row_unit(path)
     for number, row in _numbered_rows(path, shown):
@@ -237,11 +240,12 @@ Rows = JsonRows | ParquetRows
 def open_rows(path: Path, shown: str) -> Rows:
     """Open a parquet, JSON or CSV file for access to its rows in any order.
 
-    An uncompressed file of JSON lines is used as it is. Any other JSON or CSV file is first copied to a temporary file
-    of JSON lines, so that the rows need not fit into memory.
+    An uncompressed file of JSON lines in UTF-8 is used as it is. Any other JSON or CSV file is first copied to a
+    temporary file of JSON lines, so that the rows need not fit into memory.
 
     Raises:
-        UserError: a parquet file is incomplete, or a file that must be copied is damaged.
+        UserError: the file cannot be opened, a parquet file is incomplete, or a file that must be copied is damaged or
+            has a row that is not an object of named values.
     """
     kind = file_format(path.name)
     if kind == "parquet":

@@ -1,8 +1,8 @@
 """Datasets of text in the store: parquet shards with a ``text`` column, and a manifest.
 
-The last shard by name is the validation split, unless the names of the shards state their splits. Each shard consists
-of row groups of about a thousand documents, so that a training process can read one document without reading the whole
-shard.
+The last shard by name is the validation split, unless the names of the shards state their splits. :func:`write_dataset`
+divides each shard into row groups of a thousand documents, so that a training process can read one document without
+reading the whole shard.
 """
 
 import bisect
@@ -91,7 +91,7 @@ def read_manifest(store: Store, name: str) -> Manifest | None:
 
 
 def _checked(info: ShardInfo) -> ShardInfo:
-    """Return ``info``. Raises ValueError or TypeError if a field has a value that :func:`describe_shard` never sets."""
+    """Return ``info``. Raises ValueError or TypeError if a number is no integer from 0 or the digest is no sha256."""
     numbers = [info.bytes, *info.row_groups]
     if any(type(number) is not int or number < 0 for number in numbers) or len(bytes.fromhex(info.sha256)) != 32:
         raise ValueError(f"{info} describes no shard")

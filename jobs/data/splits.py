@@ -29,7 +29,8 @@ class Splits:
 
     Attributes:
         training: files to train on, never empty.
-        validation: files for validation; empty if no name states the split ``validation`` or ``test``.
+        validation: files for validation; empty if :func:`split_files` finds no name that states the split
+            ``validation`` or ``test``.
         unused: the other files, such as test files beside validation files. They are neither for training nor for
             validation.
     """

@@ -24,7 +24,7 @@ def save_tokenizer(store: Store, name: str, tokenizer: Tokenizer, dataset: str) 
 
 
 def load_tokenizer(store: Store, name: str) -> Tokenizer:
-    """Read a trained tokenizer. Raises UserError if the store has no tokenizer of this name."""
+    """Read a trained tokenizer. Raises UserError if the store has no tokenizer of this name or cannot read it."""
     try:
         return Tokenizer.from_json(store.read(tokenizer_key(name)), tokenizer_key(name))
     except FileNotFoundError:
@@ -34,7 +34,10 @@ def load_tokenizer(store: Store, name: str) -> Tokenizer:
 
 
 def check_replaceable(store: Store, name: str) -> None:
-    """Raise NewerFormatError if a newer version of nanochat wrote the tokenizer of this name, or its description."""
+    """Raise NewerFormatError if a newer version of nanochat wrote the tokenizer of this name, or its ``meta.json``.
+
+    Raises UserError if ``meta.json`` is damaged.
+    """
     _meta(store, name)
     try:
         load_tokenizer(store, name)

@@ -88,7 +88,7 @@ def load_reference(encoding: Encoding, file: str = "") -> Reference:
     """Read an encoding from ``file``, or from tiktoken's cache (``TIKTOKEN_CACHE_DIR``) if ``file`` is empty.
 
     Raises:
-        UserError: ``file`` does not exist or contains no tokens. A missing or damaged cache raises nothing.
+        UserError: ``file`` cannot be read or is no encoding. A missing or damaged cache raises nothing.
     """
     if file:
         return _read_reference(encoding, user_path(file))
@@ -151,7 +151,8 @@ def _ranks_of_merges(lines: Sequence[str], path: Path) -> dict[bytes, int]:
 def texts_to_compare(store: Store, dataset: str, size: int) -> dict[str, str]:
     """The texts to compare on, by their names in the table: samples of domains, and the start of each dataset split.
 
-    About ``size`` bytes are taken from each split. An empty ``dataset`` adds no text to the samples.
+    Whole documents are taken from the start of each split until they have ``size`` bytes. An empty ``dataset`` adds no
+    text to the samples.
     """
     texts = dict(DOMAIN_SAMPLES)
     if dataset:

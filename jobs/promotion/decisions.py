@@ -103,8 +103,8 @@ def _promotions(store: Store, model: str) -> list[tuple[CheckpointRef, Decision]
 def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
     """Store a decision.
 
-    A decision that equals the last one on the checkpoint is not stored, unless it promotes the checkpoint again after
-    another checkpoint was promoted.
+    A decision that equals the last one on the checkpoint, apart from the time, is not stored, unless it promotes the
+    checkpoint again after another checkpoint was promoted.
     """
     known = decisions(store, ref)
     if known and dataclasses.replace(known[-1], time=decision.time) == decision:
@@ -117,7 +117,7 @@ def add_decision(store: Store, ref: CheckpointRef, decision: Decision) -> None:
 
 
 def latest_decision(store: Store, ref: CheckpointRef, digest: str) -> Decision | None:
-    """The last decision on the checkpoint ``ref`` with the weights ``digest``."""
+    """The last decision on the checkpoint ``ref`` with the weights ``digest``; None if there is no such decision."""
     return next((each for each in reversed(decisions(store, ref)) if each.digest == digest), None)
 
 

@@ -67,8 +67,9 @@ def decide(
             checkpoint is read under the gate's lease, so no promotion and no roll-back can come in between.
 
     Raises:
-        PromotedChanged: neither ``expected`` nor ``checkpoint`` itself is promoted.
-        UserError: a rule cannot be read, or the model to compare with has no promoted checkpoint.
+        PromotedChanged: ``expected`` is given, and neither ``expected`` nor ``checkpoint`` itself is promoted.
+        UserError: a rule cannot be read, the model ``against`` has no promoted checkpoint, a stored file that the gate
+            needs is damaged, or another program has the gate's lease.
     """
     with Lease(store, f"reports/{checkpoint.ref.model}", "jobs.eval.gate"):
         if expected is not None and (found := promoted(store, expected.model)) not in (expected, checkpoint.ref):
@@ -111,7 +112,10 @@ def _decide(store: Store, checkpoint: Checkpoint, gate: Gate, promoting: bool, a
 
 
 def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
-    """Return the checkpoint that a candidate is compared with; None if there is no such checkpoint.
+    """Return the checkpoint that a candidate is compared with.
+
+    The result is None if no checkpoint was ever promoted, or if the last promotion was withdrawn and its checkpoint had
+    the weights of the candidate.
 
     ``candidate`` is the sha256 of the candidate's weights.
     """
@@ -138,8 +142,9 @@ def incumbent(store: Store, model: str, candidate: str) -> Incumbent | None:
 def restore(store: Store, ref: CheckpointRef, digest: str) -> None:
     """Promote again a checkpoint that the gate has promoted before, and store this promotion as a further decision.
 
-    ``digest`` is the sha256 of the expected weights. Raises UserError if the checkpoint is gone, has other weights, or
-    was never promoted with these weights.
+    If the checkpoint is promoted already, nothing changes. ``digest`` is the sha256 of the expected weights. Raises
+    UserError if the checkpoint is gone, has other weights, or was never promoted with these weights, or if another
+    program has the gate's lease.
     """
     with Lease(store, f"reports/{ref.model}", "jobs.eval.gate"):
         if (found := load_checkpoint(store, ref).weights_digest) != digest:

@@ -31,8 +31,9 @@ class Gate:
     Attributes:
         require: thresholds such as ``chat.accuracy>=0.9``. The rule fails if the metric was not measured.
         no_worse: metrics, each with the margin by which it may be worse than for the promoted model, such as
-            ``chat.accuracy:0.01``. The rule fails unless both models were measured in the same way. None means
-            :data:`DEFAULT_NO_WORSE`; a default rule is skipped if the models were measured in different ways.
+            ``chat.accuracy:0.01``. The rule is skipped if no other model is promoted. It fails unless both models were
+            measured in the same way. None means :data:`DEFAULT_NO_WORSE`; a default rule is skipped, instead of
+            failing, if the models were not measured in the same way.
     """
 
     require: tuple[str, ...] = ()

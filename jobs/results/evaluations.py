@@ -1,8 +1,8 @@
 """The evaluation store: finished results, and the parts of evaluations that were interrupted.
 
 An evaluation has the folder ``evaluations/<model>/<stage>/step_<n>/<name>/`` of the artifact store, or a folder
-``<key>/`` inside it if several results of the same name are kept. The folder contains ``result.json`` and, while the
-evaluation runs, ``parts-<identity>/<part>.json`` for each finished part.
+``<key>/`` inside it if several results of the same name are kept. The folder contains ``result.json`` of the last
+finished evaluation and, until an evaluation finishes, ``parts-<identity>/<part>.json`` for each of its finished parts.
 """
 
 from __future__ import annotations

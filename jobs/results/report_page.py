@@ -1,4 +1,4 @@
-"""The page ``report.md``, rendered from the content of ``report.json`` only."""
+"""The page ``report.md``, rendered from the content of ``report.json`` and no other file."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,9 +34,9 @@ _PLOTS = {
     "CORE": {"CORE by task": "core.png"},
     "Reinforcement learning": {"Reward and pass@k": "rl.png"},
 }
-# Questions and answers with more characters than this, such as programming problems, are cut.
+# Questions, answers, Python calls and samples of pretraining with more characters than this are cut.
 _MOST_CHARACTERS = 400
-# Number of answers of each chat task that are quoted.
+# At most this many right and wrong answers of each chat task are quoted.
 _RIGHT_ANSWERS, _WRONG_ANSWERS = 1, 3
 # Of the steps at which training wrote samples, at most this many are shown: the first, the last, and some between them.
 _SAMPLED_STEPS = 5
@@ -154,7 +154,7 @@ def _unit(name: str) -> str:
 
 
 def _data_and_gradients(stages: Mapping[str, Report]) -> list[str]:
-    """How often each stage saw its data, how much of the data was never seen, and the size of the gradients."""
+    """How often each stage saw its data, how much of the data it left out, and the size of the gradients."""
     rows = []
     # A report of an earlier version has neither ``data`` nor ``gradient_norm``, so ``get`` is used.
     for name, stage in stages.items():

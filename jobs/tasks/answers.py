@@ -28,7 +28,7 @@ def last_number(text: str) -> str | None:
 def states_number(expected: str, answer_text: str) -> bool:
     """Whether the last number of an answer equals ``expected``; 18 equals 18.00.
 
-    Raises ValueError if ``expected`` is not a number.
+    Raises ValueError if ``expected`` has no number.
     """
     number, given = last_number(expected), last_number(answer_text)
     if number is None:

@@ -67,7 +67,7 @@ class FileConversations:
         """Open local files. The keys of ``files`` are their names in error messages.
 
         Rows in ShareGPT's form that have no answer are left out with a warning, because published files have such rows.
-        Raises UserError if no row is left.
+        Raises UserError if no row is left, or if a file cannot be read.
         """
         self._files = [open_rows(path, shown) for shown, path in files.items()]
         self._paths, self._dataset = list(files.values()), dataset
@@ -81,7 +81,7 @@ class FileConversations:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> list[Message]:
-        """A conversation. If it is wrong or has no assistant message, a UserError names the file and the line."""
+        """A conversation. If it is wrong or has no assistant message, a UserError names the file and the row."""
         file = bisect.bisect_right(self._ends, index)
         rows, used = self._files[file], self._used[file]
         number = used[index - (self._ends[file] - len(used))]
@@ -106,7 +106,7 @@ class FileConversations:
 def _rows_with_answer(rows: Rows, shown: str) -> Sequence[int]:
     """Indices of the rows to use. In ShareGPT's form, these are the rows with an assistant's turn after a question.
 
-    If the first row has another form, all rows are used.
+    Wrong rows are used too, so that an error reports them. If the first row has another form, all rows are used.
     """
     if not rows or "messages" in (first := rows[0]) or not isinstance(first.get("conversations"), list):
         return range(len(rows))

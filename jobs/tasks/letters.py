@@ -56,7 +56,10 @@ class LetterTask:
 
 
 def spells(word: str, answer_text: str) -> bool:
-    """Whether the answer has a run of single letters that spells the word; spaces, commas or hyphens separate them."""
+    """Whether the answer has a run of single letters that spells the word, in upper or lower case.
+
+    Whitespace, commas or hyphens separate the letters.
+    """
     spelled = ("".join(re.findall(r"\w", run)) for run in _SINGLE_LETTERS.findall(answer_text))
     return any(letters.lower() == word.lower() for letters in spelled)
 

@@ -55,7 +55,8 @@ class Selection:
     """The rules by which an evaluation selects the questions that it asks of each task.
 
     Attributes:
-        items: number of questions of each task; 0 asks all questions of a dataset, or 200 of a generated task.
+        items: largest number of questions of each task; 0 asks all questions of a dataset, and at most 200 questions of
+            a generated task.
         seed: decides which questions are chosen or generated.
         kinds: kinds of conversations that the task ``demo`` asks; None asks every kind.
     """
@@ -69,7 +70,8 @@ def open_tasks(names: Sequence[str], source: DatasetSource, selection: Selection
     """The evaluation tasks with the given names; a name that ends in ``.jsonl`` is a file of the user's own questions.
 
     Raises:
-        UserError: a name is unknown, two tasks have the same name, or a task's files are missing or wrong.
+        UserError: there is no name, a name is unknown, two tasks have the same name, or a task's files are missing or
+            wrong.
     """
     tasks = [_open(name, source, selection) for name in names]
     if not tasks:
@@ -103,7 +105,7 @@ def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversa
     ending of a data file, such as ``.jsonl``.
 
     Returns the training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl`` or
-    the names of the files of a local folder state a validation split.
+    the names of the files of a local folder state a validation or test split.
 
     Raises:
         UserError: nothing has this name, or a file is wrong; the message says where the files should be and how to get
@@ -145,7 +147,8 @@ def open_problems(store: Store, name: str, held_out: int) -> Problems:
     """The problems of the task ``name`` for reinforcement learning. At most ``held_out`` problems are for evaluation.
 
     Raises:
-        UserError: the name is unknown, or the store lacks the task's files; the message says how to get them.
+        UserError: the name is unknown, a file of the task is wrong, or the store lacks the task's files. In the last
+            case, the message says how to get them.
     """
     if name not in PROBLEMS:
         raise UserError(f"there is no task {name!r} to practice; choose one of {', '.join(PROBLEMS)}")

@@ -54,7 +54,7 @@ class Response:
 
     Attributes:
         text: the visible text, without the Python code that the model ran and its output.
-        tool_calls: code and output of each call of the Python tool.
+        tool_calls: code and output of each finished call of the Python tool.
     """
 
     text: str
@@ -141,7 +141,10 @@ class Task(Generic[Q]):
     baseline: float = 0.0
 
     def sample(self, count: int, seed: int) -> Self:
-        """The task with ``count`` of its questions, in their original order. Equal seeds choose equal questions."""
+        """The task with at most ``count`` of its questions, in their original order.
+
+        Equal seeds choose equal questions.
+        """
         if count >= len(self.questions):
             return self
         chosen = random.Random(f"{seed}/{self.name}").sample(range(len(self.questions)), count)  # noqa: S311

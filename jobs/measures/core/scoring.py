@@ -27,7 +27,8 @@ from nanochat_core.model import GPT, QK_SCALE, rotary_table
 # The rotary table has this many times the length of the training context, because few-shot prompts can be longer than
 # that context. The windows of attention do not depend on the length of the table.
 CONTEXTS = 10
-# Number of tokens in a batch, padding included. These sizes are large enough for matrix products at full speed.
+# Largest number of tokens in a batch of several questions, padding included. These sizes are large enough for matrix
+# products at full speed.
 CPU_TOKENS, GPU_TOKENS = 2048, 32768
 # Number of queries in a block of attention with a window.
 _BLOCK = 256
@@ -38,8 +39,8 @@ def right(question: Question, losses: Sequence[float]) -> bool:
 
     The option with the lowest loss must be the right option. In language modeling the model must predict every token.
 
-    An option that is a prefix of all other options has no token of its own, and its mean loss is NaN. Comparisons with
-    NaN are false, so an option with the loss NaN counts as the best if and only if it is the first option. This rule is
+    An option without a scored token, such as a prefix of all other options, has the mean loss NaN. Comparisons with NaN
+    are false, so an option with the loss NaN counts as the best if and only if it is the first option. This rule is
     kept, because published results were computed with it.
     """
     if question.kind == "language_modeling":
@@ -201,7 +202,8 @@ class Tree:
 class TreeAttention:
     """Attention of a batch of trees.
 
-    Queries, keys and values have the tokens of all prefixes first, and then the nodes of all trees.
+    Queries, keys and values have the tokens of all prefixes first, and then the nodes of all trees. In the last layer,
+    the queries have only the nodes.
     """
 
     def __init__(self, trees: Sequence[Tree], windows: Sequence[int], device: torch.device) -> None:
