@@ -1,4 +1,4 @@
-"""The ``nanochat`` command, which starts every program of the repository.
+"""The ``nanochat`` command, which starts the programs that people use.
 
 ``nanochat train pretrain --depth 4`` replaces its own process by ``python -m jobs.train.pretrain --depth 4``. Both
 command lines therefore have the same settings, help and exit code.
@@ -113,7 +113,7 @@ def flags(module: str, name: str = "") -> Iterator[str]:
 def main() -> None:
     """Replace this process by the program that the command line names, or print help or completions.
 
-    Raises UserError for an unknown name.
+    Raises UserError if the command line names no program.
     """
     arguments = sys.argv[1:] or ["--help"]
     if program := find_program(arguments):

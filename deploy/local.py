@@ -3,7 +3,7 @@
 ``make run`` calls this program. The teacher trains a model on the lessons that a person writes. The gateway serves the
 chat page from the beginning, and the page shows the training. Until a model is promoted, the engine serves the newest
 checkpoint of fine-tuning. If the promotion gate refuses the model, the engine continues to serve the last checkpoint.
-The program restarts a service that dies, and stops everything on Ctrl-C or SIGTERM.
+The program restarts a service that dies, and stops everything on Ctrl-C, SIGTERM or SIGHUP.
 """
 
 import asyncio
@@ -37,7 +37,8 @@ STOP_SECONDS = 15.0
 TRAINING_STOP_SECONDS = 120.0
 # Time to read the last log lines of a service that has ended.
 LAST_WORDS_SECONDS = 1.0
-# The program ends with an error if a service needs more restarts than this, because restarts do not repair its fault.
+# The program ends with an error if a service needs more restarts than this within a minute, because restarts do not
+# repair its fault.
 RESTARTS_PER_MINUTE = 5
 
 
@@ -151,7 +152,10 @@ class Training:
         return await self._process.wait()
 
     async def stop(self) -> bool:
-        """Let the pipeline save its work and end. Returns False if it had ended before."""
+        """Let the pipeline save its work and end; kill it if it takes more than :data:`TRAINING_STOP_SECONDS`.
+
+        Returns False if the pipeline had not started or had ended before.
+        """
         self._stopping = True
         process = self._process
         if process is None or process.returncode is not None:
@@ -190,7 +194,7 @@ def readable(line: str) -> str:
 def free_port(wanted: int = 0) -> int:
     """Return ``wanted`` if this TCP port is free; if ``wanted`` is 0, return any free port.
 
-    Raises UserError if another program uses the port.
+    Raises UserError if the port cannot be used, for example because another program uses it.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -202,7 +206,10 @@ def free_port(wanted: int = 0) -> int:
 
 
 async def run(settings: LocalSettings) -> int:
-    """Serve until SIGINT or SIGTERM, and train the model meanwhile if necessary. Returns the exit code."""
+    """Serve until SIGINT, SIGTERM or SIGHUP, and train the model meanwhile if necessary. Returns the exit code.
+
+    If the training fails, the program ends with its exit code. If the gate refuses the model, the program goes on.
+    """
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup, SIGHUP stays ignored
@@ -285,7 +292,8 @@ def owner_key(home: str) -> tuple[str, str] | None:
     """The file of the API keys, and a key with all scopes for the person at this machine.
 
     Both are in a hidden folder of the store, and only this user can read that folder. The result is None if the store
-    is not a local folder, or if an environment variable says where the keys are.
+    is not a local folder, or if an environment variable says where the keys are. Raises UserError if no key can be
+    made.
     """
     if "://" in home or os.environ.get("NANOCHAT_KEYS_FILE") or os.environ.get("NANOCHAT_REDIS_URL"):
         return None

@@ -22,7 +22,7 @@ _PROGRAM = "python -m deploy.chat"
 _SHORT = {"-p": "--prompt", "-t": "--temperature", "-k": "--top-k"}
 _HISTORY_LINES = 1000
 _HELP = """/system TEXT  set the system message and begin a new conversation; without TEXT, show it
-/clear        begin a new conversation
+/clear        begin a new conversation with the same system message
 /retry        ask the last question again
 /undo         remove the last question and its answer
 /save FILE    write the conversation as Markdown, or as JSON if FILE ends in .json
@@ -36,16 +36,17 @@ class Chat:
     """A conversation on a terminal."""
 
     def __init__(self, client: ChatClient, config: ChatSettings) -> None:
-        """Raises UserError if the server does not answer or has no model."""
+        """Raises the errors of :meth:`ChatClient.model`."""
         self._client = client
         self._model = client.model()
         self._console, self._errors = Console(), Console(stderr=True, highlight=False)
         self._conversation = Conversation(config.system)
 
     def ask(self, question: str) -> None:
-        """Asks a question and shows the answer. If Ctrl-C stops the answer, the conversation keeps the text so far.
+        """Asks a question and shows the answer. If Ctrl-C stops the answer, the conversation keeps the answer so far.
 
-        If the server refuses the question or the answer breaks off, removes the question and raises UserError.
+        If the server cannot be reached, refuses the question or breaks the answer off, removes the question and raises
+        UserError.
         """
         self._conversation.ask(question)
         pieces: list[Piece] = []

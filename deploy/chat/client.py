@@ -37,7 +37,8 @@ class ChatClient:
     def model(self) -> str:
         """The name of the model that will answer: the model of the settings, or the first model that the server lists.
 
-        Raises UserError if the server does not answer, answers with an error, or has no model.
+        Raises UserError if the server does not answer, answers with an error or in another form than the OpenAI API's,
+        or has no model.
         """
         if self._settings.model:
             return self._settings.model

@@ -34,6 +34,8 @@ def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Reques
     The result also contains a copy of the current context (its context variables), in which ``current_caller`` is the
     sender of the request, for example the id of an API key. The request's Python calls run in this copy. So they are
     children of the current span in the trace, and Python calls of different callers take turns in the sandbox.
+
+    Raises UserError if a field has a value that the inference core refuses.
     """
     sampling, context = request.sampling, contextvars.copy_context()
     context.run(current_caller.set, request.caller)

@@ -1,4 +1,4 @@
-"""Keeps the served models in memory. A newly promoted model replaces the current one without interrupting answers."""
+"""Keeps the served models in memory. Answers of a model get time to finish after another model has replaced it."""
 
 import asyncio
 import dataclasses
@@ -34,8 +34,9 @@ class ModelHost:
 
     Attributes:
         current: the model that gets new requests; None until the first model is loaded.
-        in_progress: which program works on the model now and how far it is, such as ``jobs.train.sft: step 12 of 320``;
-            empty if no program works on the model now, or if there is a revision to serve.
+        in_progress: which program works on the model now and, if known, how far it is, such as
+            ``jobs.train.sft: step 12 of 320``; empty if no program works on the model now, or if there is a revision to
+            serve.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class ModelHost:
         on_change: Callable[[ServedModel], None],
         on_loop_death: Callable[[], None],
     ) -> None:
-        """The running answers of a replaced model get ``retire_seconds`` to finish.
+        """The running answers of a replaced model get ``retire_seconds`` to finish. Then they are ended.
 
         ``on_change`` is called with each model that begins to serve. ``on_loop_death`` is called when a device loop
         (the thread that runs an engine's steps) has died; the process should then end.

@@ -14,9 +14,9 @@ _NAME = re.compile(r"[\w-]+\.(md|png)", re.ASCII)
 
 
 def read_report(store: Store, model: str, file: str = "") -> engine_pb2.Report:
-    """Read the report on ``model``: the names of all its files, and the content of ``file``.
+    """Read the report on ``model``: the names of its pages and pictures (md, png), and the content of ``file``.
 
-    If ``file`` is empty, read the content of all files.
+    If ``file`` is empty, read the content of all these files.
 
     Raises:
         FileNotFoundError: the report does not exist, or has no such file.

@@ -27,7 +27,8 @@ _MEDIA_TYPES = {
     ".gif": "image/gif",
     ".webp": "image/webp",
 }
-# Largest number of pictures of one Python call, and their largest total size in bytes. Further pictures are left out.
+# Largest number of pictures of one Python call, and their largest total size in bytes. A picture that would exceed one
+# of these limits is left out.
 _MAX_PICTURES, _MAX_PICTURE_BYTES = 8, 2 << 20
 
 
@@ -56,7 +57,8 @@ class SandboxClient:
     async def __call__(self, code: str, *, request_id: str, timeout_seconds: float) -> ToolOutput:
         """Run ``code``. Raises :class:`TimeoutError` if no sandbox answers within ``timeout_seconds``.
 
-        If no sandbox can be reached, the output is an error message that the model can read.
+        If no sandbox can be reached, or if the call ends with a gRPC error, the output is an error message that the
+        model can read.
         """
         span = current_span.get()
         request = sandbox_pb2.ExecuteRequest(

@@ -1,4 +1,4 @@
-"""Runs the engine service: serves the promoted model over gRPC, and lets running answers finish before it ends."""
+"""Runs the engine service: serves a model over gRPC, and gives running answers time to finish before it ends."""
 
 import asyncio
 import contextlib
@@ -26,10 +26,11 @@ EXIT_DEVICE_LOOP_DIED = 70
 
 
 async def serve(settings: EngineSettings) -> int:
-    """Serve until SIGTERM or SIGINT, then let running answers finish.
+    """Serve until SIGTERM or SIGINT, then let running answers finish for up to ``settings.drain_seconds``.
 
     The port is open from the start. gRPC's health service reports SERVING once a model is loaded. Returns the exit code
-    of the process.
+    of the process: 0, or :data:`EXIT_DEVICE_LOOP_DIED` if a device loop has died or hangs. Raises the error of the
+    first model if it cannot be loaded.
     """
     service = GrpcService(SERVICE, settings, max_receive_bytes=_MAX_RECEIVE_BYTES, max_send_bytes=_MAX_SEND_BYTES)
     sandbox = None

@@ -135,8 +135,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def GetReport(self, request: engine_pb2.GetReportRequest, context: Context) -> engine_pb2.Report:
         """Read the report on the current model from the store. The report may be about another revision.
 
-        The status is UNAVAILABLE until a model is loaded and while the store does not answer. The status is NOT_FOUND
-        if the report or the requested file does not exist. It is FAILED_PRECONDITION if the reply would be too large.
+        The status is UNAVAILABLE until a model is loaded, while the store does not answer, and while too many other
+        calls wait for the store. The status is NOT_FOUND if the report or the requested file does not exist. It is
+        FAILED_PRECONDITION if the reply would be too large.
         """
         model = await self._model(context)
         return await self._read(context, lambda: read_report(self._store, model.ref.model, request.file))
@@ -144,8 +145,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def GetProgress(self, _: engine_pb2.GetProgressRequest, context: Context) -> engine_pb2.Progress:
         """Read the progress of the model's training from the store. The call works even while no model is loaded.
 
-        The status is UNAVAILABLE while the store does not answer. The status is NOT_FOUND if the store has no progress.
-        It is FAILED_PRECONDITION if a newer version of this project wrote the progress.
+        The status is UNAVAILABLE while the store does not answer or too many other calls wait for it. The status is
+        NOT_FOUND if the store has no progress. It is FAILED_PRECONDITION if a newer version of this project wrote the
+        progress.
         """
         current = self._host.current
         served = current.ref.revision if current else ""

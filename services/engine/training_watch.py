@@ -32,7 +32,7 @@ class TrainingWatch:
     def summary(self) -> str:
         """The program that works on the model now, and how far it is, such as ``jobs.train.sft: step 12 of 320``.
 
-        The result is empty if no program works on the model.
+        The result is only the program's name if its steps are unknown, and empty if no program works on the model.
         """
         if not (program := self.program()):
             return ""

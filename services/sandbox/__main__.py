@@ -1,4 +1,4 @@
-"""``python -m services.sandbox``: serves the sandbox over gRPC, and lets running calls finish before it ends."""
+"""``python -m services.sandbox``: serves the sandbox over gRPC, and gives running calls time to finish at the end."""
 
 import asyncio
 import logging
@@ -44,7 +44,10 @@ def main() -> None:
 
 
 async def serve(config: SandboxSettings, executor: SandboxExecutor) -> None:
-    """Serves until SIGTERM or SIGINT, then refuses new calls, lets running calls finish and closes ``executor``."""
+    """Serves until SIGTERM or SIGINT. Then refuses new calls, and closes ``executor`` when the running calls end.
+
+    After ``config.drain_seconds``, calls that still run are killed.
+    """
     service = GrpcService(
         SERVICE,
         config,

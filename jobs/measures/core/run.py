@@ -19,9 +19,9 @@ log = logging.getLogger("jobs.eval.core")
 
 # CORE of GPT-2 XL as published with the metric (arXiv 2406.11794).
 GPT2_XL_CORE = 0.256525
-# Approximate number of tokens in a part of a task. A process that is killed loses at most its work on one part. The number is the
-# same on every device and for every number of ranks. A later run with another number of ranks can therefore use the
-# parts of an earlier run.
+# Approximate number of tokens in a part of a task. A process that is killed loses at most its work on one part. The
+# number is the same on every device and for every number of ranks. A later run with another number of ranks can
+# therefore use the parts of an earlier run.
 PART_TOKENS = 2**17
 
 Result = dict[str, Any]
