@@ -45,6 +45,7 @@ class Recipe:
     """The data and the settings from which one kind of chat model is trained.
 
     Attributes:
+        summary: a few words about the recipe, for the help of the pipeline's ``--recipe``.
         tokenizer, pretrain, sft: flags of each stage's program.
         conversation_kinds: kinds of demo conversations for fine-tuning and evaluation; None means all kinds.
         train_conversations: number of conversations to fine-tune on.
