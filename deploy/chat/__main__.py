@@ -116,10 +116,15 @@ class Chat:
         self._conversation = Conversation(self._conversation.system)
 
     def _retry(self, _: str) -> None:
-        if question := self._conversation.take_back():
-            self.ask(question)
-        else:
+        turns = list(self._conversation.turns)
+        question = self._conversation.take_back()
+        if not question:
             raise UserError("there is no question yet")
+        try:
+            self.ask(question)
+        except UserError:
+            self._conversation.turns = turns  # the old answer is kept, because there is no new one
+            raise
 
     def _undo(self, _: str) -> None:
         if not self._conversation.take_back():

@@ -70,20 +70,20 @@ class LocalText:
         of the validation split, or else of the test split, are used.
 
         Raises:
-            UserError: there is no readable file, the names do not say which files are for training (this also applies
-                to a folder ``val_data``), or the files of ``val_data`` leave no file for training.
+            UserError: there is no readable file, the names do not say which files are for training, or the files of
+                ``val_data`` leave no file for training.
         """
         found = _absolute(find_files(self.data))
         if self.val_data is None:
-            return _split(self.data, found)
+            return _split(self.data, found, chosen=not self.data.is_dir())
         own = _absolute(find_files(self.val_data))
-        held_out = _split(self.val_data, own)
+        held_out = _split(self.val_data, own, chosen=True)
         validation = held_out.validation or held_out.training
         same = {*map(_identity, validation)}
         rest = {name: file for name, file in found.items() if _identity(file) not in same}
         if not rest:
             raise UserError(f"--val-data {self.val_data} names all files of --data {self.data}")
-        splits = _split(self.data, rest)
+        splits = _split(self.data, rest, chosen=not self.data.is_dir())
         used = {*splits.training, *validation}
         unused = sorted({*rest.values(), *own.values()} - used)
         return Splits(splits.training, validation, unused)
@@ -182,14 +182,15 @@ def _absolute(found: Mapping[str, Path]) -> dict[str, str]:
     return {name: str(path.absolute()) for name, path in found.items()}
 
 
-def _split(path: Path, found: Mapping[str, str]) -> Splits:
+def _split(path: Path, found: Mapping[str, str], *, chosen: bool) -> Splits:
     """Divide files by the splits that their names state. ``found`` maps each name below ``path`` to the file's path.
 
-    If ``path`` is a file or a pattern, the user has chosen the files. They are then all for training if their names
-    state the same split, or if no name states a split.
+    ``chosen`` tells that the user has chosen these files for one purpose: with a file or a pattern, or for validation.
+    All of them are then in the first split of the result if their names state the same split, or if no name states a
+    split.
     """
     all_alike = len({split_of(name) for name in found}) == 1
-    if all_alike and not path.is_dir():
+    if all_alike and chosen:
         return Splits(list(found.values()), [], [])
     splits = split_files(found, str(path), _SPLIT_ADVICE)
     return Splits(*([found[name] for name in names] for names in dataclasses.astuple(splits)))

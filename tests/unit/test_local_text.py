@@ -133,7 +133,7 @@ def test_the_cache_of_the_hugging_face_hub_stands_for_its_current_snapshot(tmp_p
 
 
 def test_val_data_is_the_validation_split(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.txt", "held/extra.txt", "held/val.txt"):
+    for name in ("a.txt", "b.txt", "held/extra.txt", "held/val.txt", "test/test.txt"):
         write(tmp_path / name, name.encode())
 
     def read(data: str, val_data: str) -> list[list[str]]:
@@ -141,6 +141,7 @@ def test_val_data_is_the_validation_split(tmp_path: Path) -> None:
 
     assert read("a.txt", "b.txt") == [["a.txt"], ["b.txt"]]
     assert read("*.txt", "held/val.txt") == [["a.txt", "b.txt"], ["held/val.txt"]]
+    assert read("a.txt", "test") == [["a.txt"], ["test/test.txt"]]
     assert read("", "b.txt") == [["a.txt", "held/extra.txt"], ["b.txt"]]
     assert read("a.txt", "held") == [["a.txt"], ["held/val.txt"]]
     assert read("", "held/../b.txt") == read("", "b.txt")

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from rich.console import Console
 
+from deploy.chat.__main__ import Chat
 from deploy.chat.client import ChatClient, Piece
 from deploy.chat.conversation import Conversation
 from deploy.chat.screen import AnswerView, split_blocks
@@ -170,3 +171,14 @@ def test_a_terminal_shows_markdown_and_the_python_call() -> None:
     assert "Sum" in out
     assert "**" not in out
     assert errors == ""
+
+
+def test_retry_keeps_the_old_answer_if_the_server_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ChatClient, "model", lambda _: "demo")
+    chat = Chat(client(503, json.dumps({"error": {"message": "no engine"}})), ChatSettings())
+    chat._conversation.ask("What is 6 * 7?")
+    chat._conversation.answered([Piece("It is 42.")])
+    turns = list(chat._conversation.turns)
+    with pytest.raises(UserError, match="no engine"):
+        chat._obey("/retry")
+    assert chat._conversation.turns == turns
