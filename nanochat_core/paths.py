@@ -17,8 +17,9 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 def check_name(name: str, kind: str) -> str:
     """Returns ``name`` if it is a valid name for ``kind``, such as ``a model``. Raises UserError for any other name.
 
-    A valid name has no slash, because it is also the name of a folder. It has no comma and no colon, because a mixture
-    of datasets is written as ``name:weight,name:weight``.
+    A valid name consists of at most 200 ASCII letters, digits, dots, underscores and hyphens, and begins with a letter
+    or a digit. It has no slash, because it is also the name of a folder. It has no comma and no colon, because a
+    mixture of datasets is written as ``name:weight,name:weight``.
     """
     if len(name) > _LONGEST_NAME:
         raise UserError(f"{name[:40]!r}… cannot name {kind}: it is longer than {_LONGEST_NAME} characters")
@@ -30,8 +31,8 @@ def check_name(name: str, kind: str) -> str:
 def user_path(text: str) -> Path:
     """The path of a file or folder that may not exist, with ``~`` and ``~name`` replaced by home folders.
 
-    Raises UserError if the system cannot tell whether the path exists: the path is too long, a folder above it cannot
-    be read, or there is no user ``name``.
+    Raises UserError if the system cannot tell whether the path exists, for example because the path is too long or a
+    folder above it cannot be read, and if there is no user ``name``.
     """
     try:
         path = Path(text).expanduser()

@@ -24,8 +24,8 @@ _QUESTION_LETTERS = ("q", "u")
 # The group matches the whole rest of the line, also any "#" at its end. A pattern that left these "#" out of the group
 # would backtrack for hours on a line of many spaces.
 _HEADING = re.compile(r"#+\s+(.*)")
-# The parts of a question that decide what it asks. Symbols of arithmetic are among them: 3 + 4 is not 3 * 4. Signs that
-# are also punctuation count only beside numbers.
+# The parts of a question that decide what it asks. Symbols of arithmetic are among them: 3 + 4 is not 3 * 4. The signs
+# -, /, * and parentheses are also punctuation, so they count only beside numbers or other such signs.
 _MEANING = re.compile(
     r"""
     \d+(?:[.,]\d+)+                             # a number with a fraction, or with groups of thousands
@@ -48,7 +48,8 @@ class Item:
         messages: the conversation; empty for a text.
         text: the text; empty for a conversation.
         wordings: further wordings of the last question.
-        expect: text that a right answer contains; empty if a right answer contains the whole ``answer``.
+        expect: text that a right answer contains; empty if a right answer contains the whole ``answer``, without a
+            point or an exclamation mark at its end.
     """
 
     messages: tuple[Message, ...] = ()
@@ -95,7 +96,8 @@ def normal(text: str) -> str:
     """The form of a text in which questions are compared: lower case, no punctuation, single spaces.
 
     "What's", "who's", "where's" and "when's" become "what is", "who is" and so on. Symbols of arithmetic stay, because
-    they decide what a question asks.
+    they decide what a question asks. So do apostrophes inside words, points and commas inside numbers, and the sign in
+    names such as C#.
     """
     text = re.sub(r"\b(what|who|where|when)['’]s\b", r"\1 is", text.casefold())
     return " ".join(_MEANING.findall(text))
@@ -109,7 +111,10 @@ def to_json(message: Message) -> dict[str, Any]:
 
 
 def read_items(path: str) -> list[Item]:
-    """The items in a local file. Raises UserError if the file does not exist, is too large or has invalid content."""
+    """The items in a local file.
+
+    Raises UserError if the file does not exist, cannot be read or is too large, and the errors of :func:`parse_items`.
+    """
     file = user_path(path)
     if not file.is_file():
         raise UserError(f"{path} is not a file")
@@ -130,10 +135,13 @@ def parse_items(content: bytes, name: str) -> list[Item]:
     - Markdown (``.md`` or ``.markdown``): a question follows ``Q:``, and its answer follows ``A:``. If code computes
       the answer, a block of Python code is between them. In a conversation, a message follows ``User:`` or
       ``Assistant:``. A heading that ends with a question mark is a question too, and the paragraphs below it are the
-      answer.
+      answer, unless ``Q:`` or ``User:`` directly follows the heading.
     - Plain text (any other ending), and other paragraphs of Markdown: texts to remember.
 
-    Equal items are returned once. Raises a UserError that names the wrong line, paragraph or item.
+    Equal items are returned once.
+
+    Raises UserError if the content is too large or not UTF-8, if it has no item or too many, if an item is invalid, or
+    if two items answer the same question differently.
     """
     if len(content) > MAX_BYTES:
         raise UserError(f"{name} has {len(content)} bytes; a lesson has at most {MAX_BYTES}")

@@ -20,9 +20,9 @@ _LIST_SECONDS = 60.0
 class LessonLists:
     """Reads the lessons of a store. It can be used from several threads.
 
-    A lesson that is done does not change any more, so up to :data:`_KEPT` such lessons are kept in memory. All lessons
-    are returned without details: the conflicts, the wrong and lost answers and the decision are empty, and the training
-    history has only its last point.
+    A lesson that is done does not change any more, so up to :data:`_KEPT` such lessons are kept in memory. A damaged
+    lesson is not kept, because a person may repair its file. All lessons are returned without details: the conflicts,
+    the wrong and lost answers and the decision are empty, and the training history has only its last point.
     """
 
     def __init__(self, store: Store, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -78,7 +78,7 @@ class LessonLists:
             if lesson is None:
                 try:
                     lesson = _without_details(read_lesson(self._store, model, number))
-                except NoLesson:  # the lesson is still being added, or somebody has removed it
+                except NoLesson:  # the lesson is not added yet, was never added, or was removed
                     continue
                 if lesson.done and lesson.state != "damaged":
                     with self._lock:
@@ -88,7 +88,10 @@ class LessonLists:
             yield lesson
 
     def _known(self, model: str) -> set[int]:
-        """The numbers of a model's lessons. Removals may be noticed up to :data:`_LIST_SECONDS` late."""
+        """The numbers of a model's lessons. Removals may be noticed up to :data:`_LIST_SECONDS` late.
+
+        Some of the numbers may be reserved for lessons that do not exist yet or were never added.
+        """
         with self._lock:
             known, listed = self._numbers.get(model, (set(), -_LIST_SECONDS))
             known = set(known)

@@ -27,7 +27,8 @@ from nanochat_core.lessons.shapes import Shape, check_shape
 from nanochat_core.paths import check_name
 from nanochat_core.store import Store
 
-# A lesson is "damaged" if its lesson.json cannot be read. This state is only returned and never stored.
+# A lesson is "damaged" if its lesson.json is damaged, or if a newer version of nanochat wrote the file. This state is
+# only returned and never stored.
 State = Literal["queued", "training", "examining", "promoted", "refused", "failed", "canceled", "damaged"]
 UNDONE: tuple[State, ...] = ("queued", "training", "examining")
 
@@ -82,7 +83,8 @@ class Plan:
     Attributes:
         seed: seed of all random choices in the lesson.
         replay: mixture of conversations that training repeats, so that the model does not forget them; empty for the
-            mixture on which the model was fine-tuned or, if that is not known, for answers of the model itself.
+            mixture on which the model was fine-tuned or, if that mixture is not known or not in the store, for answers
+            of the model itself.
         share: share of the training examples that show the lesson. A lesson of few items gets a smaller share.
         lr_scale: factor on all of pretraining's base learning rates except those of smear and backout.
         batch_tokens: tokens per optimizer step.
@@ -106,9 +108,11 @@ class Lesson:
     Attributes:
         number: position among the lessons of the model, from 1.
         state: progress or result of the lesson. If a process died, its lesson is still ``training`` or ``examining``,
-            and another process begins the lesson anew. If the file of a lesson cannot be read, the state is
-            ``damaged``, and only ``model``, ``number`` and ``reason`` are known.
-        attempts: how often a process has begun the lesson.
+            and another process begins the lesson anew. If the file of a lesson is damaged, or if a newer version of
+            nanochat wrote it, the state is ``damaged``, and only ``model``, ``number`` and ``reason`` are known.
+        attempts: how often a process has begun the lesson. An attempt does not count if the process was asked to end,
+            or if another program had a lease that the lesson needs. If the lesson begins anew because another revision
+            was promoted, the count begins at 0 again.
         who: name of the user who added the lesson.
         source: name of the file from which the items were read.
         created, finished: times in UTC (ISO 8601); ``finished`` is empty while the lesson is not done.
@@ -123,11 +127,12 @@ class Lesson:
             training.
         before, after: the number of questions ``asked`` and the number of ``right`` answers in each group of
             :mod:`jobs.teach.examination`, before and after the lesson.
-        wrong: the lesson's questions that the taught model answers wrongly.
-        lost: questions that the model answered rightly before the lesson and wrongly after it.
+        wrong: at most 50 of the lesson's questions that the taught model answers wrongly.
+        lost: at most 50 questions that the model answered rightly before the lesson and wrongly after it.
         decision: the decision of the promotion gate, as reports show it.
         digest: sha256 of the taught weights; empty if there are none.
-        reason: why the lesson failed, began anew or is damaged; empty otherwise.
+        reason: why the lesson failed, began anew or is damaged, or why the record of a promoted lesson is not complete;
+            empty otherwise.
     """
 
     model: str
@@ -166,8 +171,8 @@ class Lesson:
 class RollBack:
     """The last request to promote the model of an earlier lesson again; number 0 is the model before its first lesson.
 
-    ``reason`` says why the request failed or is damaged; empty otherwise. A request is ``damaged`` if its file cannot
-    be read. This state is only returned and never stored.
+    ``reason`` says why the request failed or is damaged; empty otherwise. A request is ``damaged`` if its file is
+    damaged, or if a newer version of nanochat wrote the file. This state is only returned and never stored.
     """
 
     number: int
@@ -185,7 +190,8 @@ def add_lesson(
     ``request`` identifies the request of a client; empty if the request has no identity. If the same request has added
     a lesson before, that lesson is returned, and no other lesson is added.
 
-    Raises RequestReused if the request was made before for other items or another plan.
+    Raises RequestReused if the request was made before for other items or another plan. Raises another UserError if
+    ``model`` is no valid name, or if the stored file of the request is damaged or of a newer format.
     """
     while (found := added_lesson(store, model, items, plan, request)) is None:
         number = 1 + max(_numbers(store, check_name(model, "a model"), _ITEMS, _LESSON), default=0)
@@ -205,7 +211,8 @@ def add_lesson(
 def added_lesson(store: Store, model: str, items: Sequence[Item], plan: Plan, request: str) -> Lesson | None:
     """The lesson that :func:`add_lesson` has added for this request; None if the request has added no lesson.
 
-    Raises RequestReused if the request was made before for other items or another plan.
+    Raises RequestReused if the request was made before for other items or another plan. Raises another UserError if the
+    stored file of the request is damaged or of a newer format.
     """
     if not request or (lesson := _requested(store, model, request)) is None:
         return None
@@ -238,7 +245,7 @@ def _first(store: Store, lesson: Lesson) -> Lesson:
 def _requested(store: Store, model: str, request: str) -> Lesson | None:
     """The new lesson that the file of a request contains; None if there is no such file.
 
-    Raises UserError if the file is damaged.
+    Raises UserError if the file is damaged, or if a newer version of nanochat wrote it.
     """
     key = _request_key(model, request)
     try:
@@ -276,7 +283,7 @@ def check_undamaged(lesson: Lesson) -> None:
 
 
 def read_lesson(store: Store, model: str, number: int) -> Lesson:
-    """A lesson of the store. Its state is ``damaged`` if its file cannot be read.
+    """A lesson of the store. Its state is ``damaged`` if its file is damaged or was written by a newer version.
 
     Raises NoLesson if there is no such lesson.
     """
@@ -315,7 +322,10 @@ def _parsed(content: bytes, model: str, number: int, key: str) -> Lesson:
 
 
 def read_lesson_items(store: Store, lesson: Lesson) -> list[Item]:
-    """The items of a lesson. Raises UserError if the lesson is damaged, or if its items differ from the added items."""
+    """The items of a lesson.
+
+    Raises UserError if the lesson is damaged, or if its items are missing or differ from the added items.
+    """
     check_undamaged(lesson)
     key = f"{folder(lesson.model, lesson.number)}/{_ITEMS}"
     try:
@@ -340,8 +350,9 @@ def cancel_lesson(store: Store, model: str, number: int) -> None:
     """Request that a lesson is canceled. Raises UserError if the lesson is done or does not exist.
 
     A queued lesson is canceled when its turn comes, a lesson in training within ten steps or at the end of the
-    examination before the training, and a lesson in examination at the end of the examination. In a cluster, a lesson
-    is canceled within seconds. After the gate's decision, a lesson is not canceled any more.
+    examination before the training, and a lesson in examination at the end of the examination. In a cluster, the
+    process that works on the lesson is ended, so the lesson is canceled within seconds. A lesson whose model the gate
+    has promoted is not canceled any more.
     """
     lesson = read_lesson(store, model, number)
     check_undamaged(lesson)
@@ -428,7 +439,11 @@ def numbers(store: Store, model: str) -> set[int]:
 
 
 def is_reserved(store: Store, model: str, number: int) -> bool:
-    """Whether a lesson has this number, or a program is adding a lesson with this number."""
+    """Whether this number is taken.
+
+    A lesson has the number, or a program is adding a lesson with it, or a program has reserved it without adding a
+    lesson.
+    """
     return store.exists(f"{folder(model, number)}/{_ITEMS}")
 
 
