@@ -14,8 +14,9 @@ from torch import Tensor
 
 from nanochat_core.errors import UserError
 
-# Smallest number of queries in a block of :func:`blockwise_attention`. The number is a compromise: a smaller block
-# computes fewer scores that the mask hides, but a larger block multiplies matrices faster.
+# Smallest number of queries in a block of :func:`blockwise_attention`, except in the last block of a row. The number is
+# a compromise: a smaller block computes fewer scores that the mask hides, but a larger block multiplies matrices
+# faster.
 BLOCK_ROWS = 64
 # A row is divided into at most this many blocks. Longer rows have larger blocks, so that the compiled code stays small.
 BLOCKS = 8
@@ -45,12 +46,14 @@ class Attention(Protocol):
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """Returns the attention backend for training. Raises UserError if this machine does not have the backend.
+    """Returns the attention backend for training.
+
+    Raises UserError if this machine does not have the backend, or if the backend does not support the dtype.
 
     Args:
-        name: ``sdpa`` (torch's own, on any device), ``flex`` (FlexAttention, on GPUs), ``flash`` (the flash-attn
-            package, on GPUs) or ``auto``. On a GPU, ``auto`` means flash if it is available and flex otherwise. On a
-            CPU, ``auto`` means :func:`cpu_attention`.
+        name: ``sdpa`` (torch's own, on any device), ``flex`` (FlexAttention, on GPUs), ``flash`` (a package of
+            :data:`FLASH_PACKAGES`, on GPUs) or ``auto``. On a GPU, ``auto`` means flash if it is available and flex
+            otherwise. On a CPU, ``auto`` means :func:`cpu_attention`.
         dtype: dtype of queries, keys and values.
     """
     if name == "sdpa":
@@ -97,8 +100,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Computes :class:`Attention` by blockwise attention or SDPA, whichever is usually faster.
 
-    Blockwise attention is faster for short rows, and for windows that are shorter than the row, because it skips keys
-    outside the window (``tests/benchmarks/bench_attention.py`` measures both).
+    Blockwise attention is faster for short rows, and in rows of medium length for windows that are shorter than the
+    row, because it skips keys outside the window (``tests/benchmarks/bench_attention.py`` measures both). SDPA computes
+    longer rows.
     """
     time = q.size(1)
     if time <= BLOCKWISE_TIME or (window < time - 1 and time <= BLOCKWISE_WINDOW_TIME):

@@ -22,12 +22,12 @@ from nanochat_core.cpu_matmul import product
 
 LOGIT_SOFTCAP = 15.0
 IGNORE_INDEX = -1
-# Number of logits in one chunk. A chunk fits into the caches of a CPU; on a GPU it is large enough for matrix products
-# at full speed.
+# Largest number of logits in one chunk. A chunk fits into the caches of a CPU; on a GPU it is large enough for matrix
+# products at full speed.
 CPU_CHUNK = 2**22
 GPU_CHUNK = 2**27
-# The number of tokens whose logits are computed is rounded up to a multiple of this, because the libraries for matrix
-# products need extra time for each number of tokens that they have not seen before.
+# On a CPU, the number of tokens whose logits are computed is rounded up to a multiple of this, because the libraries
+# for matrix products need extra time for each number of tokens that they have not seen before.
 ROWS_MULTIPLE = 128
 
 LossAndGradient = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -54,7 +54,8 @@ def softcapped_cross_entropy(
         weight: (rows, dim) fp32 with ``rows >= vocab_size``; the rows from index ``vocab_size`` on are padding.
         targets: (tokens,) int64; a target of ``-1`` is not counted.
         reduction: ``mean`` over counted targets (NaN if there is none), ``sum``, or ``none``.
-        compile: whether to compile the operations on the logits; None compiles them if the caller is compiled.
+        compile: whether to compile the operations on the logits; None compiles them if the caller is compiled. The
+            argument has no effect if the reduction is ``none`` or if gradients are disabled.
 
     Returns:
         fp32 scalar, or (tokens,) for ``none``, with 0 for each target that is not counted.
@@ -85,7 +86,7 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, r
 
 
 def chunk_tokens(hidden: Tensor, weight: Tensor) -> int:
-    """Number of tokens in one chunk."""
+    """Largest number of tokens in one chunk."""
     return max(1, (GPU_CHUNK if hidden.is_cuda else CPU_CHUNK) // weight.size(0))
 
 

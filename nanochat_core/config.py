@@ -12,7 +12,7 @@ from nanochat_core.formats import with_format, without_format
 # The number of rows in the embedding tables and in the head is rounded up to a multiple of this, because tensor cores
 # multiply matrices in tiles.
 VOCAB_MULTIPLE = 64
-# Window lengths are rounded up to a multiple of this, the tile size of attention kernels.
+# The length of a short window is rounded up to a multiple of this, the tile size of attention kernels.
 WINDOW_MULTIPLE = 128
 FORMAT = 1
 
@@ -22,7 +22,7 @@ class ModelConfig:
     """Shape of a GPT. :meth:`from_depth` derives it from the depth.
 
     ``window_pattern`` lists the attention windows of consecutive layers, ``S`` for a short window and ``L`` for the
-    whole context. The pattern repeats over the layers.
+    whole context. The pattern repeats over the layers, but the last layer always has the whole context.
     """
 
     depth: int
@@ -86,8 +86,8 @@ class ModelConfig:
     def windows(self) -> tuple[int, ...]:
         """For each layer, the number of earlier tokens that a token attends to.
 
-        A short window is a quarter of the context, rounded up to a multiple of WINDOW_MULTIPLE. The last layer always
-        attends to the whole context.
+        A short window is a quarter of the context, rounded up to a multiple of WINDOW_MULTIPLE, but not longer than the
+        context. The last layer always attends to the whole context.
         """
         short = math.ceil(self.context_length / 4 / WINDOW_MULTIPLE) * WINDOW_MULTIPLE
         by_letter = {"L": self.context_length, "S": min(short, self.context_length)}

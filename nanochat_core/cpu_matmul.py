@@ -57,9 +57,10 @@ def _measured(out_features: int, in_features: int, threads: int) -> Library:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns ``x @ weight.T``, computed by the faster library. Autograd cannot differentiate the result.
+    """Returns ``x @ weight.T``. Autograd cannot differentiate the result if oneDNN computed it.
 
-    ``x`` is (rows, in_features) and ``weight`` is (out_features, in_features) of the same dtype.
+    The library of :func:`library_for` computes fp32 products on a CPU, and torch's default library all others. ``x`` is
+    (rows, in_features) and ``weight`` is (out_features, in_features) of the same dtype.
     """
     if x.dtype == torch.float32 and x.device.type == "cpu" and library_for(*weight.shape) == "onednn":
         return _by_onednn(x, weight)
@@ -101,7 +102,11 @@ linear.register_autograd(_backward, setup_context=_save)
 
 
 class FastLinear(nn.Module):
-    """A linear layer without bias for fp32 training. Each product uses the library that :func:`library_for` names."""
+    """A linear layer without bias for fp32 training.
+
+    The library that :func:`library_for` names computes the output and the gradient of the input. torch's default
+    library computes the gradient of the weight.
+    """
 
     weight: nn.Parameter
 

@@ -66,7 +66,7 @@ def precise_dtype(device: torch.device) -> torch.dtype:
 
 
 def to_device(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """Copies an array to the device without waiting for work that is queued on the device."""
+    """Copies an array to the device. On CUDA, the copy does not wait for work that is queued on the device."""
     host = torch.from_numpy(values)
     if device.type != "cuda":
         return host.to(device)
@@ -75,7 +75,7 @@ def to_device(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
 
 
 def free_memory(device: torch.device) -> None:
-    """Returns unreferenced memory to the device, for other allocations and other processes.
+    """Frees unreferenced tensors and, on CUDA, returns their memory to the device, where other processes can use it.
 
     Call this function outside of ``except`` blocks. An exception that is being handled refers to all local variables of
     the functions that it passed through, so their memory is still in use.
@@ -93,7 +93,7 @@ def cpu_capabilities() -> dict[str, Any]:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has instructions for products of bf16 numbers."""
+    """Whether torch reports that the CPU has x86 instructions for products of bf16 numbers."""
     capabilities = cpu_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

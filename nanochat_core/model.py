@@ -1,10 +1,10 @@
 """The GPT: a pre-norm decoder with rotary attention and a softcapped head, in the style of karpathy/nanochat.
 
-Four parts differ from a plain GPT:
+Four further parts are not in a plain GPT:
 
 - Smear: a gated share of the previous token's embedding is added to each token's embedding.
 - Value embeddings: in some layers, a second embedding of the token is added to the attention values, scaled by a gate.
-- Skip: each block's input is a weighted sum of the previous block's output and the token's embedding.
+- Skip: each block's input is a weighted sum of the previous block's output and the token's embedding after the smear.
 - Backout: a share of the output of the middle block is subtracted from the last block's output.
 
 Training applies this model to whole rows of tokens. Serving computes the same function in another memory layout; see
@@ -47,7 +47,10 @@ class Linear(nn.Linear):
 
 
 class SelfAttention(nn.Module):
-    """An attention layer: projections, rotary positions, norms of queries and keys, and an :class:`Attention`."""
+    """An attention layer: projections, rotary positions, norms of queries and keys, and an :class:`Attention`.
+
+    In some layers, it also adds the gated value embeddings to the values.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -248,7 +251,7 @@ def rotary_table(length: int, head_dim: int, dtype: torch.dtype, device: torch.d
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair (x[..., i], x[..., i + head_dim/2]) by its position's angle.
+    """Rotates each pair (x[..., i], x[..., i + head_dim/2]) clockwise by its position's angle.
 
     ``x`` is (..., time, heads, head_dim); ``cos`` and ``sin`` are (time, 1, head_dim / 2).
     """

@@ -2,10 +2,10 @@
 
 Problem: torch and the engine's kernels divide each operation among threads by OpenMP. At the end of an operation, the
 threads wait for the slowest one, and for their next work. By default, they wait by spinning: they check for new work
-again and again for about a millisecond, which keeps their cores busy. If another process needs a core, the system then
-interrupts a thread in the middle of an operation, because the thread has used up its share of the core by spinning. All
-other threads wait until the interrupted thread continues, some milliseconds later, and this happens in every step of
-the engine.
+again and again, for about a millisecond in GNU's library and for 200 milliseconds in Intel's and LLVM's, which keeps
+their cores busy. If another process needs a core, the system then interrupts a thread in the middle of an operation,
+because the thread has used up its share of the core by spinning. All other threads wait until the interrupted thread
+continues, some milliseconds later, and this happens in every step of the engine.
 
 Idea: spin only as long as the operations of a step follow each other, and then sleep. A sleeping thread keeps its share
 of the core, so the system lets it run as soon as there is work.
@@ -28,7 +28,7 @@ _LIBRARIES = ("libgomp", "libiomp", "libomp")
 
 
 def limit_spinning(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Let waiting threads sleep after a short time, unless the environment says how they wait."""
+    """Let waiting threads sleep at once or after a short time, unless the environment says how they wait."""
     if not any(name in environ for name in VARIABLES):
         environ["GOMP_SPINCOUNT"] = str(SPINS)
         environ["KMP_BLOCKTIME"] = str(BLOCK_MILLISECONDS)

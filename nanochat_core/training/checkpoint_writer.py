@@ -1,8 +1,8 @@
 """Writes checkpoints in the background, from one or several ranks.
 
-Training waits only while tensors are copied to main memory; hashing and transfer happen in a thread. Every rank writes
-one file with its share of the optimizer state. The first rank also writes all other files. The manifest is written
-last; a checkpoint without a manifest is incomplete, and readers ignore it.
+Training waits only while tensors are copied to main memory; hashing and transfer happen in a thread. Each rank that has
+a share of the optimizer state writes it to one file. The first rank also writes all other files. The manifest is
+written last; a checkpoint without a manifest is incomplete, and readers ignore it.
 
 A checkpoint may replace a complete checkpoint of the same name, for example after ``--no-resume``. An engine may be
 reading the old checkpoint, so at every moment the store must have a complete checkpoint. S3 can neither rename files
@@ -56,7 +56,8 @@ from nanochat_core.training.optim import Shard
 
 log = logging.getLogger(__name__)
 
-# Seconds to wait before each further attempt to write a checkpoint. Only an error of the last attempt is raised.
+# Seconds to wait before each further attempt to write a checkpoint, if the store failed. If the last attempt fails too,
+# its error is raised. Other errors are raised at once.
 RETRY_SECONDS = (1.0, 5.0, 20.0)
 # Maximum time that the ranks wait in the background for the transfer of the slowest rank.
 _TRANSFER_SECONDS = 3600.0
@@ -154,7 +155,8 @@ class CheckpointWriter:
         Raises RankLost if another rank does not answer within the timeout of training. The writing itself may take
         longer than this timeout. Raises StoreError if the checkpoint could not be written. Raises another UserError if
         the checkpoint must not be written: another run has taken over the model's name, or the checkpoint would replace
-        one of a newer version of nanochat. Earlier checkpoints stay complete.
+        one of a newer version of nanochat. On the first rank, an error of ``then`` is raised too. Earlier checkpoints
+        stay complete.
         """
         if self._thread is not None:
             # All ranks call gather() again and again while they wait, because it raises RankLost if a rank hangs.
@@ -201,7 +203,7 @@ class CheckpointWriter:
                 time.sleep(wait)
 
     def _write_once(self, ref: CheckpointRef, contents: _Contents) -> None:
-        """Makes one attempt to write the checkpoint. An error on one rank is raised on every rank."""
+        """Makes one attempt to write the checkpoint. A UserError on one rank is raised on every rank."""
         try:
             folder = self._on_every_rank(lambda: self._make_room(ref) if self._ranks.leads else None)[0]
             attempt = Manifest(ref, {}, folder)
@@ -214,7 +216,7 @@ class CheckpointWriter:
             raise
 
     def _on_every_rank(self, work: Callable[[], Any]) -> list[Any]:
-        """Calls ``work`` on every rank and returns all results. An error on one rank is raised on every rank."""
+        """Calls ``work`` on every rank and returns all results. A UserError on one rank is raised on every rank."""
         try:
             outcome = {"result": work()}
         except UserError as error:
@@ -229,7 +231,8 @@ class CheckpointWriter:
     def _make_room(self, ref: CheckpointRef) -> str:
         """Removes files that the manifest does not list; returns the subfolder for the files of the next attempt.
 
-        Raises NewerFormatError if a newer version of nanochat wrote the manifest.
+        The subfolder is empty if there is no complete checkpoint. Raises NewerFormatError if a newer version of
+        nanochat wrote the manifest, and LeaseLost if another run has taken over the model's name.
         """
         self._renew_lease()
         try:

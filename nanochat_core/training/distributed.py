@@ -91,9 +91,10 @@ class Ranks:
         return result
 
     def side_channel(self, seconds: float) -> Ranks:
-        """The same ranks with a new process group on the CPU, for a background thread. All ranks must call this.
+        """The same ranks with a new process group on the CPU. All ranks must call this.
 
-        In the new group, a wait for another rank lasts at most ``seconds``.
+        In the new group, a wait for another rank lasts at most ``seconds``. A background thread needs a group of its
+        own. A process that trains alone has no group, and gets the same object back.
         """
         if self.group is None:
             return self
@@ -129,7 +130,7 @@ def meeting() -> Iterator[None]:
 def joined(
     device: torch.device, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, join_seconds: float | None = None
 ) -> Iterator[Ranks]:
-    """Joins the process group that the environment variables describe, and leaves it on exit.
+    """Joins the process group that the environment variables describe. Leaves it when the block ends without an error.
 
     CUDA uses NCCL, and the CPU uses gloo. A wait for another rank lasts at most ``timeout_seconds``. The first wait,
     until all ranks have started, lasts at most ``join_seconds`` instead, because nodes of a cluster may still pull the

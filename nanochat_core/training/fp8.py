@@ -4,8 +4,8 @@ Problem: GPUs multiply fp8 numbers twice as fast as bf16 numbers, but fp8 has on
 
 Idea: dynamic tensorwise scaling. Each tensor is divided by its own scale, so that its largest magnitude becomes the
 largest fp8 number. The product is then multiplied by both scales. Inputs and weights are quantized to e4m3. Gradients
-of outputs need more range than precision and are quantized to e5m2. Products are summed in fp32, and the master weights
-stay in fp32.
+of outputs need more range than precision and are quantized to e5m2. The products of the backward pass are summed in
+fp32, and the products of the forward pass are summed faster and less precisely. The master weights stay in fp32.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The update rule of Muon (https://kellerjordan.github.io/posts/muon), with four later refinements.
+"""The update rule of Muon (https://kellerjordan.github.io/posts/muon), with later refinements.
 
 Problem: the gradient of a weight matrix has a few large singular values and many small ones. A step along the gradient
 therefore moves the matrix far in a few directions and hardly at all in the others, which may be just as important.

@@ -6,9 +6,9 @@ time of the updates.
 Idea: the parameters form units, and each rank owns a part of every unit (``adamw`` explains which units are not
 divided). The rank keeps only the optimizer state of its part and updates only its part. A step has three stages:
 
-1.  Reduce: the gradients of all ranks are summed, and each rank receives the sum for its own part. The reduction of a
-    unit starts as soon as the backward pass has completed the unit's gradients, and overlaps with the rest of the
-    backward pass.
+1.  Reduce: the gradients of all ranks are summed, and each rank receives the sum for its own part. In the step's last
+    backward pass, the reduction of a gradient starts as soon as the gradient is complete. Muon waits for the gradients
+    of as many matrices as there are ranks. The reduction overlaps with the rest of the backward pass.
 2.  Update: each rank updates its own part.
 3.  Gather: each rank receives the parts that other ranks have updated. The transfer overlaps with the updates of the
     next units.
