@@ -1,9 +1,9 @@
 """Format versions of the files in the artifact store, and how readers treat files of older and newer versions.
 
-Every JSON file that a program writes for another program has a number ``format``. A file without this number
-has format 1, because the files from before version 0.1.0 have no number. A reader reads every format up to its own, and
-refuses a newer format with :class:`NewerFormatError`. A reader never treats a newer file as damaged, because damaged
-files are replaced.
+Every JSON file that a program writes into the store for another program has a number ``format``; in ``tokenizer.json``,
+the number follows the name of the format. A file without this number has format 1, because the files from before
+version 0.1.0 have no number. A reader reads every format up to its own, and refuses a newer format with
+:class:`NewerFormatError`. A reader never treats a newer file as damaged, because damaged files are replaced.
 
 Raise the format number of a kind of file when an older reader would misread the new content. If older readers may
 ignore a new field, the number stays: readers ignore the unknown fields of most files. In some files every field

@@ -3,16 +3,16 @@
 The jobs write the files while they train, and the engine reads them for the chat page. The page therefore also shows a
 run on another machine, and a page that is opened during a run shows the run from its beginning.
 
-The folder ``progress/<model>/`` has these files, which describe only the newest state:
+The folder ``progress/<model>/`` has the following files. Each write replaces a file, so earlier states are not kept.
 
 - ``run.json``, which the pipeline writes: ``recipe``, ``stages`` (names in their order), ``tokens`` (number of tokens
   on which each stage trains, by stage), ``stage`` (the stage that runs or ran last), ``state`` (``running``,
   ``stopped``, ``failed``, ``refused`` or ``promoted``), ``seconds`` (durations of finished stages, by stage).
 - ``<stage>.json``, which a training stage writes: ``program`` (the program's name, as in its lease), ``step`` (steps
-  done), ``steps`` (all steps of the stage), ``batch_tokens`` (tokens per step), ``tokens_per_second``, ``eta_seconds``
-  (remaining time, null while unknown), ``curve`` (pairs of a step and a loss in nats), ``held_out`` (points with a
-  ``step`` and metrics by name) and ``answers`` (points with a ``step`` and the pairs of a question and the model's
-  answer).
+  done), ``steps`` (all steps of the stage), ``batch_tokens`` (tokens per step), ``tokens_per_second`` (null while
+  unknown), ``eta_seconds`` (remaining time, null while unknown), ``curve`` (pairs of a step and a loss in nats),
+  ``held_out`` (points with a ``step`` and metrics by name) and ``answers`` (points with a ``step`` and the pairs of a
+  question and the model's answer).
 
 Each file also has ``updated``, the time of writing in seconds since the epoch.
 """
@@ -38,7 +38,7 @@ def write_progress(store: Store, model: str, part: str, fields: Mapping[str, Any
 
 
 def remove_progress(store: Store, model: str, part: str) -> None:
-    """Remove ``progress/<model>/<part>.json``, and its folders if they are empty then.
+    """Remove ``progress/<model>/<part>.json``. On a file system, also remove its folders if they are empty then.
 
     Raises StoreError if the store fails.
     """

@@ -93,8 +93,8 @@ def load_checkpoint(store: Store, ref: CheckpointRef) -> Checkpoint:
     Raises:
         DamagedCheckpoint: there is no such checkpoint, or one of its files is missing or damaged.
         NewerFormatError: a newer version of nanochat wrote one of its files.
-        UserError: no file is damaged, but the weights, the config and the tokenizer do not fit together, or a file has
-            invalid content.
+        UserError: no file is damaged, but the tokenizer does not fit the config or is not the one that the model was
+            trained with, or a file has invalid content. :meth:`Checkpoint.build_model` checks the weights.
     """
     manifest = load_manifest(store, ref)
     with store.keeping(ref.prefix):

@@ -13,7 +13,7 @@ def promote(store: Store, ref: CheckpointRef) -> None:
 
 
 def withdraw(store: Store, model: str) -> None:
-    """Withdraws the promotion of ``model``, whose promoted weights no longer exist.
+    """Withdraws the promotion of ``model``, because the promoted weights no longer exist or will now be deleted.
 
     An engine that already serves these weights continues to serve them.
     """
@@ -21,7 +21,10 @@ def withdraw(store: Store, model: str) -> None:
 
 
 def promoted(store: Store, model: str) -> CheckpointRef | None:
-    """The promoted checkpoint; None if none was promoted yet or the promotion was withdrawn."""
+    """The promoted checkpoint; None if none was promoted yet or the promotion was withdrawn.
+
+    Raises UserError if the file ``PROMOTED`` names no checkpoint.
+    """
     try:
         revision = store.read(_promoted_key(model)).decode(errors="replace").strip()
     except FileNotFoundError:

@@ -17,8 +17,8 @@ class StoreError(UserError):
 class Store(ABC):
     """Stores files under one root. A file's key is its path relative to the root, with ``/`` between the path's parts.
 
-    Every method raises UserError if a key leaves the root or has a hidden part (``.name``), and StoreError if the store
-    fails.
+    Every method raises UserError if a key leaves the root or has an empty or hidden part (``.name``), and StoreError if
+    the store fails.
     """
 
     @abstractmethod
@@ -111,8 +111,8 @@ class Store(ABC):
 def checked(key: str) -> PurePosixPath:
     """Returns the key as a path.
 
-    Raises UserError if the key leaves the store's root or has a hidden or empty part. An empty name in ``data/<name>``
-    would otherwise stand for the folder ``data`` with all datasets.
+    Raises UserError if the key leaves the store's root, has a hidden or empty part, or has a null character. An empty
+    name in ``data/<name>`` would otherwise stand for the folder ``data`` with all datasets.
     """
     if "\0" in key or any(not part or part.startswith(".") for part in key.split("/")):
         raise UserError(

@@ -64,7 +64,7 @@ class DownloadCache:
             self._evict()
 
     def _evict(self, room_for: int = 0) -> None:
-        """Deletes the least recently used files until ``room_for`` more bytes fit into the limit."""
+        """Deletes the least recently used unprotected files until ``room_for`` more bytes fit into the limit."""
         if self.limit_bytes is None:
             return
         with self._lock:

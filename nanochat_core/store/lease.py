@@ -10,8 +10,8 @@ program that wants the same name watches the file:
 
 The clocks of two machines are never compared: each program measures with its own clock how long it has seen the same
 content. Only :meth:`Store.replace` changes the file, so if several programs want a lease, only one of them gets it.
-A holder renews its lease before it writes or deletes anything. If the holder was suspended for longer than the lease
-lasts, another program may have taken the lease over. The renewal then fails with :class:`LeaseLost`.
+A holder renews its lease before it completes or deletes a checkpoint. If the holder was suspended for longer than the
+lease lasts, another program may have taken the lease over. The renewal then fails with :class:`LeaseLost`.
 
 This is the lease of Gray and Cheriton, "Leases: an efficient fault-tolerant mechanism for distributed file cache
 consistency" (SOSP 1989), except that a lease expires by the observer's clock instead of the server's.
@@ -58,9 +58,11 @@ class Lease:
     """The right to write under one name, from the beginning to the end of a ``with`` block.
 
     Entering the block raises NameInUse if another program has the lease. If nobody knows whether that program is alive,
-    entering the block first waits for as long as its lease lasts, normally :data:`LEASE_SECONDS`.
+    entering the block first waits until the lease changes, but at most for as long as it lasts, normally
+    :data:`LEASE_SECONDS`.
 
     Attributes:
+        name: folder of the store that the program writes to.
         program: name of the program that holds the lease.
     """
 
@@ -124,7 +126,8 @@ class Lease:
     def renew(self) -> None:
         """Renews the lease, which verifies that this program still has it.
 
-        Raises LeaseLost if another program took over the name, and StoreError if the store does not answer.
+        Raises LeaseLost if another program took over the name, and StoreError if the lease could not be renewed, for
+        example because the store does not answer.
         """
         with self._lock:
             self.check()
@@ -253,7 +256,10 @@ def _seconds(holder: dict[str, Any], default: float) -> float:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool | None:
-    """Whether the process that holds a lease is alive; None if it runs on another machine or in another container."""
+    """Whether the process that holds a lease is alive; None if this process cannot know.
+
+    It cannot know if the holder runs on another machine or in another container, or if the lease does not say where.
+    """
     machine, pid = holder.get("machine"), holder.get("pid")
     if machine is None or machine != _machine() or not isinstance(pid, int):
         return None
@@ -274,6 +280,8 @@ def _machine() -> str | None:
 
 def _process_start(pid: int) -> int | None:
     """When a process was started, in ticks since the boot; None if there is no such process, or it is a zombie.
+
+    On systems other than Linux, the result is always None.
 
     The system may give the id of an ended process to a new process. The start time distinguishes these two processes.
     """

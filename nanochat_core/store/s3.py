@@ -1,4 +1,4 @@
-"""A store under a prefix of an S3 bucket. Uploads and downloads are multipart and parallel."""
+"""A store under a prefix of an S3 bucket. Large files are uploaded and downloaded in several parts at the same time."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ class S3Store(Store):
 
         ``cache`` keeps the files that :meth:`fetch` downloads.
         """
-        import boto3  # imported here, because only the jobs and the engine install boto3
+        import boto3  # imported here, because not every program installs boto3
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
