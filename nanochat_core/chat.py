@@ -34,14 +34,15 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The joined text parts. A person reads only these parts of the message."""
+        """The joined text parts, without Python code and its output."""
         return "".join(part.text for part in self.parts if part.type == "text")
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Checks plain dictionaries, as read from JSON, and turns them into messages.
 
-    Raises a UserError that names the first invalid message and its problem.
+    Raises UserError if there is no message, or if a message is invalid. The error names the first invalid message and
+    its problem.
     """
     parsed: list[Message] = []
     if not messages:
@@ -160,7 +161,9 @@ class AssistantStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> list[Part]:
-        """Takes the next token and returns the parts that it completes.
+        """Takes the next token and returns the text that can be shown now, as a list of at most one part.
+
+        The text of one part of the message may arrive in several pieces, each of which is a :class:`Part`.
 
         Raises UserError if the id is outside the vocabulary.
         """

@@ -29,7 +29,8 @@ def row_messages(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """The messages of a row's conversation. The row has one of three forms:
 
     - ``{"messages": [{"role": "user", "content": …}, …]}``, as in the chat API;
-    - ``{"conversations": [{"from": "human", "value": …}, …]}``, as in ShareGPT's files;
+    - ``{"conversations": [{"from": "human", "value": …}, …]}``, as in ShareGPT's files; the field may also be called
+      ``conversation``;
     - ``{"instruction": …, "input": …, "output": …}``, as in Alpaca's files; ``input`` is optional. Two other
       kinds of rows are read in the same way: rows with the field names of the data set Dolly (``instruction``,
       ``context`` and ``response``), and rows with ``prompt`` and either ``completion`` or ``response``.

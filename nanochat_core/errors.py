@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 # Exit code if the promotion gate, which decides whether a model may be served, refuses a model. The gate itself, a
 # training pipeline and a program that teaches lessons exit with this code. The code 2 is taken: it means a wrong
-# setting. Codes from 128 on are not used, because they make Kubernetes restart the job.
+# setting. A code of 128 or more would make Kubernetes restart the job.
 EXIT_REFUSED = 3
 # Exit code of a lesson that failed for another reason than the gate's decision. For example, an answer in the lesson's
 # file may be too long for the model.

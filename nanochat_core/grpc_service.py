@@ -33,7 +33,7 @@ LIVE = "live"
 
 @dataclasses.dataclass(frozen=True)
 class ListenSettings(TlsSettings, TracingSettings):
-    """The addresses of a service. Each service's own settings derive from this class and give the default ports."""
+    """The addresses of a gRPC service. The settings of each gRPC service derive from this class and set its ports."""
 
     host: str = setting("127.0.0.1", "address to serve gRPC on")
     port: int = setting(0, "port to serve gRPC on; 0 chooses a free port", minimum=0, maximum=65535)

@@ -21,12 +21,14 @@ log = logging.getLogger(__name__)
 OnOutput = Callable[[sandbox_pb2.ExecuteEvent], None]
 """A function that is called with each piece of the code's output while the code runs."""
 
-# The sandbox stops the code at the time limit and answers TIMEOUT. The client waits this much longer for that answer.
+# The sandbox stops the code at the time limit and answers TIMEOUT. The client waits this much longer for that answer,
+# but at most half of the time that is left.
 _ANSWER_SECONDS = 1.0
 # A sandbox that does not answer a health check within _HEALTH_SECONDS counts as hung. The next check begins
 # _POLL_SECONDS after the end of a check.
 _HEALTH_SECONDS, _POLL_SECONDS = 3.0, 0.5
-# If no sandbox can take a call, the call waits this long for a sandbox, but at most a quarter of its time limit.
+# If no sandbox is healthy, each attempt of a call waits at most this long for one, and at most a quarter of the call's
+# time limit. Once a sandbox was full, the call does not wait.
 _PATIENCE_SECONDS = 2.0
 # The code of a call may kill every sandbox that runs it, so the number of attempts has a limit.
 _MAX_ATTEMPTS = 3
@@ -57,8 +59,8 @@ class Sandboxes:
     A target may have several addresses, and each address is a sandbox. Sandboxes may join and leave at any time. The
     next call goes to the healthy sandbox that runs the fewest calls of this client; calls of a session go to the same
     sandbox, unless sandboxes join or leave. If the chosen sandbox dies, hangs or is full, another sandbox runs the
-    call, unless the call has had three attempts, the call's time limit has passed, or some of the call's output was
-    already passed on.
+    call, unless no other sandbox is healthy, the call has had three attempts, the call's time limit has passed, or some
+    of the call's output was already passed on.
     """
 
     def __init__(
@@ -91,10 +93,11 @@ class Sandboxes:
         """Run the code of a request. If ``request`` limits the wall time, the limit is lowered to fit ``seconds``.
 
         If ``on_output`` is given, it is also called with the output while the code runs. Once the code has written
-        something, the call is not repeated, so that no output is passed on twice.
+        something, the call is not repeated, so that no output is passed on twice. If no sandbox
+        could run the code, but some of them were full, the reply has the status OVERLOADED.
 
         Raises:
-            NoSandbox: no sandbox has answered.
+            NoSandbox: no sandbox could be reached, or the sandbox died after some output was passed on.
             TimeoutError: no sandbox has answered in ``seconds``.
             grpc.aio.AioRpcError: a sandbox has refused the request.
         """
@@ -155,9 +158,9 @@ class Sandboxes:
         """Choose a healthy sandbox that is not in ``excluded``. Wait for one up to ``patience`` seconds.
 
         A request without a session goes to the sandbox with the fewest calls, or, among equals, to the least recently
-        used one. The sandbox of a session depends only on the session and the addresses of the healthy sandboxes
-        (rendezvous hashing). All clients therefore choose the same sandbox for a session, and few sessions change their
-        sandbox when a sandbox joins or leaves.
+        used one. The sandbox of a session depends only on the request's key and session and on the addresses of the
+        healthy sandboxes (rendezvous hashing). All clients therefore choose the same sandbox for a session, and few
+        sessions change their sandbox when a sandbox joins or leaves.
 
         Returns None if there is no such sandbox after that time.
         """
@@ -289,7 +292,7 @@ class _Sandbox:
         await self._channel.close()
 
     async def _watch(self) -> None:
-        """Check the sandbox's health every ``_POLL_SECONDS``."""
+        """Check the sandbox's health again and again, ``_POLL_SECONDS`` after the end of the last check."""
         serving = health_pb2.HealthCheckResponse.SERVING
         while True:
             try:

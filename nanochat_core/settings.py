@@ -125,7 +125,7 @@ def load(
 
 
 def describe(settings: Any) -> dict[str, Any]:
-    """The settings as a plain dictionary for a log line, with ``***`` in place of each secret."""
+    """The settings as a plain dictionary for a log line, with ``***`` in place of each secret that is set."""
     values = {field: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     return {field.name: "***" if field.metadata.get("secret") and value else value for field, value in values.items()}
 

@@ -50,7 +50,11 @@ class TlsFiles(RotatingFiles[Identity]):
     """The files of :class:`TlsSettings`, read again when they change. The methods may be called on any thread."""
 
     def __init__(self, settings: TlsSettings) -> None:
-        """Raises UserError if a file cannot be read, or if the certificate does not fit the private key or the CA."""
+        """Raises UserError if a file cannot be read or is damaged, or if the certificate cannot be used.
+
+        A certificate cannot be used if it does not fit the private key or the CA, is out of date, or does not allow
+        both client and server authentication.
+        """
         paths = (settings.tls_ca, settings.tls_certificate, settings.tls_key)
         super().__init__("TLS", paths, functools.partial(_read, paths))
 

@@ -31,7 +31,7 @@ MOST_STEP_SECONDS = 0.05
 # Seconds within which the compiling process must answer. The limit is high, because other processes may use most of the
 # CPU time.
 _PATIENCE_SECONDS = 60.0
-# The only environment variables that the compiling process gets, because other variables may contain secrets.
+# The only environment variables that the compiling process inherits, because other variables may contain secrets.
 _VARIABLES = ("PATH", "LD_LIBRARY_PATH")
 
 

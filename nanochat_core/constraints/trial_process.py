@@ -8,7 +8,7 @@ and then the outcomes. An outcome has one of these forms:
   random completions;
 - ``limit``, the limit of llguidance that was reached;
 - ``refused``, the reason why the constraint cannot be used;
-- ``killed``, the signal that ended the compilation; 0 if llguidance failed.
+- ``killed``, the signal that ended the compilation; 0 if an error ended it, such as a panic in llguidance.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def _parts(constraint: Constraint) -> Iterator[Constraint]:
 def _rehearse(matcher: LLMatcher, seconds: float) -> dict[str, Any]:
     """Follow random completions through the grammar for ``seconds`` of CPU time, but for at least one token.
 
-    Returns ``step_seconds``, or ``limit`` if a completion reaches a limit of llguidance.
+    Returns ``step_seconds``, or ``limit`` if a completion reaches a limit of llguidance. Ends early at a limit, and at
+    a token that takes more than ``MOST_STEP_SECONDS``.
 
     llguidance builds parts of a grammar only when a completion reaches them. So a step may cost much although the
     compilation cost little, for example the first step after the name of a property.

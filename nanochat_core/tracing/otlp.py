@@ -10,7 +10,7 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 from nanochat_core.tracing.span import Span
 
-# If the collector does not answer, it delays the shutdown of a service by at most this time.
+# Time limit for sending one batch. A service that shuts down also waits for the collector at most this long.
 _SEND_SECONDS = 2.0
 
 

@@ -1,7 +1,8 @@
 """One service's part of a request, and the headers that connect the parts.
 
 The trace follows W3C Trace Context (https://www.w3.org/TR/trace-context/): the header ``traceparent`` carries the
-trace's id, the caller's span and the flag "sampled"; ``tracestate`` is passed on unchanged.
+trace's id, the caller's span and the flag "sampled". ``tracestate`` is passed on; it is dropped if it is longer than
+512 characters or not printable ASCII, and API keys in it are redacted.
 """
 
 import contextvars
@@ -35,7 +36,7 @@ class Span:
         trace_id: 32 hexadecimal digits, the same in all services.
         sampled: whether the services export the trace; None if that is not decided yet.
         parent_id: 16 hexadecimal digits of the caller's span; empty if the trace begins in this service.
-        tracestate: header of other tracing systems, passed on unchanged.
+        tracestate: header of other tracing systems, which is passed on.
         span_id: 16 hexadecimal digits.
         attributes: values by name that are exported with the span.
         error: why the request failed; empty if it did not fail.
@@ -55,8 +56,8 @@ class Span:
     def from_headers(cls, name: str, headers: Mapping[str, str]) -> "Span":
         """A child of the caller's span, or the first span of a new trace if the caller sent no valid ``traceparent``.
 
-        A request id is generated if the caller sent no id, or an id that is not safe to log. The keys of ``headers``
-        are in lower case.
+        A request id is generated if the caller sent no id, or an id that is too long or not safe to log. The keys of
+        ``headers`` are in lower case.
         """
         request_id = _request_id(headers.get(REQUEST_ID, ""))
         parent = _TRACEPARENT_FORM.fullmatch(headers.get(TRACEPARENT, "").strip())
