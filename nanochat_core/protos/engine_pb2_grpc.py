@@ -109,8 +109,9 @@ class EngineServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetReport(self, request, context):
-        """Reads the report on the model from the store. NOT_FOUND: there is no report. FAILED_PRECONDITION: the report is too
-        large to send. UNAVAILABLE: the store does not answer.
+        """Reads the report on the model from the store. NOT_FOUND: there is no report, or it lacks the requested file.
+        FAILED_PRECONDITION: the report is too large to send. UNAVAILABLE: no model is loaded, or the store does not
+        answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -59,8 +59,8 @@ class SandboxServicer(object):
     """
 
     def Execute(self, request, context):
-        """Runs code and answers with a status, even if the code fails. A gRPC error means an invalid request or a failure of
-        the service. Canceling the call kills its process.
+        """Runs code and answers with a status, even if the code fails. A gRPC error means an invalid request, or a failure
+        or the shutdown of the service. Canceling the call kills its process.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
