@@ -22,8 +22,8 @@ BLOCK_ROWS = 64
 BLOCKS = 8
 # A row with more tokens than this is not computed in blocks: BLOCKWISE_TIME is the limit if the window covers the whole
 # row, and BLOCKWISE_WINDOW_TIME is the limit if the window is shorter. Longer rows use SDPA, because blockwise
-# attention keeps the attention weights of all blocks for the backward pass. Their number grows with the row's length
-# times the window's length.
+# attention keeps the attention weights of all blocks for the backward pass. The number of these weights grows with the
+# row's length times the window's length.
 BLOCKWISE_TIME, BLOCKWISE_WINDOW_TIME = 1024, 2048
 # The packages of FlashAttention, fastest first. Each line has the package's module, and the lowest and the highest
 # compute capability that the package supports. The first module is FlashAttention 3, which runs only on Hopper GPUs.

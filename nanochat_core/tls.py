@@ -21,7 +21,10 @@ from nanochat_core.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class TlsSettings:
-    """The settings that name the files of mutual TLS. Every service has them; without files, it talks in plain text."""
+    """The settings that name the files of mutual TLS. Every service has these settings.
+
+    A service without these files talks in plain text.
+    """
 
     tls_ca: str = setting(
         "",

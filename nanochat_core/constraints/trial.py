@@ -59,7 +59,7 @@ class Trial:
 
     @property
     def started(self) -> bool:
-        """Whether the compiling process runs. Otherwise, the next constraint must wait until it has started."""
+        """Whether the compiling process was started. If not, the next constraint waits until the process starts."""
         return self._process is not None
 
     def run(self, constraint: Constraint) -> int:

@@ -48,8 +48,9 @@ class Fp8Linear(nn.Module):
 def convert_to_fp8(model: GPT) -> list[str]:
     """Lets the large matrices of the blocks train in fp8. The parameters stay the same objects and keep their names.
 
-    The head is not converted, because the chunked loss uses the head's weight directly instead of calling the layer.
-    Returns the names of the converted layers.
+    Both sides of such a matrix are at least :data:`LEAST_SIDE` and multiples of :data:`ALIGNMENT`. The head is not
+    converted, because the chunked loss uses the head's weight directly instead of calling the layer. Returns the names
+    of the converted layers.
     """
     converted = []
     for parent_name, parent in list(model.blocks.named_modules(prefix="blocks")):
