@@ -52,7 +52,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "mps" and name not in ("auto", "fp32"):
         raise UserError(f"dtype {name} is not supported on mps; use fp32")
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        # Older GPUs only emulate bf16, which is slower than fp32.
+        computes_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if computes_bf16 else torch.float32
     if name == "fp16" and device.type != "cuda":
         raise UserError("dtype fp16 needs a GPU; use fp32 or bf16 on a CPU")
     if name == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY):

@@ -261,8 +261,11 @@ def _markdown(text: str, name: str) -> Iterator[tuple[str, Item]]:
             title = match[1].rstrip("#").rstrip().strip("*_ ") if match else ""
             heading, heading_at = (title, f"{name}:{number}") if title.endswith("?") else ("", name)
         elif match := _SPEAKER.fullmatch(line):
-            if heading and not turns and any(each.strip() for each in prose):
-                yield from finish()
+            if heading and not turns:
+                if any(each.strip() for each in prose):
+                    yield from finish()
+                elif match[1][0].lower() not in _QUESTION_LETTERS:
+                    turns.append(("q", heading_at, [heading]))  # the answer below is the answer to the heading
             heading = ""
             turns.append((match[1][0].lower(), f"{name}:{number}", [match[2]]))
         elif turns and (line.strip() or turns[-1][0] in ("a", "q")):

@@ -137,6 +137,11 @@ The mill burned down.
     assert items[4].text == "The mill burned down."
 
 
+def test_an_answer_may_begin_with_a_right_below_a_heading() -> None:
+    (item,) = parse_items(b"## Who is my dentist?\nA: Your dentist is Ada.\n", "facts.md")
+    assert (item.question, item.answer) == ("Who is my dentist?", "Your dentist is Ada.")
+
+
 def test_a_heading_may_end_with_marks_and_have_many_spaces() -> None:
     wide = f"Who{' ' * 200_000}am I?"
     assert pairs(parse_items(f"# {wide} ##\nAda.\n".encode(), "own.md")) == [(wide, "Ada.")]
