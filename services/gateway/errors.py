@@ -61,7 +61,10 @@ class ApiError(HTTPException):
 
 
 class ClientGone(HTTPException):
-    """The client closed the connection before its answer was complete. Only the request log sees the status 499."""
+    """The client closed the connection before its answer was complete.
+
+    The status 499 appears in the request log, in the metrics and in the trace.
+    """
 
     def __init__(self) -> None:
         super().__init__(499, detail="The client closed the connection.")
@@ -194,7 +197,7 @@ def is_caller_limit(error: grpc.aio.AioRpcError) -> bool:
 
 
 def _from_validation(error: RequestValidationError, content_type: str) -> ApiError:
-    """Translates the first error that pydantic found in a request body to the error that the client gets."""
+    """Translates the first error that pydantic found in a request to the error that the client gets."""
     first = error.errors()[0]
     location = first["loc"][1:]
     if not location:

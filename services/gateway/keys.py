@@ -156,8 +156,8 @@ async def run(command: Command, settings: KeyStoreSettings) -> None:
     """Runs a command on the store that the settings name.
 
     Raises:
-        UserError: the settings name no store, or the store refuses the command.
-        RetryableError: the store does not answer.
+        UserError: the settings name no usable store, a value in them is wrong, or the store refuses the command.
+        RetryableError: the store does not answer, or Redis refuses a call.
     """
     if not (settings.redis_url or settings.keys_file):
         raise UserError(

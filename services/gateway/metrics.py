@@ -68,7 +68,7 @@ class Metrics:
             ("reason",),
         )
         for reason in ("died", "hung", "drains"):
-            # The counter of each reason begins at 0, so that Prometheus sees it before the first migration.
+            # The counters of the usual reasons begin at 0, so that Prometheus sees them before the first migration.
             self.migrations.labels(reason)
         self.migration_gap_seconds = histogram(
             "nanochat_gateway_migration_gap_seconds",

@@ -573,7 +573,7 @@ class SamplingRequest(ApiModel):
             yield Constraint("structured_outputs.json_object", "json_object", True)
 
     def check(self) -> None:
-        """Raises an :class:`ApiError` with status 400 if parameters exclude each other or are not supported."""
+        """Raises an :class:`ApiError` with status 400 if parameters do not fit together or are not supported."""
         if self.min_tokens and self.limit is not None and self.min_tokens > self.limit:
             raise invalid_value("min_tokens is larger than the limit on the answer's tokens.", "min_tokens")
         if (constraint := self.constraint) is not None and (self.min_tokens or self.ignore_eos):
@@ -613,7 +613,7 @@ class ChatParameters(SamplingRequest):
 
     @property
     def offered_tools(self) -> list[FunctionTool]:
-        """The tools that the answer may call. The prompt describes all of them."""
+        """The tools that the prompt describes. If ``tool_choice`` names a tool, the answer may call only this tool."""
         return [] if self.tool_choice == "none" else self.tools or []
 
     def _constraints(self) -> Iterator[Constraint]:
@@ -634,7 +634,7 @@ class ChatParameters(SamplingRequest):
             yield Constraint("tools", field, json.dumps(call_schema(self.offered_tools)))
 
     def check(self) -> None:
-        """Raises an :class:`ApiError` with status 400 if parameters exclude each other or are not supported."""
+        """Raises an :class:`ApiError` with status 400 if parameters do not fit together or are not supported."""
         names = [tool.function.name for tool in self.tools or ()]
         for i, name in enumerate(names):
             if name in names[:i]:

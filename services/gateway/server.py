@@ -93,7 +93,10 @@ class Server(uvicorn.Server):
 
 
 def allow_files(connections: int) -> None:
-    """Raises the soft limit of open files to ``connections + 256``, or to the hard limit if that is lower."""
+    """Raises the soft limit of open files to ``connections + 256``, or to the hard limit if that is lower.
+
+    A soft limit that is high enough already stays unchanged.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:

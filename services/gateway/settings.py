@@ -212,7 +212,7 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
     )
     max_message_bytes: int = setting(
         64 * 1024 * 1024,
-        "largest gRPC message from an engine in bytes; one message carries the whole tokenizer",
+        "largest gRPC message from or to an engine, in bytes; one message carries the whole tokenizer",
         minimum=65536,
     )
     drain_seconds: float = setting(30.0, "maximum seconds for running answers to finish after SIGTERM", minimum=0)

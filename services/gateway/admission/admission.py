@@ -78,7 +78,10 @@ class Admission:
             task.add_done_callback(_report)
 
     async def aclose(self) -> None:
-        """Writes the usage to the store and closes the store."""
+        """Ends the tasks, writes the usage to the store, and closes the store.
+
+        If the store does not accept the usage within a few seconds, the usage is lost.
+        """
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -143,8 +146,8 @@ class Admission:
         while True:
             await asyncio.sleep(_RENEW_SECONDS)
             limiter = self._limiters[0]
-            # Answers that began while Redis did not answer are left out: only this process counts them, so Redis has no
-            # lease to renew.
+            # Answers that Redis has not counted are left out, because Redis has no lease of them to renew. They began
+            # while Redis did not answer, and only this process counts them.
             limited = [g for g in self._running if g.caller.limits.answers and g.is_counted_by(limiter)]
             with contextlib.suppress(Away):
                 await limiter.renew((grant.caller.id, grant.answer) for grant in limited)

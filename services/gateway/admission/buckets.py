@@ -46,13 +46,16 @@ class Bucket:
         return not limit or self.spent + cost * UNITS <= limit * UNITS
 
     def remaining(self, limit: int) -> int:
-        """Returns how many requests or tokens may pass now."""
+        """Returns how many requests or tokens may pass now; 0 if ``limit`` is 0 (no limit)."""
         return max(0, limit * UNITS - self.spent) // UNITS
 
     def empty_in(self, limit: int) -> int:
-        """Returns the microseconds until the bucket is empty."""
+        """Returns the microseconds until the bucket is empty; 0 if ``limit`` is 0 (no limit)."""
         return -(-self.spent // limit) if limit else 0
 
     def room_in(self, limit: int, cost: int) -> int:
-        """Returns the microseconds until ``cost`` requests or tokens may pass. ``cost`` must not exceed ``limit``."""
+        """Returns the microseconds until ``cost`` requests or tokens may pass.
+
+        ``limit`` must not be 0, and ``cost`` must not exceed ``limit``.
+        """
         return max(0, -(-(self.spent + cost * UNITS - limit * UNITS) // limit))

@@ -11,8 +11,8 @@ from services.gateway.admission.keys import ApiKey, Limits, Scope, id_of
 from services.gateway.admission.usage import ANONYMOUS
 from services.gateway.errors import admission_unavailable, unauthorized
 
-# An IPv6 network with a prefix of this many bits belongs to one customer, who may use any of its addresses. So all its
-# addresses count as one caller.
+# An IPv6 network with a prefix of this many bits usually belongs to one customer, who may use any of its addresses. So
+# all its addresses count as one caller.
 _IPV6_PREFIX = 64
 
 

@@ -11,7 +11,7 @@ from services.gateway.errors import ApiError, admission_unavailable, rate_limite
 _ANSWER_RETRY_SECONDS = 1.0
 _FACTS = ("limit", "remaining", "reset")
 RATE_LIMIT_HEADERS = tuple(f"x-ratelimit-{fact}-{kind}" for kind in ("requests", "tokens") for fact in _FACTS)
-"""Names of the response headers that tell a caller its limits and how much of them is left."""
+"""Names of the response headers that tell a caller its limits, how much of each is left, and when it is whole again."""
 
 
 class Grant:
@@ -49,7 +49,8 @@ class Grant:
     async def charge(self, prompt_tokens: int, answer_tokens: int) -> None:
         """Reserves the tokens of a prompt and the largest number of tokens that its answers may have together.
 
-        If the sum exceeds the caller's limit, the whole limit is reserved, because the answers may be shorter.
+        If the sum exceeds the caller's limit, the whole limit is reserved, because the answers may be shorter. If the
+        caller has no limit on tokens, nothing is reserved.
 
         Raises:
             ApiError: 429 if the limit has no room now, or if the prompt alone uses up the whole limit; 503 if no
@@ -110,7 +111,11 @@ class Grant:
         return True
 
     def headers(self) -> dict[str, str]:
-        """Response headers with the caller's limits and the remaining amounts, in the form of OpenAI's server."""
+        """Response headers for the caller's limits on requests and tokens, in the form of OpenAI's server.
+
+        For each of the two limits that is set, they have the limit, the remaining amount, and the time until the whole
+        limit is available again.
+        """
         limits, verdict = self.caller.limits, self._verdict
         headers: dict[str, str] = {}
         for kind, limit, left, reset in (

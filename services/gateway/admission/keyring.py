@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 """Time between two checks of the store.
 
-While the store answers, a revoked key is refused after at most this time plus the time of a check.
+While the store answers, a revoked key is refused after at most this time plus the time of two checks.
 """
 FRESH_SECONDS = 2.0
 """The keys in memory count as fresh if the store has confirmed them within this time."""
@@ -37,7 +37,10 @@ class Keyring:
         return time.monotonic() - self._confirmed <= FRESH_SECONDS
 
     async def find(self, key_id: str) -> ApiKey | None:
-        """Returns the record of a key; None if there is none. An unknown key may be new, so the store is asked."""
+        """Returns the record of a key; None if no such key is known. The store is asked about an unknown key.
+
+        An unknown key may be new. If the store does not answer, the result is None too.
+        """
         if key_id not in self._keys:
             await self.refresh()
         return self.known(key_id)
@@ -53,7 +56,7 @@ class Keyring:
     async def refresh(self) -> None:
         """Checks the store for changes. If the store does not answer or is damaged, the keys stay unchanged.
 
-        Requests that call this method at the same time share at most two checks.
+        While the store answers, requests that call this method at the same time share at most two checks.
         """
         asked = time.monotonic()
         async with self._lock:

@@ -68,8 +68,9 @@ class ApiKey:
         created: time of the key's creation, in seconds since 1970, as for all times of this class.
         expires: time when the key expires; None if it never expires.
         revoked: time when the key was revoked; None if it was not revoked.
-        old_digest: digest that the key had before its rotation; empty if the old key is no longer accepted.
-        old_expires: time until which the old key is accepted.
+        old_digest: digest that the key had before its last rotation; empty if the rotation did not keep the old key, or
+            if there was no rotation.
+        old_expires: time until which the old key is accepted; 0 if ``old_digest`` is empty.
     """
 
     id: str

@@ -16,7 +16,8 @@ class AdmissionMiddleware:
     """ASGI middleware that answers 401, 403, 429 or 503 to requests that the gateway does not accept.
 
     If the path needs a permission (a scope of a key), the ASGI scope's ``["state"]["caller"]`` becomes the
-    :class:`Caller`. For a POST request to the model or the sandbox, ``["state"]["grant"]`` becomes the :class:`Grant`.
+    :class:`Caller`. For a POST request to the model, its tokenizer or the sandbox, ``["state"]["grant"]`` becomes the
+    :class:`Grant`.
     """
 
     def __init__(self, app: ASGIApp, admission: Admission, metrics: Metrics) -> None:

@@ -27,7 +27,9 @@ _PAUSE_SECONDS = 0.5
 
 
 class RedisLink:
-    """Calls a Redis server. After a failure, all calls fail at once for half a second. Then one call tests the server.
+    """Calls a Redis server. After a failure, all calls fail at once, except one call each half second.
+
+    This call tests the server. When it succeeds, all calls reach the server again.
 
     No call is repeated: Redis may have executed a call whose reply was lost, and a limit must not count it twice.
     """
@@ -38,7 +40,7 @@ class RedisLink:
         Args:
             url: ``redis://[user:password@]host:port/database``, or ``rediss://`` for TLS.
             timeout_seconds: longest wait for a connection, and for the answer to a call.
-            on_change: called when Redis begins to answer (with True) and when it stops answering (with False).
+            on_change: called when Redis stops answering (with False) and when it answers again (with True).
         """
         try:
             pool = ConnectionPool.from_url(

@@ -27,7 +27,8 @@ class KeyStore(abc.ABC):
         """Replaces the record ``old`` of a key by ``new``. If ``old`` is None, adds ``new`` as the record of a new key.
 
         Raises:
-            StoreError: the record is no longer ``old``, there are too many keys, or the store is read-only.
+            StoreError: the record is no longer ``old``, there are too many keys, or the file of the keys cannot be
+                written.
         """
 
     @abc.abstractmethod

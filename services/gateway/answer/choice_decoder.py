@@ -35,7 +35,8 @@ class Delta:
     """The part of a choice that one chunk of the engine makes visible to the client."""
 
     text: str = ""
-    # In the first delta of a choice: the prompt's tokens from the second on, with their log probabilities.
+    # In the first delta of a choice, if the request asked for log probabilities of the prompt: the prompt's tokens from
+    # the second on, with their log probabilities.
     prompt_tokens: list[engine_pb2.Token] = dataclasses.field(default_factory=list)
     # The tokens of the new text, if the request asked for log probabilities.
     tokens: list[engine_pb2.Token] = dataclasses.field(default_factory=list)

@@ -28,9 +28,9 @@ async def decode_choices(
         raw: whether Python code and its output are shown as text.
         calls: whether an answer that begins with a brace is a call of the client's tool.
         prompt_only: whether the client wants only the prompt's log probabilities. The engine still writes one token,
-            which is neither shown nor counted.
+            which is neither shown nor added to ``record``.
 
-    Raises ApiError if no engine can continue the answer.
+    Raises ApiError if the answer cannot go on.
     """
     record.model = stream.model.info.name
     record.prompt_tokens += stream.prompt_tokens

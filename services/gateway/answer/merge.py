@@ -7,7 +7,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# At most this many items of all sources together wait for the reader, so a slow reader slows the sources down.
+# The queue has room for this many items of all sources together, so a slow reader slows the sources down.
 _AHEAD = 16
 
 

@@ -76,12 +76,15 @@ class Answer(abc.ABC):
         """Returns an object of the response as JSON.
 
         orjson is used, because FastAPI's own encoder would take seconds for the log probabilities of many prompts.
-        orjson refuses huge integers, so the object must contain no values that the client sent.
+        orjson refuses huge integers, so the object must contain no numbers that the client sent.
         """
         return orjson.dumps(value)
 
     def deltas(self) -> contextlib.aclosing[AsyncGenerator[tuple[int, Delta], None]]:
-        """Returns an async generator of ``(choice index, delta)`` pairs of all choices, in the order of arrival."""
+        """Returns an async generator of ``(choice index, delta)`` pairs of all choices, in the order of arrival.
+
+        The generator comes in a context manager, which closes it.
+        """
         sources = [self._generate(k) for k in range(len(self.prompts))]
         return contextlib.aclosing(sources[0] if len(sources) == 1 else merge(sources))
 
@@ -119,7 +122,10 @@ class Answer(abc.ABC):
         return default if self.body.temperature is None else self.body.temperature
 
     async def _encode(self, k: int, model: ServedModel) -> list[int]:
-        """Returns the token ids of prompt ``k``. The first call for a prompt also reserves its tokens."""
+        """Returns the token ids of prompt ``k``.
+
+        The first successful call for a prompt also reserves the tokens of the prompt and of its answers.
+        """
         ids = await self.prompts[k](model)
         if k not in self._charged:
             answer = most_answer_tokens(self.body, model, len(ids), self._pool.settings)

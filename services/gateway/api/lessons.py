@@ -234,7 +234,10 @@ def _described(store: Store, lesson: Lesson) -> dict[str, Any]:
 
 
 async def _done(work: Callable[[], T]) -> T:
-    """Runs ``work``, which uses the store, in a thread, and returns its result. Errors become an :class:`ApiError`."""
+    """Runs ``work``, which uses the store, in a thread, and returns its result.
+
+    A UserError, such as an error of the store, becomes an :class:`ApiError`.
+    """
     try:
         return await asyncio.to_thread(work)
     except NoLesson as error:

@@ -16,6 +16,7 @@ def open_channel(endpoint: Endpoint, settings: GatewaySettings, tls: TlsFiles | 
         # gRPC waits up to two minutes between two attempts.
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        # gRPC also uses this number as the time limit of an attempt to connect.
         ("grpc.min_reconnect_backoff_ms", int(settings.connect_timeout_seconds * 1000)),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 # In the queue, a stream that has begun goes before all new requests, because its client already sees a part of the
 # answer.
 _PRIORITY_OF_STREAMS = -1
-# A stream fails after this many failed calls, even if tokens arrive in between: the request itself may kill engines.
+# After this many failures of engines, a stream looks for no other engine, even if tokens arrive in between: the request
+# itself may kill engines. If an engine has no room or has another model, this does not count as a failure.
 _MOST_FAILURES = 16
 # Two failures without a chunk in between cause a pause of this length before the next attempt. Each further failure
 # doubles the pause. A random factor shortens the pause by up to half.
@@ -237,7 +238,7 @@ class Stream:
         """Handles the failure of a call whose chunks have all been read: looks for another engine if that can help.
 
         Raises:
-            ApiError: another engine can't help.
+            ApiError: the answer can't go on: another engine can't help, or the stream has no attempts left.
         """
         code, replica = error.code(), call.place.replica
         constraint = self._body.constraint

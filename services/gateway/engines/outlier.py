@@ -9,8 +9,8 @@ class Outlier:
     """Decides from the outcomes of an engine's calls whether the engine gets further calls.
 
     After three failures in a row, the engine is ejected for 5 seconds. Then the engine gets one call as a trial, and no
-    other call until the trial has an outcome. If the trial succeeds, the ejection ends. If the trial fails, another
-    ejection begins that lasts twice as long, up to a minute.
+    other call until the trial has an outcome. If the trial or an earlier call succeeds, the ejection ends. If the trial
+    fails, another ejection begins that lasts twice as long, up to a minute.
 
     ``call`` is any object that identifies a call. All times are seconds of one clock that never goes back.
     """

@@ -169,7 +169,8 @@ class EnginePool:
     def model(self, name: str | None) -> ServedModel | None:
         """Returns a model that answers requests for ``name``, or None while no known engine serves such a model.
 
-        If engines serve several revisions of the model, the result is the revision that :meth:`models` describes.
+        If engines have several revisions of the model, the result is chosen as in :meth:`models`, but also among
+        engines that are down.
 
         Raises:
             ApiError: 404 if the models of all engines are known and no engine has the model, 400 if the request must
@@ -246,7 +247,8 @@ class EnginePool:
     def promising(self, wish: Wish) -> bool:
         """Whether a search for an engine may succeed: a known engine fits the wish, or such an engine may still appear.
 
-        If an engine has already failed on the request, engines whose model is unknown do not count.
+        If an engine has already failed on the request, engines whose model is unknown count only while no engine serves
+        a model.
         """
         return any(self._fitting(wish)) or not self.models() or (not wish.avoid and self._expecting())
 
@@ -257,7 +259,10 @@ class EnginePool:
                 yield replica
 
     def _take(self, wish: Wish) -> Place | None:
-        """Reserves room at the replica that the router chooses; returns None if no replica has room."""
+        """Reserves room at the replica that the router chooses.
+
+        Returns None if no replica that may get the request has room.
+        """
         if wish.weights is None:
             self.model(wish.name)
         ready = [replica for replica in self._fitting(wish) if replica.has_room(wish.sequences)]
@@ -275,8 +280,8 @@ class EnginePool:
     def _share(self, wish: Wish, ready: Sequence[Replica]) -> list[Replica]:
         """Returns the ready replicas that may get the request, so that the canary gets its share of the requests.
 
-        A request for the canary does not wait: if no replica of the canary is ready, another revision answers. The
-        other requests wait for a replica of another revision, unless only replicas of the canary are up.
+        A request for the canary does not wait for it: if no replica of the canary is ready, another revision answers.
+        The other requests wait for a replica of another revision, unless only replicas of the canary are up.
         """
         canaries = [replica for replica in ready if self._is_canary(replica)]
         others = [replica for replica in ready if not self._is_canary(replica)]

@@ -139,8 +139,8 @@ class Replica:
         """Stops counting ``sequences`` as running at the engine.
 
         ``refused`` says that the engine was too full for these sequences. If so, the number of this gateway's remaining
-        sequences becomes the engine's limit. The engine then gets no call until a sequence ends or the next check
-        passes.
+        sequences, but at least 1, becomes the engine's limit. The engine then gets no call until a sequence ends or the
+        next check passes.
         """
         self._own -= sequences
         self._full = refused

@@ -14,7 +14,10 @@ _HEADERS = {
 
 
 class SecurityHeaders:
-    """ASGI middleware that adds to every response the headers that restrict what a browser may do with a page."""
+    """ASGI middleware that adds headers to every response of the application.
+
+    The headers restrict what a browser may do with a page.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
