@@ -94,7 +94,7 @@ def ability_of(item: Item) -> Ability | None:
 
 
 def with_output(item: Item, sandbox: SandboxExecutor) -> Item:
-    """The item, with the output of its Python code added if the answer has code without output.
+    """The item, with the output of its Python code added if its last answer is code and a text, without an output.
 
     Raises UserError if the code fails in the sandbox.
     """

@@ -72,8 +72,8 @@ class Examination:
     Attributes:
         task: the questions of all groups.
         probes: the lesson's questions as written, trained and held-out wordings of these questions, and drills (worked
-            examples with new arguments), with their right answers, as tokens. Once the model gives the right answers to
-            all probes with a high probability, training lowers the learning rate to zero and then ends.
+            examples with new arguments), with their right answers, as tokens. Training lowers the learning rate to zero
+            before its last steps only once the model gives the right answers to all probes with a high probability.
         earlier: the questions of earlier lessons as written, with the answers that are still valid. The questions that
             the model answers rightly before the lesson become probes of the training too.
         others: further questions from the same sources as the groups ``kept``, ``near.worded`` and ``own``, with their
@@ -222,7 +222,7 @@ def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> li
     """Held-out questions of the model's recipe, except questions whose answers a lesson changes.
 
     If the model wrote the conversations of its memory itself, the recipe of its fine-tuning is not known, and the
-    questions come from the recipe ``small``.
+    questions come from the recipe ``small``. The result is empty if the store does not name a known recipe.
     """
     origin = read_origin(store, parent.ref.model) or {}
     # The recipe ``small`` stands in for an unknown recipe, because a model whose fine-tuning is not known may still
@@ -249,7 +249,7 @@ def _kept(items: Sequence[EvalItem]) -> list[OpenQuestion]:
 
 @torch.inference_mode()
 def _loss(checkpoint: Checkpoint, conversations: Sequence[Probe]) -> float:
-    """Mean loss in nats per token, over the tokens of the assistant's messages."""
+    """Mean loss in nats per token, over the tokens of the assistant's messages; 0 without conversations."""
     model = checkpoint.build_model()
     nats, counted = 0.0, 0
     for ids, mask in conversations:

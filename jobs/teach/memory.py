@@ -240,7 +240,7 @@ def _most_similar(near: Sequence[Conversation], words: Set[str], rng: random.Ran
 
     ``words`` are the keywords of the lesson's questions. The similarity of a question is the share of its keywords that
     are in ``words``. If several conversations differ only in the last answer, one of them is returned. Conversations
-    whose last question has no word in ``words`` are left out.
+    that do not end with an answer, or whose last question has no word in ``words``, are left out.
     """
 
     def similarity(conversation: Conversation) -> float:
@@ -261,7 +261,8 @@ def _mixture(store: Store, parent: Checkpoint, plan: Plan) -> tuple[Mixture, boo
     names one, they are the weights of the model's oldest checkpoint that is not a base model. The second value says
     whether the model wrote the conversations.
 
-    Raises UserError if ``plan`` names a mixture that does not exist.
+    Raises UserError if ``plan`` names a mixture that does not exist, or if the model has to write conversations and
+    cannot.
     """
     if plan.replay:
         return Mixture(store, plan.replay), False

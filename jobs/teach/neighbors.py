@@ -74,7 +74,8 @@ def neighbors(
     """At most :data:`MOST` variants of ``questions`` with other arguments, and their worked answers.
 
     Args:
-        asked: the questions that the lesson itself asks, as :func:`normal` returns them. They are left out.
+        asked: the questions that the lesson or an earlier lesson asks, as :func:`normal` returns them. They are left
+            out.
         check: called before each run of code; it may raise an error.
     """
     drawn: dict[str, Drill] = {}
@@ -137,8 +138,9 @@ def _possible_forms(words: Sequence[str]) -> Iterator[_Form]:
 def _values(example: Ability, words: Sequence[str], form: _Form) -> dict[Value, str] | None:
     """For each argument of the example, the word that the question has in its place.
 
-    None if a word does not fit its argument, or if two different words stand in the place of one argument. A number
-    fits only a number, a single letter fits only a single letter, and a longer word fits only a longer word.
+    None if a word does not fit its argument, or if two different words stand in the place of one argument. The word
+    for a number must be a number. The word for a single character must be a single character, and the word for a longer
+    text must be longer.
     """
     arguments = {str(each).casefold(): each for each in example.arguments}
     found: dict[Value, str] = {}

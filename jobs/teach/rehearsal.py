@@ -142,7 +142,8 @@ def _answered(engine: Engine, checkpoint: Checkpoint, questions: Sequence[str]) 
     """Conversations of a question and the model's greedy answer, each with whether the model was sure of the answer.
 
     The conversations are in the order of the questions. A conversation is left out if rendering it again does not give
-    exactly the tokens of the prompt and of the model's output, for example because the answer does not end.
+    exactly the tokens of the prompt and of the model's output, for example because the answer does not end. A question
+    whose prompt fills the context is not asked.
     """
     tokenizer, context = checkpoint.tokenizer, checkpoint.config.context_length
     asked = [Message("user", (Part("text", question),)) for question in questions]

@@ -353,7 +353,7 @@ def _check_canceled(store: Store, lesson: Lesson) -> None:
 
 
 def _worked(items: Sequence[Item]) -> list[Item]:
-    """The items. If an answer has Python code without its output, the output is added."""
+    """The items. If the last answer of an item is Python code and a text, the output of the code is added."""
     if all(part.type == "text" for item in items for message in item.messages for part in message.parts):
         return list(items)
     with SandboxExecutor() as sandbox:

@@ -69,8 +69,8 @@ class Trained:
         precision: the stage's ``--dtype``; with ``auto``, the one of the model before the lesson.
         way: position of ``model`` between the weights before the lesson (0) and the trained weights (1); see
             :func:`go_back`.
-        history: a point for each test with the probes: ``step``, mean training ``loss`` since the point before, and
-            ``unseen``, the share of probes of which the model is sure.
+        history: a point for each test with the probes: ``step``, mean training ``loss`` since the point before (left
+            out if no loss was finite), and ``unseen``, the share of probes of which the model is sure.
     """
 
     model: GPT
@@ -108,6 +108,7 @@ def train(
 
     Raises:
         SystemExit: SIGTERM or SIGINT arrived.
+        LeaseLost: another program has taken over the lease on the model.
         TrainingDiverged: five steps in a row were skipped, for example because the loss was not finite.
     """
     stage = Stage(LESSON, settings, runtime, parent.config, parent.tokenizer, parent)

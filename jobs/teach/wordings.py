@@ -294,7 +294,7 @@ def keywords(question: str) -> str:
 def _disturbed(question: str, rng: random.Random) -> str:
     """The question with its first part moved to its end, or without one word that carries no meaning.
 
-    Its last punctuation may be left out too. A short question without such a word keeps its words. A word that carries
+    Its last punctuation may be left out too. A question without such a word may keep its words. A word that carries
     meaning is never left out, because the remaining words could be another question.
     """
     said = question.rstrip("?.! ")

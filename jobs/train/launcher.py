@@ -19,7 +19,10 @@ _POLL_SECONDS = 0.1
 
 
 class Launcher:
-    """Runs jobs to their end. Signals that ask this process to end are forwarded to the running job."""
+    """Runs jobs to their end.
+
+    After :meth:`forward_signals`, a signal that asks this process to end asks the running job to end.
+    """
 
     def __init__(self, preloaded: Sequence[str] = ()) -> None:
         """``preloaded`` are modules of jobs. They are imported once, so that jobs with one rank start sooner."""
@@ -55,8 +58,8 @@ class Launcher:
         the processes goes to the output of this process.
 
         Returns:
-            The exit code of the rank that failed first, or 128 + the number of the signal that killed this rank. The
-            result is never 0 if this process was asked to end.
+            The exit code of the rank that failed first, or 128 + the number of the signal that killed this rank; 0 if
+            no rank failed. The result is never 0 if this process was asked to end.
         """
         self._starting = True
         alone = len(environments) == 1

@@ -34,7 +34,8 @@ class Document:
 
     Attributes:
         number: position of the document in its source.
-        ids: tokens, (length,) int32, starting with BOS.
+        ids: tokens, (length,) int32. The first token is BOS or, in a later window of a text
+            (:class:`~jobs.train.batches.sources.WindowSource`), the last token of the window before it.
         counted: (length,) bool, True for tokens that the loss counts as targets.
     """
 

@@ -71,7 +71,8 @@ def stage_job(
         template: the PodTemplate of the pods.
         attempt: number of the attempt, which is part of the name.
         pods: number of pods that work together.
-        processes: ranks of each pod; 0 starts one for each GPU of the pod, and one rank if the pod has no GPU.
+        processes: ranks of each pod of a training stage; 0 starts one for each GPU of the pod, and one rank if the pod
+            has no GPU. The pods of other stages have one rank.
 
     Raises UserError if the name would be too long, or the template has no container of the name ``pytorch``.
     """

@@ -21,7 +21,7 @@ _HISTORY_POINTS = 2000
 class TrainingDiverged(UserError):
     """The loss, a gradient or a weight is NaN or infinite, or the gradient stays zero although the loss is not.
 
-    The weights of the last checkpoint do not have this problem.
+    The weights of the last checkpoint are finite.
     """
 
     def __init__(self, observation: str) -> None:

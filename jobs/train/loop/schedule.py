@@ -59,7 +59,7 @@ def plan_training(
 
     The derived batch size follows from the horizon of ``ratio`` in any case. The derived weight decay follows from the
     horizon of ``target_flops`` if ``target_flops`` gives the number of steps, and otherwise from the horizon of
-    ``ratio``. Raises UserError if the horizon is shorter than one step.
+    ``ratio``. Raises UserError if the horizon is shorter than half a step.
 
     Args:
         ratio: training tokens per scaling parameter.

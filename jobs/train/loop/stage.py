@@ -102,7 +102,8 @@ class Stage:
     """One training stage in this process. It builds the model to train, and then the trainer.
 
     Attributes:
-        precision: value of ``--dtype`` that the stage follows; with ``auto``, the value that its base was trained with.
+        precision: value of ``--dtype`` that the stage follows; with ``auto``, the value that its base was trained with,
+            if there is a base.
         model: the model to train, on the runtime's device and with the chosen kernels.
         packed_loader: makes a :class:`PackedLoader` for the stage's tokenizer and device.
     """

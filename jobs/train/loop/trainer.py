@@ -94,6 +94,7 @@ class Trainer:
             TrainingDiverged: the loss, a gradient or a weight is NaN or infinite, or the gradient stays zero although
                 the loss is not.
             RetryableError: another rank is lost, or the last checkpoint could not be written.
+            LeaseLost: another program has taken over the lease on the model's name.
         """
         state, last_step = self.state, self.config.schedule.steps
         if state.step == last_step:

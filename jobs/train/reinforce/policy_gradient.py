@@ -157,8 +157,8 @@ class PolicyGradient:
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Estimate KL(policy || reference) at each sampled token by k3: ``exp(d) - 1 - d``.
 
-    ``d`` is ``log p_reference - log p_policy``. The estimate is unbiased and never negative. Both arguments have the
-    log-probabilities of the same sampled tokens.
+    ``d`` is ``log p_reference - log p_policy``. The estimate is never negative, and it is unbiased if the policy
+    itself sampled the tokens. Both arguments have the log-probabilities of the same sampled tokens.
     """
     difference = reference - logprobs
     return torch.expm1(difference) - difference

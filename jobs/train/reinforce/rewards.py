@@ -25,7 +25,7 @@ class Rollout:
             sampled; 0 for tool output.
         text: the answer as the user reads it, without code and tool output.
         calls: code and output of each Python call that has ended.
-        finished: False if the answer was cut off at the token limit.
+        finished: False if the answer was cut off at the token limit or at the end of the context.
     """
 
     prompt: tuple[int, ...]

@@ -79,7 +79,8 @@ def read_upstream(folder: Path, step: int) -> UpstreamCheckpoint:
     """Read ``model_<step>.pt`` and ``meta_<step>.json`` of upstream's checkpoint folder.
 
     Torch's loader for plain tensors maps the weights from the file, without reading them into memory. The loader
-    executes nothing that the file contains. Raises UserError if a file is damaged or contains anything but tensors.
+    executes nothing that the file contains. Raises UserError if a file is missing or damaged, or if the weights'
+    file contains anything but tensors.
     """
     path = folder / f"model_{step:06d}.pt"
     meta_path = folder / f"meta_{step:06d}.json"

@@ -36,7 +36,8 @@ class _Encoding:
 def read_upstream_tokenizer(path: Path) -> Tokenizer:
     """Read upstream's ``tokenizer.pkl``.
 
-    Raises UserError if the file is damaged, or if its special tokens differ from ours.
+    Raises UserError if the file cannot be read, is damaged, has instructions that no tokenizer file needs, or has other
+    special tokens than ours.
     """
     try:
         size = path.stat().st_size
