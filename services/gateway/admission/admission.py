@@ -146,8 +146,8 @@ class Admission:
         while True:
             await asyncio.sleep(_RENEW_SECONDS)
             limiter = self._limiters[0]
-            # Answers that Redis has not counted are left out, because Redis has no lease of them to renew. They began
-            # while Redis did not answer, and only this process counts them.
+            # Requests of which Redis has counted nothing are left out, because Redis has no lease to renew. They came
+            # while Redis did not answer, so only this process counts them.
             limited = [g for g in self._running if g.caller.limits.answers and g.is_counted_by(limiter)]
             with contextlib.suppress(Away):
                 await limiter.renew((grant.caller.id, grant.answer) for grant in limited)

@@ -107,7 +107,8 @@ async def create_lesson(
     lists: ListsDep,
     idempotency_key: _IdempotencyKey = None,
 ) -> dict[str, Any]:
-    """Put a lesson into the model's queue. The model is then taught and examined, and at last promoted or refused.
+    """Put a lesson into the model's queue. The model is then taught and examined, and at last promoted or refused,
+    unless the lesson fails or is canceled.
 
     A request with the `Idempotency-Key` of an earlier request adds no second lesson, so a client that has received no
     answer can send its request again.

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # answer.
 _PRIORITY_OF_STREAMS = -1
 # After this many failures of engines, a stream looks for no other engine, even if tokens arrive in between: the request
-# itself may kill engines. If an engine has no room or has another model, this does not count as a failure.
+# itself may kill engines. An engine that refuses the call, because it is full or has another model, has not failed.
 _MOST_FAILURES = 16
 # Two failures without a chunk in between cause a pause of this length before the next attempt. Each further failure
 # doubles the pause. A random factor shortens the pause by up to half.

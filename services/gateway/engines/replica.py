@@ -49,7 +49,7 @@ class Place:
 
 
 class Replica:
-    """One engine. Its state changes when :meth:`watch` checks the engine, and when a call fails.
+    """One engine. Its state changes when :meth:`watch` checks the engine, and when a call begins, fails or ends.
 
     Attributes:
         endpoint: host and port of the engine.

@@ -15,7 +15,7 @@ interface Chunk {
  * Yields the parts of a streamed chat completion.
  *
  * Throws ApiError if the stream carries an error event, ConnectionError if it ends without `[DONE]`,
- * ProtocolError if an event is not JSON.
+ * ProtocolError if the data of an event is not a JSON object.
  */
 export async function* chatParts(body: ReadableStream<Uint8Array>): AsyncGenerator<ChatPart> {
   for await (const { data } of serverSentEvents(body)) {

@@ -39,7 +39,7 @@ function fenced(language: string, code: string): string {
   return `${fence}${language}\n${code.replace(/\n$/, "")}\n${fence}`;
 }
 
-/** A file name made from a title, which is valid on every file system. */
+/** A file name made from the letters and digits of a title. */
 export function fileName(title: string, extension: string): string {
   const stem = title
     .toLowerCase()

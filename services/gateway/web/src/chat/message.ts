@@ -4,7 +4,8 @@ import type { Problem } from "./problem";
 
 /**
  * The place of a message in its conversation, which is a tree: messages with the same parent are versions of each
- * other. A message is never moved or removed, so that no tab can destroy what another tab shows.
+ * other. A message is never moved, and it is removed only together with its deleted conversation, so that no tab can
+ * destroy what another tab shows.
  */
 interface Place {
   id: string;

@@ -2,7 +2,10 @@ const LONGEST_TITLE = 48; // about one line of the sidebar
 
 const LONGEST_SEARCH = 2_000; // only this many characters are searched for the end of the first line
 
-/** A short title from the first line of a message, without the marks that begin a Markdown line, cut between words. */
+/**
+ * A short title from the first line of a message, without the marks that begin a Markdown line. A longer line is cut,
+ * between words if possible.
+ */
 export function titleOf(message: string): string {
   const line =
     message

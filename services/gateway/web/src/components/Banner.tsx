@@ -5,7 +5,7 @@ import { download } from "../chat/export";
 import { isRunning } from "../training/progress";
 import { usePage } from "./context";
 
-/** The problems that prevent an answer, the most urgent first, each with the action that helps. */
+/** The problems of the server and of the storage, the most urgent first, each with the action that helps, if any. */
 export function Banners() {
   const { app, training } = usePage();
   const { store } = app;

@@ -1,7 +1,7 @@
 import { headline, type Problem } from "../chat/problem";
 import { usePage } from "./context";
 
-/** Says why an answer is missing or incomplete, and offers the action that helps. */
+/** Says why an answer is missing or incomplete, and offers the action that helps, if there is one. */
 export function ProblemNote({ problem, retry }: { problem: Problem; retry?: () => void }) {
   const { app } = usePage();
   const said = problem.kind === "context" || problem.kind === "busy" || problem.kind === "key";

@@ -1,4 +1,7 @@
-/** Copies a text, and returns whether that worked. Without a clipboard API (over plain HTTP), it copies a selection. */
+/**
+ * Copies a text, and returns whether that worked. If there is no clipboard API (over plain HTTP), or if the API refuses
+ * the text, it copies a selection.
+ */
 export async function copyText(text: string): Promise<boolean> {
   if (navigator.clipboard) {
     return navigator.clipboard.writeText(text).then(

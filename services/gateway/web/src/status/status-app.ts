@@ -62,7 +62,7 @@ export class StatusApp {
   }
 }
 
-/** The rates between two readings; null if they come from two gateways, or if the gateway restarted in between. */
+/** The rates between two readings; null if a counter has fallen, as after a restart of the gateway. */
 export function ratesBetween({ gateway: a }: Status, { gateway: b }: Status, seconds: number): Rates | null {
   const prompt = (b.prompt_tokens - a.prompt_tokens) / seconds;
   const generation = (b.generation_tokens - a.generation_tokens) / seconds;

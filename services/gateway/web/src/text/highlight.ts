@@ -23,7 +23,7 @@ export function escapeHtml(text: string): string {
   return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
 }
 
-/** Code as HTML with `hljs-` classes; if the language is unknown, the code is only escaped. */
+/** Code as HTML with `hljs-` classes; if the language is unknown or the code is long, the code is only escaped. */
 export function highlight(code: string, language: string): string {
   if (code.length > LONGEST_CODE || !hljs.getLanguage(language)) return escapeHtml(code);
   return hljs.highlight(code, { language, ignoreIllegals: true }).value;

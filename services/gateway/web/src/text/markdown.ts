@@ -10,8 +10,8 @@ export type Pictures = (href: string) => string | null;
 const TIMES = /(?<=\d)\*+(?=\d)/g;
 
 /**
- * Renders a model's Markdown, which is untrusted input. HTML in it is shown as text, pictures become links so that
- * the page loads nothing from other servers, and the result may contain allowed tags and attributes only.
+ * Renders a model's Markdown, which is untrusted input. HTML in it is shown as text, and pictures become links, so that
+ * the page loads nothing from other servers. `blockContent` keeps only the allowed tags and attributes of the result.
  */
 const marked = renderer(() => null, MATH);
 
@@ -75,8 +75,8 @@ export interface Block {
 }
 
 /**
- * The top-level blocks of a text. While a text grows, only two kinds of blocks change: the last ones, and those with a
- * link whose reference has just arrived.
+ * The top-level blocks of a text. While a text grows, only two kinds of blocks get new keys: the last ones and, when a
+ * link reference arrives, those with a bracket, because they may have a link to it.
  */
 export function blocks(text: string): Block[] {
   const tokens = marked.lexer(text);
