@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 600.0
 _REQUEST_SECONDS = 30.0
 _LONGEST_DELAY = 30.0
-# Status codes of failures that may be temporary: the server is starting or overloaded, the token is being replaced, or
-# another writer was faster.
+# Status codes of failures that may be temporary: the server cannot be reached (0), is starting or is overloaded, the
+# token is being replaced, or another writer was faster.
 _TRANSIENT = {0, 401, 408, 409, 429, 500, 502, 503, 504}
 _NOT_FOUND, _CONFLICT, _GONE = 404, 409, 410
 _MERGE = "application/merge-patch+json"

@@ -86,9 +86,9 @@ class TrainingStep:
 
     If the loss or the gradient is not finite, every rank skips the update. The update is also skipped if the gradient
     is zero but the loss is not: then no weight affects the loss any more, for example after a step that was far too
-    large. Five skipped steps in a row end the run; in an fp16 run, steps that are not finite count only once the loss
-    scaler cannot lower its factor any more. A loss far above the recent losses is reported, but its step is done as
-    usual.
+    large. If both are zero, the weights stay unchanged too, but the step does not count as skipped. Five skipped steps
+    in a row end the run; in an fp16 run, steps that are not finite count only once the loss scaler cannot lower its
+    factor any more. A loss far above the recent losses is reported, but its step is done as usual.
     """
 
     def __init__(
