@@ -173,7 +173,10 @@ class Watch:
         return time.monotonic() < self._interrupted.get(model, (0, 0.0))[1]
 
     def _in_training(self, model: str) -> bool:
-        """Whether a program other than ``jobs.teach`` has the lease on the model, so that its lessons have to wait."""
+        """Whether a program other than ``jobs.teach`` has the lease on the model.
+
+        The lessons of the model then have to wait.
+        """
         lease = self._leases.setdefault(model, LeaseWatch(self._store, f"models/{model}"))
         return lease.program() not in ("", "jobs.teach")
 

@@ -27,7 +27,8 @@ MAX_BIASES = 1024
 MAX_CALLS = 128
 MAX_CHOICES_OF_TEXT = 1024
 MAX_STOP_TOKENS = 128
-# Largest length of the schemas of all tools together, in characters of JSON. The engine refuses longer schemas.
+# Largest length of the schemas of all tools together, in characters of JSON. The engine refuses a longer constraint.
+# The constraint also contains the names of the tools, so the engine may refuse slightly shorter schemas, too.
 MAX_TOOL_CHARACTERS = 65_536
 # Largest number of log probabilities that one answer may have for its prompts. An answer with this many log
 # probabilities needs about 100 MB, and half a second to write. For a prompt that is text, each character counts as a

@@ -113,8 +113,8 @@ class Grant:
     def headers(self) -> dict[str, str]:
         """Response headers for the caller's limits on requests and tokens, in the form of OpenAI's server.
 
-        For each of the two limits that is set, they have the limit, the remaining amount, and the time until the whole
-        limit is available again.
+        For each of these two limits that is set, the headers give the limit, the remaining amount, and the time until
+        the whole limit is available again.
         """
         limits, verdict = self.caller.limits, self._verdict
         headers: dict[str, str] = {}

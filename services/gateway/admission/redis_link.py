@@ -27,9 +27,10 @@ _PAUSE_SECONDS = 0.5
 
 
 class RedisLink:
-    """Calls a Redis server. After a failure, all calls fail at once, except one call each half second.
+    """Calls a Redis server.
 
-    This call tests the server. When it succeeds, all calls reach the server again.
+    After a failure, only one call each half second reaches the server, and all other calls fail at once. The first call
+    that succeeds ends this state.
 
     No call is repeated: Redis may have executed a call whose reply was lost, and a limit must not count it twice.
     """

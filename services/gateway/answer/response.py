@@ -83,7 +83,7 @@ class Answer(abc.ABC):
     def deltas(self) -> contextlib.aclosing[AsyncGenerator[tuple[int, Delta], None]]:
         """Returns an async generator of ``(choice index, delta)`` pairs of all choices, in the order of arrival.
 
-        The generator comes in a context manager, which closes it.
+        The generator is the value of a context manager, which closes the generator.
         """
         sources = [self._generate(k) for k in range(len(self.prompts))]
         return contextlib.aclosing(sources[0] if len(sources) == 1 else merge(sources))

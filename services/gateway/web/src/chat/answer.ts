@@ -97,7 +97,7 @@ function withPart(draft: AssistantMessage, part: AnswerPart): AssistantMessage {
   }
 }
 
-/** The wait in seconds that the server asked for, at most a minute. Without one, the wait doubles with each try. */
+/** The wait in seconds: as long as the server asked for, else a time that doubles with each try; at most a minute. */
 function delay(error: ApiError, tries: number): number {
   return Math.min(error.retryAfterSeconds ?? 2 ** (tries - 2), LONGEST_WAIT_SECONDS);
 }
