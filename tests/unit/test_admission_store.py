@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from nanochat_core.errors import UserError
-from services.gateway.admission import redis_link
+from services.gateway.admission import file_store, redis_link
 from services.gateway.admission.away import Away
 from services.gateway.admission.file_store import FileStore
 from services.gateway.admission.keyring import Keyring
@@ -195,6 +196,32 @@ async def test_usage_of_a_read_only_file_stays_in_memory(tmp_path: Path) -> None
     book.add(DAY, "a", Usage(requests=1))
     await book.flush()
     assert await book.read([DAY]) == {(DAY, "a"): Usage(requests=1)}
+
+
+async def test_usage_counts_once_if_the_gateway_ends_while_a_file_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, writing, go_on = tmp_path / "keys.json", threading.Event(), threading.Event()
+    path.write_text(json.dumps({"format": "nanochat-keys/1", "keys": []}))
+    write = file_store._write
+
+    def slowly(*arguments: Any) -> None:
+        writing.set()
+        go_on.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(file_store, "_write", slowly)
+    book = UsageBook(FileStore(str(path)))
+    book.add(DAY, "a", Usage(requests=1))
+    first = asyncio.create_task(book.flush())
+    await asyncio.to_thread(writing.wait, 60)
+    first.cancel()  # as the gateway does when it ends
+    await asyncio.gather(first, return_exceptions=True)
+    last = asyncio.create_task(book.flush())
+    await asyncio.sleep(0)
+    go_on.set()
+    assert await last
+    assert await FileStore(str(path)).usage([DAY]) == {(DAY, "a"): Usage(requests=1)}
 
 
 @needs_redis

@@ -65,14 +65,14 @@ class FileStore(KeyStore):
     async def add_usage(self, batch: int, usage: UsageTable) -> None:
         def write() -> None:
             with self._locked():
-                total = add_tables(self._read_usage(), usage)
-                _write(self._usage_path, _USAGE_FORMAT, "usage", table_rows(total))
+                # If a task is canceled, its thread still writes. The next call then waits here for this thread.
+                if batch > self._last_batch:
+                    total = add_tables(self._read_usage(), usage)
+                    _write(self._usage_path, _USAGE_FORMAT, "usage", table_rows(total))
+                    self._last_batch = batch
 
-        if await self.has_batch(batch):
-            return
         try:
             await asyncio.to_thread(write)
-            self._last_batch = batch
         except OSError as error:
             raise Away(f"the file {self._usage_path} cannot be written: {error.strerror}") from error
 
