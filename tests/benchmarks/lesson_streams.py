@@ -82,8 +82,10 @@ async def stream(http: httpx.AsyncClient, question: str, seen: Seen) -> None:
     except httpx.HTTPError as error:
         seen.failures[f"{state}: {type(error).__name__}"] += 1
         return
-    if first is None or not ended or len(reasons) != 1:
+    if not ended or len(reasons) != 1:
         seen.failures[f"{state}: the stream ended early"] += 1
+    elif first is None:
+        seen.failures[f"{state}: the answer is empty"] += 1
     else:
         seen.seconds[state].append(first)
 
