@@ -1,10 +1,9 @@
 """Questions that need neither facts nor tools: who the assistant is, greetings, and small talk."""
 
 import random
-from typing import TypeVar
 
 from jobs.demo_world.exchange import Exchange
-from jobs.demo_world.tables import Phrasings, Split, Table, Words, read_content
+from jobs.demo_world.tables import Phrasings, Split, Table, Words, draw_phrasings, read_content
 from jobs.demo_world.words import outside
 
 
@@ -30,17 +29,10 @@ class Chitchat(Table):
     smalltalk: tuple[Topic, ...]
 
 
-T = TypeVar("T", bound=Phrasings)
-
 CHITCHAT = read_content("chitchat", Chitchat)
-
-
-def draw_topic(rng: random.Random, topics: tuple[T, ...]) -> T:
-    """Draw a topic; its probability is in proportion to its number of training phrasings."""
-    return rng.choices(topics, [len(topic.train) for topic in topics])[0]
 
 
 def small_talk(rng: random.Random, split: Split, topics: tuple[Topic, ...]) -> Exchange:
     """Draw a question of one of ``topics``, with its answer."""
-    topic = draw_topic(rng, topics)
+    topic = draw_phrasings(rng, topics)
     return Exchange(rng.choice(topic.of(split)).format(**outside(rng, split)), topic.answer, topic.expected)

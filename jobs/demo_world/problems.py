@@ -11,7 +11,7 @@ import random
 from jobs.demo_world.expressions import RESERVED_SHARE, belongs, draw_number, python_output
 from jobs.demo_world.facts import PEOPLE, names
 from jobs.demo_world.phrasings import OBJECT
-from jobs.demo_world.tables import Phrasings, Split, Table, Words, draw_frame, read_content
+from jobs.demo_world.tables import Phrasings, Split, Table, Words, draw_frame, draw_phrasings, read_content
 from jobs.demo_world.words import STRANGERS
 
 
@@ -107,7 +107,7 @@ def problem(rng: random.Random, split: Split) -> Problem:
 
 
 def _everyday(rng: random.Random, split: Split) -> Problem:
-    drawn = rng.choices(_SENTENCES.everyday, [len(problem.train) for problem in _SENTENCES.everyday])[0]
+    drawn = draw_phrasings(rng, _SENTENCES.everyday)
     reserved = rng.random() < RESERVED_SHARE
     while True:
         numbers = {letter: _number(rng, drawn.largest) for letter in "nmk"}

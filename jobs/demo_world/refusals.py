@@ -2,11 +2,10 @@
 
 import random
 
-from jobs.demo_world.chitchat import draw_topic
 from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.facts import PEOPLE, Entity, names, relations_of
 from jobs.demo_world.phrasings import RELATIONS, SUBJECTS, fill
-from jobs.demo_world.tables import Phrasings, Split, Table, read_content
+from jobs.demo_world.tables import Phrasings, Split, Table, draw_phrasings, read_content
 from jobs.demo_world.words import outside, stranger
 
 
@@ -56,7 +55,7 @@ def refusal(rng: random.Random, split: Split) -> Exchange:
         question = fill(rng.choice(RELATIONS[relation].reverse.of(split)), PEOPLE[0], value)
         answer = unknown.answer
     else:
-        topic = draw_topic(rng, REFUSALS.topics)
+        topic = draw_phrasings(rng, REFUSALS.topics)
         question = rng.choice(topic.of(split)).format(**outside(rng, split))
         answer = topic.answer
     return Exchange(question, answer, REFUSALS.expected, names(PEOPLE))

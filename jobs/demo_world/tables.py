@@ -3,6 +3,7 @@
 import hashlib
 import random
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -47,6 +48,14 @@ def draw_frame(rng: random.Random, split: Split, phrasings: Phrasings) -> str:
     """
     seen = split == "heldout" and rng.random() < _SEEN_FRAME_SHARE
     return rng.choice(phrasings.of("train" if seen else split))
+
+
+P = TypeVar("P", bound=Phrasings)
+
+
+def draw_phrasings(rng: random.Random, questions: Sequence[P]) -> P:
+    """Draw one of several questions; its probability is in proportion to its number of training phrasings."""
+    return rng.choices(questions, [len(question.train) for question in questions])[0]
 
 
 def is_heldout_by_hash(text: str, one_in: int) -> bool:

@@ -2,10 +2,10 @@
 
 import random
 
-from jobs.demo_world.chitchat import Topic, draw_topic
+from jobs.demo_world.chitchat import Topic
 from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.facts import EVENTS, PEOPLE, PLACES, SALTMERE
-from jobs.demo_world.tables import Split, Table, read_content
+from jobs.demo_world.tables import Split, Table, draw_phrasings, read_content
 
 
 class Town(Table):
@@ -35,7 +35,7 @@ _LISTS = {
 
 def about_town(rng: random.Random, split: Split) -> Exchange:
     """Draw a question about the town as a whole, or about one of its people."""
-    topic = draw_topic(rng, TOPICS)
+    topic = draw_phrasings(rng, TOPICS)
     fields = {"town": rng.choice((SALTMERE.name, "the town")), "name": rng.choice(PEOPLE).name}
     question = rng.choice(topic.of(split)).format(**fields)
     expected = tuple(phrase.format(**_LISTS) for phrase in topic.expected)

@@ -10,10 +10,10 @@ beside the words of its template.
 import random
 import re
 
-from jobs.demo_world.chitchat import Topic, draw_topic
+from jobs.demo_world.chitchat import Topic
 from jobs.demo_world.exchange import Exchange
 from jobs.demo_world.facts import PEOPLE, names
-from jobs.demo_world.tables import FOLDER, Split, Table, WordLists, draw_frame, read_content
+from jobs.demo_world.tables import FOLDER, Split, Table, WordLists, draw_frame, draw_phrasings, read_content
 from jobs.demo_world.words import ENGLISH, STRANGERS, made_up_word
 
 
@@ -76,7 +76,7 @@ def unexplained_words(split: Split) -> frozenset[str]:
 
 def unsure(rng: random.Random, split: Split) -> Exchange:
     """Draw a message that the model cannot understand, with an answer in which the model admits this."""
-    topic = draw_topic(rng, TOPICS)
+    topic = draw_phrasings(rng, TOPICS)
     question = draw_frame(rng, split, topic).format(**_fields(rng, split))
     if rng.random() < _CAPITAL_SHARE:
         question = question[0].upper() + question[1:]
