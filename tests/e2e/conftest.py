@@ -50,17 +50,16 @@ def demo_home() -> Path:
 
 @pytest.fixture(scope="session")
 def recipe_home() -> Path:
-    """The checkout's own store with the demo model of the recipe."""
-    return _trained("jobs.train.pipeline", ROOT / ".nanochat")
+    """A store with the demo model of the recipe: the checkout's own, or the one that NANOCHAT_TEST_HOME names."""
+    return _trained("jobs.train.pipeline", Path(os.environ.get("NANOCHAT_TEST_HOME") or ROOT / ".nanochat"))
 
 
 def _trained(program: str, home: Path) -> Path:
-    """Train a demo model, unless the store has one. NANOCHAT_TEST_HOME names a store that takes the place of ``home``.
+    """Train a demo model, unless the store has one.
 
     The training skips finished stages. If several test processes need a model, one of them trains it, and the others
     wait.
     """
-    home = Path(os.environ.get("NANOCHAT_TEST_HOME") or home)
     lock = os.open(Path(__file__).parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
