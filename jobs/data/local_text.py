@@ -74,8 +74,9 @@ class LocalText:
                 ``val_data`` leave no file for training.
         """
         found = _absolute(find_files(self.data))
+        chosen = not self.data.is_dir()
         if self.val_data is None:
-            return _split(self.data, found, chosen=not self.data.is_dir())
+            return _split(self.data, found, chosen=chosen)
         own = _absolute(find_files(self.val_data))
         held_out = _split(self.val_data, own, chosen=True)
         validation = held_out.validation or held_out.training
@@ -83,7 +84,7 @@ class LocalText:
         rest = {name: file for name, file in found.items() if _identity(file) not in same}
         if not rest:
             raise UserError(f"--val-data {self.val_data} names all files of --data {self.data}")
-        splits = _split(self.data, rest, chosen=not self.data.is_dir())
+        splits = _split(self.data, rest, chosen=chosen)
         used = {*splits.training, *validation}
         unused = sorted({*rest.values(), *own.values()} - used)
         return Splits(splits.training, validation, unused)

@@ -90,7 +90,6 @@ def _decide(store: Store, checkpoint: Checkpoint, gate: Gate, promoting: bool, a
     other = compared.metrics if compared else None
     outcomes = tuple(rule.judge(metrics, other) for rule in rules)
     accepted = all(outcome.passed is not False for outcome in outcomes)
-    earlier = promoted(store, ref.model)
     decision = Decision(
         digest=digest,
         accepted=accepted,
@@ -99,7 +98,7 @@ def _decide(store: Store, checkpoint: Checkpoint, gate: Gate, promoting: bool, a
         against=shown(compared.ref) if compared and other is not None else "",
         promoted=accepted and promoting,
         time=_now(),
-        replaced=_replaced(earlier, ref) if accepted and promoting else None,
+        replaced=_replaced(promoted(store, ref.model), ref) if accepted and promoting else None,
     )
     add_decision(store, ref, decision)
     if decision.promoted:

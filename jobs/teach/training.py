@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -114,8 +115,8 @@ def train(
     stage = Stage(LESSON, settings, runtime, parent.config, parent.tokenizer, parent)
     model = stage.model
     start = [parameter.detach().clone() for parameter in model.parameters()]
-    probes = [*probes, *(probe for probe, right in zip(earlier, answered(model, earlier), strict=True) if right)]
-    known = [probe for probe, right in zip(others, answered(model, others), strict=True) if right]
+    probes = [*probes, *itertools.compress(earlier, answered(model, earlier))]
+    known = list(itertools.compress(others, answered(model, others)))
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=plan.lr_scale)
     optimizer = MuonAdamW(groups, runtime.ranks, muon_dtype(runtime.device))
     objective = cross_entropy(model, compile=settings.compile, device=runtime.device)
