@@ -28,10 +28,11 @@ from nanochat_core.engine.sequence import Sequence
 # Below this temperature, sampling is greedy, because logits divided by such a small number could exceed the range of
 # float32.
 LOWEST_TEMPERATURE = 1e-4
-# If top-k leaves at most this many candidates in every row, the sampler processes only these candidates (not on a GPU).
+# If every row uses a top-k of at most this number, the sampler usually processes only the most likely tokens, see
+# Sampler._candidates.
 MOST_CANDIDATES = 256
-# Top-p first sorts only this many of the most likely tokens. It sorts the whole vocabulary only if these tokens are too
-# few, which means that the distribution is flat.
+# Except on a GPU, top-p first sorts only this many of the most likely tokens. It sorts the whole vocabulary only if
+# these tokens are too few, which means that the distribution is flat.
 TOP_P_CANDIDATES = 256
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -211,10 +212,11 @@ class Sampler:
     def _candidates(self, z: Tensor, params: Items[SamplingParams]) -> Tensor | None:
         """Ids (rows, n) of candidates that include all tokens that top-k keeps.
 
-        The result is None if a row is greedy or has no small top-k. The result is also None if another token ties with
-        a row's k-th best token, because top-k then keeps both. Finding a few candidates is several times as fast as
-        noise for the whole vocabulary. On a GPU, the result is always None, because the test for ties reads numbers
-        from the device, and this takes longer than computing the noise.
+        The result is None if a row is greedy or has no small top-k. The result is also None if, in a row, more than k
+        tokens are at least as likely as the k-th best token (a tie), because top-k then keeps more than k tokens.
+        Finding a few candidates is several times as fast as noise for the whole vocabulary. On a GPU, the result is
+        always None, because the test for ties reads numbers from the device, and this takes longer than computing the
+        noise.
         """
         if z.is_cuda or not all(p.temperature >= LOWEST_TEMPERATURE and 0 < p.top_k <= MOST_CANDIDATES for p in params):
             return None

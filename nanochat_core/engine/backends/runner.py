@@ -82,8 +82,8 @@ class EagerRunner:
 def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGroup]]:
     """Build the runner for ``model`` on its device; returns the runner and the groups of its KV cache.
 
-    The network is built before the cache, because the size of the cache is a share of the memory that the network
-    leaves free.
+    The network is built before the cache, because on a GPU the default size of the cache is a share of the memory that
+    the network leaves free.
 
     Raises:
         UserError: the memory for the KV cache is too small (see

@@ -17,8 +17,8 @@ from nanochat_core.chunked_loss import LOGIT_SOFTCAP
 from nanochat_core.device import cpu_multiplies_bf16
 from nanochat_core.model import GPT, SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Block, rms_norm
 
-# Number of random rows that :func:`_single_rows_differ` tries. Rounding to bf16 hides most differences in the last bits
-# of fp32 sums. With this many rows, at least one difference remains visible.
+# Number of random rows that :func:`_single_rows_differ` tries. Several rows are tried, because rounding to bf16 hides
+# most differences in the last bits of fp32 sums.
 _PROBE_ROWS = 16
 
 
@@ -165,7 +165,7 @@ def packs(dtype: torch.dtype) -> bool:
 def _single_rows_differ(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
     """Whether this CPU may compute different bits for a row alone and for the same row among many rows."""
     if dtype == torch.bfloat16 and not cpu_multiplies_bf16():
-        # Assume that the bits differ: rounding to bf16 hides most differences, so the following test could miss them.
+        # Assume that the bits differ: rounding to bf16 hides most differences, so the following test could miss all.
         return True
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=draw).to(dtype)

@@ -3,10 +3,10 @@
 // functions at the end.
 //
 // A token's result must have the same bits whether the token is decoded or prefilled, alone or in a batch. Therefore
-// every token is computed separately, and the order in which its sums are added depends only on its position: vectors
-// have 16 numbers on every processor, and masked keys add zeros.
+// the order in which a token's sums are added depends only on its position, not on the tokens that are computed
+// together with it: vectors have 16 numbers on every processor, and masked keys add zeros.
 //
-// T is the type of stored activations, weights and cache entries: float or bf16. Arithmetic is fp32.
+// T is the type of stored activations, value embeddings and cache entries: float or bf16. Arithmetic is fp32.
 
 #include <algorithm>
 #include <cmath>
@@ -158,7 +158,7 @@ inline vec exponential(vec x) {
   return choose(dead, vec{}, y * power);
 }
 
-// Sum of squares of n numbers; n is a multiple of 4.
+// Sum of squares of n numbers.
 template <typename T>
 inline float square_sum(const T *x, int n) {
   vec sums = {};
@@ -172,8 +172,7 @@ inline float square_sum(const T *x, int n) {
   return total;
 }
 
-// Loops over at least this many numbers use several threads. For fewer numbers, waking the threads takes longer than
-// the loop.
+// A loop over fewer numbers than this uses one thread, because waking several threads takes longer than the loop.
 constexpr int64_t PARALLEL_FROM = 1 << 14;
 
 }  // namespace
@@ -299,7 +298,7 @@ void attend_rows(const Shape &s, const T *keys, const T *values, const int32_t *
   vec mixed[ROWS][WIDE] = {};
   for (int64_t at = first; at < last; at += LANES) {
     const T *v = values + table[at / s.block_size] * block_stride + at % s.block_size * D;
-    // The memory behind the last key may contain any numbers, even NaN, so it is not read.
+    // The values behind the last key may be any numbers, even NaN, so they are not read.
     const int count = int(std::min<int64_t>(LANES, last - at));
     for (int j = 0; j < count; j++) {
       vec value[WIDE];

@@ -1,4 +1,4 @@
-"""The network on a CPU: the engine's kernels compute the layers, apart from products for which oneDNN is faster."""
+"""The network on a CPU: the engine's kernels compute the layers, apart from the matrix products left to PyTorch."""
 
 from collections.abc import Iterable
 from ctypes import byref

@@ -1,4 +1,7 @@
-"""The network on a GPU: cuBLAS multiplies matrices, and the engine's kernels do everything between the products."""
+"""The network on a GPU: cuBLAS multiplies matrices, and the engine's kernels do everything between the products.
+
+In a large step, FlashAttention 3 computes the attention if it is available.
+"""
 
 import importlib
 from collections.abc import Callable

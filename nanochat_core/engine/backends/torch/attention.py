@@ -31,8 +31,9 @@ from nanochat_core.engine.scheduler import Chunk
 from nanochat_core.model import GPT, QK_SCALE
 
 KEY_MULTIPLE = 16
-# Chunks share a padded batch if the lengths of their contexts lie between the same two successive powers of two. A
-# context with fewer tokens than this number is treated like a context with this number of tokens.
+# Chunks of at most MOST_ROWS tokens share a padded batch if the lengths of their contexts lie between the same two
+# successive powers of two. A context with fewer tokens than this number is treated like a context with this number of
+# tokens.
 SMALLEST_BUCKET = 256
 
 
