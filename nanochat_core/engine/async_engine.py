@@ -91,7 +91,7 @@ class Stream:
 class AsyncEngine:
     """Runs an :class:`Engine` in the *device loop*, a loop on a separate thread.
 
-    All methods must be called on the event loop that called :meth:`start`.
+    All methods except :meth:`load` must be called on the event loop that called :meth:`start`.
     """
 
     def __init__(self, engine: Engine, on_death: Callable[[], None] = lambda: None) -> None:
@@ -173,7 +173,7 @@ class AsyncEngine:
                 stream.push(Output(request_id=request_id, index=0, draining=True))
 
     def load(self) -> Load:
-        """The current load of the engine."""
+        """The current load of the engine. Any thread may call this."""
         return self._engine.load() if self._engine is not None else Load()
 
     def step_seconds(self) -> float:

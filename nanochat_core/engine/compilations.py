@@ -52,7 +52,8 @@ class Compilations:
         self._trials = [grammars.new_trial() for _ in range(PROCESSES)]
         self._free = list(self._trials)
         self._jobs: dict[Constraint, _Job] = {}
-        # The jobs of each caller, in the order of arrival. The caller whose turn was the most recent comes last.
+        # The jobs of each caller, in the order of arrival. A new caller comes last, and a caller that gets its turn
+        # moves to the end.
         self._queues: collections.OrderedDict[str, dict[_Job, None]] = collections.OrderedDict()
         self._running: set[str] = set()  # callers with a running job
         self._tasks: set[asyncio.Task[None]] = set()

@@ -18,8 +18,8 @@ CPU_CACHE_BYTES = 1 << 30
 # Number of keys that PyTorch's attention on a CPU processes as one tile. Tiles begin at block boundaries, so this is
 # also the largest block size.
 KEY_TILE = 512
-# PyTorch's operators compute the attention of several chunks together if each has at most this many tokens. A token and
-# its draft form one chunk, so together they must not have more tokens than this.
+# PyTorch's operators compute the attention of several chunks together only if each has at most this many tokens. A
+# token and its draft form one chunk, so together they must not have more tokens than this.
 MOST_ROWS = 8
 
 
@@ -45,8 +45,8 @@ class EngineOptions:
     )
     speculative_batch: int = setting(
         16,
-        "drafts are shortened until the next tokens and the drafts of all running sequences are at most this many "
-        "tokens together",
+        "drafts are used only if one token of each running sequence and all drafts are at most this many tokens "
+        "together; drafts are shortened to fit",
         minimum=0,
     )
     tool_timeout_seconds: float = setting(10.0, "seconds after which a Python call is abandoned", minimum=0.01)

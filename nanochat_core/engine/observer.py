@@ -48,7 +48,8 @@ def note_admissions(observer: Observer, chunks: Iterable[Chunk]) -> None:
 def note_tokens(observer: Observer, chunk: Chunk, count: int) -> None:
     """Report ``count`` sampled tokens of a chunk. The time since the previous token is divided equally among them.
 
-    If they are the first sampled tokens of the sequence, only :meth:`Observer.first_token` is called, once.
+    If they are the first sampled tokens of the sequence, :meth:`Observer.first_token` is called once instead of
+    :meth:`Observer.next_token` for each token.
     """
     seq, now = chunk.seq, time.monotonic()
     if seq.last_token_at is None:

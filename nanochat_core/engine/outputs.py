@@ -49,7 +49,8 @@ class StepOutputs:
 def finish_reason(seq: Sequence) -> FinishReason | None:
     """Return why ``seq`` ends after its last token, or None if the sequence continues.
 
-    If the sequence has a constraint, this function also advances the constraint's matcher by that token.
+    If the sequence has a constraint, this function also advances the constraint's matcher by that token, unless the
+    token is a stop token.
     """
     matcher, stops = seq.matcher, seq.request.sampling.stop_token_ids
     token, full = seq.tokens[-1], len(seq.tokens) >= seq.max_length

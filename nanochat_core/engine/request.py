@@ -54,13 +54,14 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted from a token's logit once per occurrence in the completion
     seed: int | None = None  # None lets the engine choose a seed
     max_tokens: int = 0  # maximum number of sampled tokens and tool tokens together; 0 means up to the context length
-    stop_token_ids: frozenset[int] = frozenset()  # any of these tokens ends the sequence and is its last reported token
+    stop_token_ids: frozenset[int] = frozenset()  # a sampled token of this set ends the sequence; it is still reported
     # For each sampled token, its log probability is reported, and also the log probabilities of this number of the most
     # likely tokens. None reports no log probabilities.
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # added to the logits, by token id
     constraint: Constraint | None = None
-    # Like ``logprobs``, for each token of the prompt. The prefix cache is then not read, because it has no logits.
+    # Like ``logprobs``, for each token of the prompt except the first. The prefix cache is then not read, because it
+    # has no logits.
     prompt_logprobs: int | None = None
     min_tokens: int = 0  # no stop token is sampled before this number of tokens; not allowed with a constraint
 
@@ -172,8 +173,9 @@ class Request:
     """A prompt to continue ``n`` times.
 
     A choice with an entry in ``continued`` continues where the entry ends, as the engine that began the choice would
-    have continued it, unless a rounding difference of the logits changes a token. The outputs contain only new tokens
-    and events. Limits, penalties, constraint and usage apply to the whole choice.
+    have continued it, unless a rounding difference of the logits changes a token. If the temperature is above 0, this
+    also needs a seed. The outputs contain only new tokens and events. Limits, penalties, constraint and usage apply to
+    the whole choice.
     """
 
     id: str  # unique among the requests in flight; it appears in logs and is sent to the sandbox

@@ -68,8 +68,8 @@ class Scheduler:
 
     Running sequences come first. Waiting sequences follow while there is token budget, ``max_running`` is not reached
     and cache blocks are free. Running sequences, and likewise waiting sequences, have the order (priority, arrival). If
-    the blocks run out, the youngest sequence loses its blocks (preemption). This is the last one in the same order
-    among all sequences that have blocks.
+    the blocks run out, the youngest sequence loses its blocks (preemption). The youngest sequence is the last one in
+    this order among the running and parked sequences that have blocks.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class Scheduler:
                 sequence gets a token.
             max_running: maximum number of sequences that are running or parked at a time.
             speculative_tokens: maximum length of the draft of one sequence; 0 turns drafts off.
-            speculative_batch: drafts are shortened until one token of each running sequence and all drafts are at most
-                this many tokens together. In a larger batch, arithmetic takes most of the time, so each drafted token
-                costs as much as any other token.
+            speculative_batch: drafts are used only if one token of each running sequence and all drafts are at most
+                this many tokens together. Drafts are shortened to fit. In a larger batch, arithmetic takes most of the
+                time, so each drafted token costs as much as any other token.
         """
         assert token_budget >= max_running
         self.blocks = blocks
@@ -118,7 +118,7 @@ class Scheduler:
         bisect.insort(self.waiting, seq, key=_order)
 
     def park(self, seq: Sequence) -> None:
-        """Remove a sequence from the batch until :meth:`resume`. The sequence keeps its blocks."""
+        """Remove a sequence from the batch or the queue until :meth:`resume`. The sequence keeps its blocks."""
         self.by_state[seq.state].remove(seq)
         seq.state = State.PARKED
         self.parked.append(seq)

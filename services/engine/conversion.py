@@ -35,7 +35,8 @@ def core_request(request: engine_pb2.GenerateRequest, request_id: str) -> Reques
     sender of the request, for example the id of an API key. The request's Python calls run in this copy. So they are
     children of the current span in the trace, and Python calls of different callers take turns in the sandbox.
 
-    Raises UserError if a field has a value that the inference core refuses.
+    Raises UserError if a sampling parameter is out of range, if ``json_object`` is false, or if a tool event is empty.
+    Everything else is checked when the request is submitted to the inference core.
     """
     sampling, context = request.sampling, contextvars.copy_context()
     context.run(current_caller.set, request.caller)

@@ -88,8 +88,8 @@ class ModelHost:
         """Serve the promoted revision once it exists, and every revision that is promoted later, until canceled.
 
         If the settings name a revision, serve only that revision. With the setting ``snapshots``, also serve the newest
-        checkpoint of fine-tuning or reinforcement learning (a snapshot) until a revision is promoted. A revision that
-        :meth:`reload` has loaded serves until another revision is promoted.
+        checkpoint of reinforcement learning or else of fine-tuning (a snapshot) until a revision is promoted. A
+        revision that :meth:`reload` has loaded serves until another revision is promoted or there is a newer snapshot.
 
         While a model serves, errors are only logged. Before the first model serves, errors are raised, except for two:
         a failure of a store that has answered before, and a failure to load a snapshot. The store may answer again, and

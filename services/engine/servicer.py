@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class EngineServicer(engine_pb2_grpc.EngineServicer):
-    """Answers gRPC calls with the current model of a :class:`~services.engine.model_host.ModelHost`."""
+    """Answers gRPC calls with the models of a :class:`~services.engine.model_host.ModelHost`."""
 
     def __init__(self, host: ModelHost, store: Store, metrics: Metrics) -> None:
         self._host = host

@@ -27,7 +27,7 @@ class EngineSettings(EngineOptions, ListenSettings):
     model: str = setting("demo", "name of the model in the store")
     revision: str = setting("", "revision to serve, as <stage>/step_<n>; empty follows promotions")
     snapshots: bool = setting(
-        False, "until a model is promoted, always serve the newest checkpoint of fine-tuning or RL"
+        False, "until a revision is first promoted, always serve the newest checkpoint of RL or else of fine-tuning"
     )
     poll_seconds: float = setting(5.0, "seconds between two checks for a new promotion", minimum=0.1)
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device that computes")
