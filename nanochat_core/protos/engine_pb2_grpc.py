@@ -101,7 +101,8 @@ class EngineServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Reload(self, request, context):
-        """Loads the given revision, by default the promoted one, for all later requests.
+        """Loads the given revision, by default the promoted one. It answers new requests until another revision is
+        promoted or loaded.
         FAILED_PRECONDITION: the revision cannot be loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
