@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nanochat_core.cpu_calibration import fastest
 
 Library = Literal["torch", "onednn"]
-# The library for all products of this process, or ``auto`` to choose by measuring.
+# The library for the products of this process, or ``auto`` to choose by measuring.
 LibraryChoice = Literal["auto", "torch", "onednn"]
 
 # Smallest side of a matrix that oneDNN multiplies. For a smaller side, the operator's overhead outweighs the gain.
@@ -27,7 +27,7 @@ _chosen: LibraryChoice = "auto"
 
 
 def use_library(choice: LibraryChoice) -> None:
-    """Set the library for all later products of this process."""
+    """Set the library for later products of this process. Matrices with a side below LEAST_SIDE stay with torch."""
     global _chosen
     _chosen = choice
 

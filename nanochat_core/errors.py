@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 # Exit code if the promotion gate, which decides whether a model may be served, refuses a model. The gate itself, a
 # training pipeline and a program that teaches lessons exit with this code. The code 2 is taken: it means a wrong
-# setting. A code of 128 or more would make Kubernetes restart the job.
+# setting. Codes of 128 or more are not used here, because Kubernetes restarts jobs that end with some of them.
 EXIT_REFUSED = 3
 # Exit code of a lesson that failed for another reason than the gate's decision. For example, an answer in the lesson's
 # file may be too long for the model.

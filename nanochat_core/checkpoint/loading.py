@@ -160,8 +160,8 @@ def _read_meta(manifest: Manifest, store: Store) -> dict[str, Any]:
 def check_formats(store: Store, ref: CheckpointRef) -> None:
     """Raises UserError if this version of nanochat cannot read an undamaged file of a checkpoint.
 
-    A checkpoint that raises this error must not be deleted, because another version may be able to read it. Damaged or
-    missing files raise no error. Weights and optimizer tensors are not read.
+    A checkpoint that raises this error must not be deleted, because another version may be able to read it. A damaged
+    or missing file raises no error, and the files after it are not checked. Weights and optimizer tensors are not read.
     """
     with contextlib.suppress(DamagedCheckpoint):
         manifest = load_manifest(store, ref)

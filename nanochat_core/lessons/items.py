@@ -48,8 +48,8 @@ class Item:
         messages: the conversation; empty for a text.
         text: the text; empty for a conversation.
         wordings: further wordings of the last question.
-        expect: text that a right answer contains; empty if a right answer contains the whole ``answer``, without a
-            point or an exclamation mark at its end.
+        expect: text that a right answer contains. If it is empty, a right answer contains the whole ``answer``, without
+            points and exclamation marks at its end.
     """
 
     messages: tuple[Message, ...] = ()
@@ -141,7 +141,7 @@ def parse_items(content: bytes, name: str) -> list[Item]:
     Equal items are returned once.
 
     Raises UserError if the content is too large or not UTF-8, if it has no item or too many, if an item is invalid, or
-    if two items answer the same question differently.
+    if two single questions are the same and their answers differ.
     """
     if len(content) > MAX_BYTES:
         raise UserError(f"{name} has {len(content)} bytes; a lesson has at most {MAX_BYTES}")

@@ -89,7 +89,8 @@ class Plan:
         lr_scale: factor on all of pretraining's base learning rates except those of smear and backout.
         batch_tokens: tokens per optimizer step.
         max_steps: largest number of optimizer steps.
-        margin: largest permitted decrease in the share of right answers to questions that the lesson does not change.
+        margin: largest permitted decrease in the share of right answers to the questions of the group ``kept`` of
+            :mod:`jobs.teach.examination`, which the lesson does not change.
     """
 
     seed: int = 1
@@ -106,7 +107,8 @@ class Lesson:
     """One lesson of one model.
 
     Attributes:
-        number: position among the lessons of the model, from 1.
+        number: the lesson's number within the model, from 1, in the order in which the lessons were added. Some numbers
+            may be unused.
         state: progress or result of the lesson. If a process died, its lesson is still ``training`` or ``examining``,
             and another process begins the lesson anew. If the file of a lesson is damaged, or if a newer version of
             nanochat wrote it, the state is ``damaged``, and only ``model``, ``number`` and ``reason`` are known.

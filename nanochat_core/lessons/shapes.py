@@ -13,7 +13,7 @@ Shape = type | list[Any] | Mapping[Any, Any] | tuple[Any, ...]
 def check_shape(value: Any, shape: Shape, name: str) -> None:
     """Raise ValueError if a JSON value does not have the shape. The error contains the name of the wrong value.
 
-    A tuple of shapes means any one of them; only its last shape may be a list or a mapping.
+    In a tuple of shapes, only the last shape may be a list or a mapping.
     """
     if isinstance(shape, tuple):
         if not any(isinstance(each, type) and _is(value, each) for each in shape):

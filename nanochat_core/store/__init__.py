@@ -1,4 +1,4 @@
-"""The artifact store, where the jobs and the engine share files. It is a folder or a prefix of an S3 bucket.
+"""The artifact store, where jobs, engine and gateway share files. It is a folder or a prefix of an S3 bucket.
 
 ``base`` is the interface, ``folder`` and ``s3`` implement it, and ``cache`` keeps the files downloaded from S3.
 ``lease`` reserves a name in the store for one writer.

@@ -6,7 +6,8 @@ program that wants the same name watches the file:
 
 - If the content changes, the holder is alive, and :class:`NameInUse` is raised.
 - If the content stays the same for as long as the lease lasts, the holder counts as dead, and its lease is taken over.
-- If the holder ran on this machine, the operating system knows whether it is alive, and the program need not watch.
+- If the holder ran on this machine, and in the same container if there are containers, the operating system knows
+  whether it is alive, and the program need not watch.
 
 The clocks of two machines are never compared: each program measures with its own clock how long it has seen the same
 content. Only :meth:`Store.replace` changes the file, so if several programs want a lease, only one of them gets it.

@@ -1,8 +1,9 @@
 """Writes checkpoints in the background, from one or several ranks.
 
-Training waits only while tensors are copied to main memory; hashing and transfer happen in a thread. Each rank that has
-a share of the optimizer state writes it to one file. The first rank also writes all other files. The manifest is
-written last; a checkpoint without a manifest is incomplete, and readers ignore it.
+Training waits until the previous checkpoint is written and while tensors are copied to main memory. Hashing and
+transfer happen in a thread. Each rank that has a share of the optimizer state writes it to one file. The first rank
+also writes all other files. The manifest is written last; a checkpoint without a manifest is incomplete, and readers
+ignore it.
 
 A checkpoint may replace a complete checkpoint of the same name, for example after ``--no-resume``. An engine may be
 reading the old checkpoint, so at every moment the store must have a complete checkpoint. S3 can neither rename files
@@ -92,7 +93,7 @@ class CheckpointWriter:
     ) -> None:
         """``lease`` is the first rank's lease on the model's name.
 
-        If another run takes over the lease, nothing more is written.
+        If another run takes over the lease, no further checkpoint is completed or replaced.
         """
         self._store, self._retry_seconds, self._lease = store, retry_seconds, lease
         self._training_ranks = ranks
@@ -229,10 +230,10 @@ class CheckpointWriter:
         return [outcome["result"] for outcome in outcomes]
 
     def _make_room(self, ref: CheckpointRef) -> str:
-        """Removes files that the manifest does not list; returns the subfolder for the files of the next attempt.
+        """Removes files that the manifest does not list. Returns the name of the next attempt's subfolder.
 
-        The subfolder is empty if there is no complete checkpoint. Raises NewerFormatError if a newer version of
-        nanochat wrote the manifest, and LeaseLost if another run has taken over the model's name.
+        The name is empty, which means no subfolder, if there is no complete checkpoint. Raises NewerFormatError if a
+        newer version of nanochat wrote the manifest, and LeaseLost if another run has taken over the model's name.
         """
         self._renew_lease()
         try:

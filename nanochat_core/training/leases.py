@@ -16,6 +16,6 @@ def leased(store: Store, name: str, program: str, ranks: Ranks) -> Iterator[Leas
     Every rank must call this. If another program has the lease, every rank raises a UserError.
     """
     with contextlib.ExitStack() as stack:
-        # The other ranks wait for 2 * LEASE_SECONDS, because the first rank may watch the lease of a dead program for
-        # longer than ranks usually wait for each other.
+        # The other ranks wait for 2 * LEASE_SECONDS, because the first rank may have to watch the lease of a dead
+        # program for LEASE_SECONDS.
         yield ranks.lead(lambda: stack.enter_context(Lease(store, name, program)), 2 * LEASE_SECONDS)

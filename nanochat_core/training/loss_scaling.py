@@ -11,8 +11,8 @@ class LossScaler:
     training searches for it: after an overflow, the step is skipped and the factor is halved. After ``growth_interval``
     steps without an overflow, the factor is doubled.
 
-    ``good_steps`` counts the steps since the last change of the factor or the last overflow of a gradient. A run that
-    is resumed with the stored ``factor`` and ``good_steps`` continues exactly.
+    ``good_steps`` counts the steps since the last change of the factor. A run that is resumed with the stored
+    ``factor`` and ``good_steps`` continues exactly.
     """
 
     def __init__(self, factor: float = 2.0**16, good_steps: int = 0, growth_interval: int = 2000) -> None:
