@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 # For each program, its module and its line in the help.
 PROGRAMS = {
-    "run": ("deploy.local", "Train the demo model if there is none, then serve the chat page"),
+    "run": ("deploy.local", "Serve the chat page, and train the demo model if there is none"),
     "chat": ("deploy.chat", "Chat in the terminal with a running server"),
     "train tokenizer": ("jobs.train.tokenizer", "Train a tokenizer"),
     "train dataset": ("jobs.train.dataset", "Download, convert, validate or list datasets"),

@@ -1,8 +1,9 @@
 """Runs everything on one machine: sandbox, engine, gateway and teacher, and the training if there is no model.
 
 ``make run`` calls this program. The teacher trains a model on the lessons that a person writes. The gateway serves the
-chat page from the beginning, and the page shows the training. Until a model is promoted, the engine serves the newest
-checkpoint of fine-tuning. If the promotion gate refuses the model, the engine continues to serve the last checkpoint.
+chat page from the beginning, and the page shows the training. Until a model is promoted for the first time, the engine
+serves the newest checkpoint of fine-tuning or reinforcement learning. If the promotion gate refuses the model, the
+engine continues to serve the last checkpoint.
 The program restarts a service that dies, and stops everything on Ctrl-C, SIGTERM or SIGHUP.
 """
 
