@@ -112,9 +112,9 @@ class Lesson:
         state: progress or result of the lesson. If a process died, its lesson is still ``training`` or ``examining``,
             and another process begins the lesson anew. If the file of a lesson is damaged, or if a newer version of
             nanochat wrote it, the state is ``damaged``, and only ``model``, ``number`` and ``reason`` are known.
-        attempts: how often a process has begun the lesson. An attempt does not count if the process was asked to end,
-            or if another program had a lease that the lesson needs. If the lesson begins anew because another revision
-            was promoted, the count begins at 0 again.
+        attempts: how often a process has begun the lesson or died before that. An attempt does not count if the process
+            was asked to end, or if another program had a lease that the lesson needs. If the lesson begins anew because
+            another revision was promoted, the count begins at 0 again.
         who: name of the user who added the lesson.
         source: name of the file from which the items were read.
         created, finished: times in UTC (ISO 8601); ``finished`` is empty while the lesson is not done.
@@ -352,9 +352,9 @@ def cancel_lesson(store: Store, model: str, number: int) -> None:
     """Request that a lesson is canceled. Raises UserError if the lesson is done or does not exist.
 
     A queued lesson is canceled when its turn comes, a lesson in training within ten steps or at the end of the
-    examination before the training, and a lesson in examination at the end of the examination. In a cluster, the
-    process that works on the lesson is ended, so the lesson is canceled within seconds. A lesson whose model the gate
-    has promoted is not canceled any more.
+    examination before the training, and a lesson in examination at the end of the examination. If each lesson is a
+    PyTorchJob, the PyTorchJob is deleted at once instead, and the lesson is canceled when its pods have ended. A lesson
+    whose model the gate has promoted is not canceled any more.
     """
     lesson = read_lesson(store, model, number)
     check_undamaged(lesson)

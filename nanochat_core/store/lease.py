@@ -80,7 +80,7 @@ class Lease:
         """
         Args:
             name: folder of the store that the program writes to, such as ``models/demo``.
-            program: name of this program in the error messages of other programs.
+            program: name of this program, which the lease tells other programs.
             seconds: other programs take the lease over if it was not renewed for this long.
             clock: returns the time in seconds.
             sleep: waits for a number of seconds.
