@@ -92,9 +92,9 @@ class Sandboxes:
     ) -> sandbox_pb2.ExecuteReply:
         """Run the code of a request. If ``request`` limits the wall time, the limit is lowered to fit ``seconds``.
 
-        If ``on_output`` is given, it is also called with the output while the code runs. Once it was called, the call
-        is not repeated, so that no output is passed on twice. If no sandbox could run the code, but some of them were
-        full, the reply has the status OVERLOADED.
+        If ``on_output`` is given, it is also called with the output while the code runs. Once it has been called, no
+        other sandbox runs the code, so that no output is passed on twice. If no sandbox could run the code, but some of
+        them were full, the reply has the status OVERLOADED.
 
         Raises:
             NoSandbox: no sandbox has answered, or the sandbox died after some output was passed on.
