@@ -1,4 +1,4 @@
-"""Runs code under the strongest isolation that works on this machine, and limits how many calls run at once."""
+"""Runs code in isolation, by default the strongest that works here, and limits how many calls run at once."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ log = logging.getLogger("nanochat.sandbox")
 
 _NO_LIMITS = Limits()
 _NO_INPUTS = Inputs()
-# If the worker of a call ends before the code begins, the call runs in another worker. A call has this many attempts.
-# The start of a worker has this many attempts too.
+# If the worker of a call ends or hangs before the code begins, the call runs in another worker. A call has this many
+# attempts, except an examination, which has one. The start of a worker has this many attempts too.
 _ATTEMPTS = 3
 # Pause before the executor reaps the worker of a call and forks another one, so that the call's answer is sent first.
 _PAUSE_SECONDS = 0.001
@@ -69,7 +69,7 @@ class SandboxExecutor:
     Use the executor as a context manager, or call :meth:`start` and :meth:`close`. Calls may come from any event loop
     or thread. The executor starts its fork servers from a thread of its own, because the kernel kills a fork server
     (and, with it, the workers) when the thread that started the server ends. ``rejected`` has the name of each profile
-    that failed its self-test and the reason of the failure.
+    that was tried and does not work on this machine, and the reason.
     """
 
     def __init__(self, config: SandboxConfig | None = None) -> None:
@@ -117,7 +117,7 @@ class SandboxExecutor:
 
     @property
     def fork_servers(self) -> list[ForkServer]:
-        """The running fork servers: the current one, and old ones whose last calls still run."""
+        """The running fork servers: the current one, and old ones whose last workers have not ended yet."""
         return [server for server in self._servers if server.alive]
 
     @property
@@ -127,8 +127,8 @@ class SandboxExecutor:
     def start(self) -> SandboxExecutor:
         """Choose and test the isolation profile, then begin to start workers. Blocks for about 100 ms.
 
-        Raises SandboxUnavailable if the configured profile fails its self-test (with ``auto``: if every profile fails),
-        or if the interpreter, the scratch folder or the folder of cgroups cannot be used.
+        Raises SandboxUnavailable if the configured profile does not work on this machine (with ``auto``: if no profile
+        works), or if the interpreter, the scratch folder or the folder of cgroups cannot be used.
         """
         self._thread.start()
         atexit.register(self.close)
@@ -173,8 +173,8 @@ class SandboxExecutor:
 
         The result is returned even if the code failed. Its status is OVERLOADED if all slots and the queue are full, or
         if too many calls wait for other calls of their sessions. Raises WorkerFailed if the sandbox itself failed, or
-        was closed during the call, ValueError if the inputs (with the files of the session) are too large, and
-        RuntimeError if the executor is not running.
+        was closed during the call, ValueError if the inputs (with the files of the session) are too large or too many,
+        and RuntimeError if the executor is closed.
 
         Args:
             code: a program. If its last statement is an expression, the expression's value is the result.
@@ -184,10 +184,10 @@ class SandboxExecutor:
             inputs: stdin, arguments and files for the code.
             on_output: called with the name (stdout or stderr) and new bytes of the code's output while the code runs.
                 It is called in the executor's thread and must not block.
-            session: name of a session of this key. The call begins with the files that the session's previous call
-                left, and its own files are kept for the session's next call, unless some of them are missing or they
-                are too large (see ``files_complete``). Calls of a session run one after the other. If the name is
-                empty, no files are kept.
+            session: name of a session of this key. The call begins with the files that the session keeps and with those
+                of ``inputs``. The files that the call leaves replace the session's files, unless some of them are
+                missing or they are too large (see ``files_complete``). Calls of a session run one after the other. If
+                the name is empty, no files are kept.
         """
         self._check(inputs)
         work = self._execute(code, limits, result_format, key, inputs, on_output, session)

@@ -32,9 +32,9 @@ _SERVER_START_SECONDS = 60.0
 _EXIT_SECONDS = 1.0
 # Longest wait until all processes have closed the standard error of a server that has ended.
 _LAST_WORDS_SECONDS = 0.2
-# A process that the kernel killed for lack of memory counts as recently killed for this long. The time is not shorter,
-# because the kernel may kill several processes at once, and the executor then determines the results of their calls one
-# after the other.
+# After the executor has noticed that the kernel killed a process for lack of memory, the kill counts as recent for this
+# long. The time is not shorter, because the kernel may kill several processes at once, and the executor then determines
+# the results of their calls one after the other.
 _OOM_SECONDS = 5.0
 _MESSAGE_BYTES = 1 << 16
 _SEND_BUFFER_BYTES = 1 << 20
@@ -46,6 +46,7 @@ class OomKills:
     """Tells, from a counter of the kernel, whether the kernel has recently killed a process for lack of memory.
 
     The kernel has one counter for the whole machine, so a process outside of the sandbox that was killed counts, too.
+    The counter has no times: a kill counts as recent from the first call of :meth:`recent` after it.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,10 @@ class OomKills:
         self._changed = -math.inf
 
     def recent(self) -> bool:
-        """Whether the kernel killed a process in the last ``_OOM_SECONDS``; also True if the kernel has no counter."""
+        """Whether a kill was noticed by this call, or by an earlier call in the last ``_OOM_SECONDS``.
+
+        Also True if the kernel has no counter.
+        """
         count = _oom_kills()
         if count != self._count:
             self._count, self._changed = count, time.monotonic()
@@ -104,7 +108,7 @@ class ForkServer:
         pid: process id of the server or of its launcher.
         forks: number of workers that the server was asked to fork.
         thread_requests: the workers' requests to start threads; ``None`` if they cannot have threads.
-        oom_kills: tells whether a process of the machine was killed for lack of memory.
+        oom_kills: tells whether a process of the machine was recently killed for lack of memory.
         cgroups: makes the cgroups of workers; ``None`` if they have none.
     """
 
@@ -196,7 +200,7 @@ class ForkServer:
 
         Returns a pidfd, the worker's process id, and a future with the worker's :class:`Exit`. The caller must close
         the pidfd. The future's result is ``None`` if the server ended first. Raises WorkerFailed if the server cannot
-        fork.
+        fork, or if the worker ends before it has started.
         """
         if not self.alive:
             raise WorkerFailed("the sandbox's fork server has ended")

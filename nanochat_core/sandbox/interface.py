@@ -13,7 +13,9 @@ from nanochat_core.settings import setting
 
 
 class SandboxUnavailable(UserError):
-    """No code may run on this machine: no isolation profile works, or the interpreter or a folder cannot be used."""
+    """No code may run: the isolation profile does not work on this machine (with ``auto``: no profile works), or the
+    interpreter or a folder cannot be used.
+    """
 
 
 class ProfileUnavailable(Exception):
@@ -27,7 +29,7 @@ class ProfileUnavailable(Exception):
 
 
 class WorkerFailed(RuntimeError):
-    """The sandbox itself failed, for example because a worker could not isolate itself. The code is never the cause."""
+    """The sandbox itself failed, for example because a worker could not isolate itself. The code need not be wrong."""
 
 
 class CodeNotBegun(WorkerFailed):
@@ -149,8 +151,8 @@ class SandboxConfig:
     scratch_dir: str = setting(
         "",
         "existing, writable folder for the scratch folders of calls that cannot mount a file system (profile pod); if "
-        "file systems are mounted in it as nanochat-scratch-*, each call gets one of them; empty means the system's "
-        "temporary folder",
+        "file systems of at most 1 GiB are mounted in it as nanochat-scratch-*, each call gets one of them; empty "
+        "means the system's temporary folder",
     )
     scratch_bytes: int = setting(
         16 << 20, "bytes that a call may store in its scratch folder, and largest size of a file", minimum=4096
@@ -271,8 +273,9 @@ class ExecutionResult:
         queue_seconds: time that the call waited for its session, a slot and a worker.
         files: contents of the files that the caller asked for (see :class:`Inputs`), by name.
         files_complete: whether the caller asked for files and ``files`` has all of them. Files are missing if the code
-            was killed, ended without a report of its result (a crash or ``os._exit``), or exceeded a limit of files.
-            For a call of a session, the value says instead whether the session keeps the files of this call.
+            was killed, ended without a report of its result (a crash or ``os._exit``), or exceeded a limit of files, or
+            if an error interrupted the collection. For a call of a session, the value says instead whether the session
+            keeps the files of this call.
         session_new: whether the call began without the files of an earlier call of its session.
     """
 

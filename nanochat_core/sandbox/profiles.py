@@ -2,8 +2,8 @@
 
 In the profile ``pod``, which needs no other program, a worker applies Landlock, a system-call filter and resource
 limits to itself, inside namespaces if the kernel lets the fork server make them. In the profile ``bwrap``, a worker
-applies the same layers inside namespaces that bubblewrap creates. The profile ``gvisor`` is like ``bwrap``, but the
-namespaces are those of gVisor's kernel.
+applies the same layers (Landlock only if the kernel has it) inside namespaces that bubblewrap creates. The profile
+``gvisor`` is like ``bwrap``, but without Landlock, and the namespaces are those of gVisor's kernel.
 """
 
 import abc
@@ -139,8 +139,8 @@ class PodProfile(Profile):
 class BwrapProfile(Profile):
     """The profile for machines with user namespaces.
 
-    A worker sees only the interpreter, the system's libraries, the configured packages and its scratch folder. It sees
-    no other processes and no network.
+    A worker sees only the files that Python needs (the interpreter, libraries, time zones and three devices), the
+    configured packages and its scratch folder. It sees no other processes and no network.
     """
 
     name = "bwrap"

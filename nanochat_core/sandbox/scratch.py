@@ -76,7 +76,11 @@ class ScratchRoot:
         return os.path.isdir(self.mount_point)
 
     async def take(self) -> str:
-        """An empty folder for one worker. Waits if all folders are in use. Raises OSError if none can be created."""
+        """An empty folder for one worker.
+
+        If mounted folders are used, waits until one is free. Otherwise, makes a new folder if none is free, and raises
+        OSError if this fails.
+        """
         await self._places.acquire()
         try:
             if self._free:

@@ -28,10 +28,10 @@ class Session:
 
 
 class Sessions:
-    """Keeps at most ``limit`` sessions, or more if more are in use. Forgets a session that was idle for too long.
+    """Keeps at most ``limit`` sessions, or more if more are in use.
 
-    The session is forgotten at the earliest ``idle_seconds`` after its last call, and at the latest after twice this
-    time.
+    If there are too many sessions, the least recently used idle ones are forgotten. A session that stays idle is
+    forgotten at the earliest after ``idle_seconds``, and at the latest after twice this time.
 
     Attributes:
         waiting: number of calls that wait for another call of their session.

@@ -1,7 +1,7 @@
 """Decides whether a worker may start a thread.
 
-A system-call filter of the fork server and its workers leaves this decision to the executor, because no limit of the
-kernel counts the threads of one process. Source: ``seccomp_unotify(2)``.
+A system-call filter of the fork server and its workers leaves this decision to the executor, because no resource limit
+(``setrlimit``) counts the threads of one process. Source: ``seccomp_unotify(2)``.
 """
 
 import errno

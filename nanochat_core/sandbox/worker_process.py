@@ -168,7 +168,7 @@ class WorkerProcess:
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether the kernel may have killed the worker for lack of memory. Without a cgroup, this is a guess."""
+        """Whether the kernel may have killed the worker for lack of memory. A guess, unless a cgroup reports it."""
         exceeded = self._cgroup is not None and self._cgroup.out_of_memory
         return exceeded or self.server.oom_kills.recent()
 
@@ -251,8 +251,7 @@ class WorkerProcess:
         for fd in (self.stdin, self.stdout, self.stderr, self.result):
             os.set_blocking(fd, False)
         self._has_pipes = True
-        # The returned process id still belongs to the worker: only untrusted code could end the worker, and no code
-        # runs yet.
+        # The returned process id should still belong to the worker, because no code runs yet that could end the worker.
         handle, self._pid, self.ended = await self.server.fork(self._scratch or "", [*children, *peers])
         self.handle = self._own(handle)
         for fd in children:

@@ -11,10 +11,11 @@ If workers may start threads, the server adds a descriptor to ``READY``. Through
 executor each time a worker wants to start a thread, and the executor answers (:mod:`threads`). Without the descriptor,
 workers cannot start threads.
 
-The executor writes one frame, the *request*, to a worker's stdin, and then closes the pipe. The worker reads the
-request once every layer of the isolation is active. Then it writes to the result pipe: ``BEGUN`` once the request has
-arrived, and later a *claim* about how the code ended. The code can forge the claim. Therefore the executor bounds the
-claim's size, never trusts the claim, and uses it only for the answer to this call and for the files of its session.
+The executor writes one frame, the *request*, to a worker's stdin, then the bytes that the code can read from stdin, and
+closes the pipe. The worker reads the request once every layer of the isolation is active. Then it writes to the result
+pipe: ``BEGUN`` once the request has arrived, and later a *claim* about how the code ended. The code can forge the
+claim. Therefore the executor bounds the claim's size, never trusts the claim, and uses it only for the answer to this
+call and for the files of its session.
 """
 
 import struct
@@ -25,7 +26,7 @@ STARTED, FAILED, EXITED = b"s", b"f", b"x"
 
 # Where the scratch file systems of workers come from. With MOUNTS_EXIST, workers mount them in a mount namespace that
 # the launcher has made. With MOUNTS_IF_ALLOWED, the fork server makes such a namespace if the kernel allows it;
-# otherwise, workers get folders. With NO_MOUNTS, workers get folders in any case.
+# otherwise, workers get folders. With NO_MOUNTS, which only tests use, workers get folders in any case.
 MOUNTS_EXIST, MOUNTS_IF_ALLOWED, NO_MOUNTS = b"e", b"a", b"n"
 
 # The kinds of claims. A claim is a worker's report of how the code ended, and its first byte is its kind.
