@@ -37,7 +37,7 @@ class Source:
         shards: URL, key or path of each shard; the last shard is the validation split.
         fetch: copies a shard (one of ``shards``) to a local file. Over HTTP, it continues after the bytes that an
             earlier call left there. It raises UserError if the shard cannot be fetched, and Stopped if its third
-            argument is set.
+            argument, an event, is set.
     """
 
     shards: Sequence[str]

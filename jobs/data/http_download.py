@@ -1,6 +1,7 @@
-"""Download one file over HTTP. A retry continues where the last attempt ended.
+"""Download one file over HTTP.
 
-The size and the sha256 are checked if the server announces them.
+A retry continues where the last attempt ended if the server states the version of the file (ETag or date). The size and
+the sha256 are checked if the server announces them.
 """
 
 import contextlib

@@ -66,8 +66,8 @@ class LocalText:
 
         If there are no validation files, the caller holds out a part of the training files.
 
-        The files of ``val_data`` are for validation. If the names of these files state several splits, only the files
-        of the validation split, or else of the test split, are used.
+        The files of ``val_data`` are for validation. If some of their names state the validation or test split, and
+        others state training or no split, only the files of the validation split, or else of the test split, are used.
 
         Raises:
             UserError: there is no readable file, the names do not say which files are for training, or the files of
@@ -187,7 +187,7 @@ def _split(path: Path, found: Mapping[str, str], *, chosen: bool) -> Splits:
     """Divide files by the splits that their names state. ``found`` maps each name below ``path`` to the file's path.
 
     ``chosen`` tells that the user has chosen these files for one purpose: with a file or a pattern, or for validation.
-    All of them are then in the first split of the result if their names state the same split, or if no name states a
+    All of them are then in ``training`` of the result if their names state the same split, or if no name states a
     split.
     """
     all_alike = len({split_of(name) for name in found}) == 1
@@ -278,10 +278,10 @@ def _fields(row: Mapping[str, object]) -> str:
 
 
 def _read_plain(file: Path) -> Iterator[str]:
-    """Plain text, cut at the first blank line after :data:`DOCUMENT_CHARACTERS`.
+    """The documents of a plain text file.
 
-    If the :data:`DOCUMENT_CHARACTERS` characters after that position have no blank line, the text is cut at
-    :func:`cut_position`.
+    Each document ends at the first blank line after its first :data:`DOCUMENT_CHARACTERS` characters and before twice
+    as many. If there is no blank line there, it ends at :func:`cut_position`. The last document ends with the file.
     """
     rest = ""
     with reading(str(file)), open_text(file, str(file)) as text:

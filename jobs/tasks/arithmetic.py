@@ -10,7 +10,7 @@ _TRAINING_PROBLEMS = 20_000
 
 
 def problems(_store: Store, held_out: int) -> Problems:
-    """Generated problems; held-out problems use numbers that no training problem contains."""
+    """Generated problems; the held-out questions use numbers that no training question contains."""
 
     def generate(split: Split, count: int) -> list[Problem]:
         rng = generator(f"practice/{split}", 1)

@@ -100,9 +100,11 @@ def _open(name: str, source: DatasetSource, selection: Selection) -> AnyTask:
 
 
 def open_conversations(store: Store, name: str) -> tuple[Conversations, Conversations | None]:
-    """Open the conversations that a mixture calls ``name``: a built-in dataset, a file or folder of this machine, or a
-    folder of the store. A name is a path of this machine if it begins with ``/``, ``./``, ``../`` or ``~``, or has the
-    ending of a data file, such as ``.jsonl``.
+    """Open the conversations that a mixture calls ``name``.
+
+    They come from a built-in dataset or generator, a file or folder of this machine, or a folder of the store. A name
+    is a path of this machine if it begins with ``/``, ``./``, ``../`` or ``~``, or has the ending of a data file, such
+    as ``.jsonl``.
 
     Returns the training conversations, and the validation conversations if the store has ``data/<name>/val.jsonl`` or
     the names of the files of a local folder state a validation or test split.

@@ -1,6 +1,6 @@
 """The parts of tasks: the questions of an evaluation, and the problems of reinforcement learning.
 
-An evaluation task is a list of questions, and a question can tell whether a response is right.
+An evaluation task is a list of questions, and each question knows its right answer.
 """
 
 import dataclasses
