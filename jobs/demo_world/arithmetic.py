@@ -1,8 +1,8 @@
 """Calculations with two operands, and the numbers that training never contains.
 
-One number in eight between 10 and 9999 is reserved. No training text contains a reserved number, neither as operand
-nor as result nor as a count in a story. Most held-out calculations use reserved operands, so the model cannot have
-memorized their results.
+One number in eight between 10 and 9999 is reserved. No text for pretraining or fine-tuning contains a reserved number,
+neither as operand nor as result nor as a count in a story. Most held-out calculations use reserved operands, so the
+model cannot have memorized their results.
 
 Numbers below 10 are not reserved, because there are too few of them. So that held-out calculations can use small
 numbers too, one in twenty pairs of unreserved numbers is held out. Training may contain both numbers of a held-out

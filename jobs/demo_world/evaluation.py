@@ -10,9 +10,8 @@ from jobs.demo_world.conversations import draw
 from jobs.demo_world.seeding import generator
 from jobs.demo_world.tool_questions import calculation
 
-# Number of conversations of each kind, out of 212. Each kind has at least 12, because of lessons, by which users teach
-# a finished model: a lesson is refused if the share of right answers of a kind falls by more than 0.1. With 12
-# conversations, a single lost answer lowers the share by less than that.
+# Number of conversations of each kind, out of 212. Each kind has at least 12, because few answers say little about a
+# kind: if users teach a finished model by a lesson, its gate compares the share of right answers of each kind.
 EVALUATION_MIX = {
     "identity": 12,
     "greeting": 12,

@@ -24,7 +24,7 @@ class Form(Phrasings):
         rounded: whether the result is always rounded; otherwise it is only rounded if a number is a decimal.
         exact: whether the result is not rounded even if a number is a decimal.
         numbers: the sort of number (:data:`_SORTS`) for a letter; a letter that is not named here is a whole number.
-        positive: whether only positive results make sense.
+        positive: whether results below 1 make no sense.
         largest: upper limit of a whole number.
         longest: upper limit of the number of characters of a result.
         worded: whether the questions have numbers in words.
@@ -119,7 +119,7 @@ def draw_everyday(rng: random.Random, split: Split) -> Expression:
         # The question is checked apart from the code, because "31 million" in the question is 31000000 in the code.
         if split == "train" and contains_reserved_number(said):
             continue
-        # A form may have only numbers of which none is reserved, so the search for a reserved number must end.
+        # Some forms can never draw a reserved number, so the search for one stops after _TRIES attempts.
         if _fits(drawn, split, form.longest, reserved=reserved and tries < _TRIES, positive=form.positive):
             break
     template = draw_frame(rng, split, form)

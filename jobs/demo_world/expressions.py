@@ -85,7 +85,7 @@ _Form = Callable[[random.Random], Expression]
 
 
 def draw_chain(rng: random.Random, split: Split) -> Expression:
-    """Draw a calculation with several, negative or large whole numbers, a power, or a division by zero."""
+    """Draw a calculation with several, negative or large numbers, a power, or a division by zero."""
     forms = (_chain, _nested, _power, _by_zero, _negative, _long, _large)
     return _draw(rng, split, rng.choices(forms, (43, 6, 16, 8, 12, 7, 8))[0])
 

@@ -4,7 +4,8 @@ The fine-tuned model can calculate with numbers of up to five digits. It often c
 numbers of seven digits rarely. It knows a square only as a power ("12^2") or as "12 squared". By trial and reward, the
 model must learn to copy longer numbers and to understand other wordings.
 
-Held-out problems use numbers that no training problem contains. Half of the held-out problems use held-out phrasings.
+The questions of held-out problems use numbers that no training question contains, although a training answer may be
+such a number. Half of the held-out problems use held-out phrasings.
 """
 
 import random
@@ -15,15 +16,15 @@ from jobs.demo_world.tool_questions import QUESTIONS, framed
 
 _SQUARE_SHARE = 0.4
 _DIGITS = (6, 7)
-# Squares and products have no larger factors, because their results would be much longer than the answers in training
-# conversations.
+# Largest number that is squared, and largest value of the shorter factor of a product. With larger ones, the results
+# would be much longer than the answers in training conversations.
 _LARGEST_FACTOR = 999
 # Of the numbers above 9,999, one in eight is reserved for held-out problems.
 _HELDOUT_ONE_IN = 8
 
 
 def practice(rng: random.Random, split: Split) -> tuple[str, str]:
-    """Draw a question and the number that answers it: a square, or a calculation with numbers of 6 and 7 digits."""
+    """Draw a question and the number that answers it: a square, or a calculation with numbers of 6 or 7 digits."""
     if rng.random() < _SQUARE_SHARE:
         number = _short_number(rng, split)
         return draw_frame(rng, split, QUESTIONS.squares).format(a=number), str(number * number)

@@ -16,7 +16,10 @@ from jobs.demo_world.words import STRANGERS
 
 
 class EverydayProblem(Phrasings):
-    """Wordings of a whole problem, with the Python code that solves it. The numbers are drawn up to ``largest``."""
+    """Wordings of a whole problem, with the Python code that solves it.
+
+    The numbers are drawn up to ``largest``. A number that the code divides is larger: it is a product of two of them.
+    """
 
     code: str
     largest: int

@@ -70,7 +70,7 @@ _ADJECTIVES = {split: _unexplained(_UNSURE.adjectives.of(split)) for split in _S
 
 
 def unexplained_words(split: Split) -> frozenset[str]:
-    """The unexplained words of a split, without plurals and other forms of verbs."""
+    """The unexplained words in the lists of a split. Derived forms, such as plurals, are not added."""
     return frozenset((*_ENGLISH[split], *_NOUNS[split], *_VERBS[split], *_ADJECTIVES[split]))
 
 
