@@ -202,7 +202,7 @@ def _read_files(fields: list[bytes], config: SandboxConfig) -> tuple[dict[str, b
 
 
 class _Watch:
-    """Sends the request and stdin to a worker, and reads its pipes until the call ends or exceeds a limit.
+    """Sends the request and stdin to a worker, and reads its pipes until there is a reason to stop (_StopReason).
 
     ``began`` is the time of the monotonic clock at which the code began; ``None`` if it has not begun.
     """

@@ -29,7 +29,7 @@ class ProfileUnavailable(Exception):
 
 
 class WorkerFailed(RuntimeError):
-    """The sandbox itself failed, for example because a worker could not isolate itself. The code need not be wrong."""
+    """The sandbox itself failed, for example because a worker could not isolate itself. The code may be right."""
 
 
 class CodeNotBegun(WorkerFailed):

@@ -168,7 +168,7 @@ class WorkerProcess:
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether the kernel may have killed the worker for lack of memory. A guess, unless a cgroup reports it."""
+        """Whether the kernel may have killed the worker for lack of memory; certain only if a cgroup reports it."""
         exceeded = self._cgroup is not None and self._cgroup.out_of_memory
         return exceeded or self.server.oom_kills.recent()
 
