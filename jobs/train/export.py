@@ -31,7 +31,8 @@ class ExportSettings(JobSettings):
 
     model: str = setting(help="name of the model in the store")
     revision: str = setting(
-        "", "<stage>/step_<n> or promoted; by default the newest checkpoint of the model's last stage"
+        "",
+        "<stage>/step_<n> or promoted; by default the newest checkpoint of the model's last stage among base, sft, rl",
     )
     format: Literal["huggingface", "nanochat"] = setting(
         help="huggingface for transformers and lm_eval, or nanochat for karpathy/nanochat"

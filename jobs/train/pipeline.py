@@ -70,7 +70,7 @@ class PipelineSettings(JobSettings):
         0, "processes that train together on one machine; 0 starts one for each GPU", minimum=0, maximum=1024
     )
     threads: int = setting(
-        0, "CPU threads of the training stages; 0 leaves the choice to torch", minimum=0, maximum=4096
+        0, "CPU threads of training and of the report; 0 leaves the choice to torch", minimum=0, maximum=4096
     )
     on: Literal["local", "kubernetes"] = setting(
         "local", "runner of the stages: processes of this machine, or PyTorchJobs of the cluster that runs this program"

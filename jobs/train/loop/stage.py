@@ -30,7 +30,7 @@ from nanochat_core.training.peak_flops import peak_flops
 
 log = logging.getLogger("jobs.train")
 
-# Settings of some stages that, like RunSettings, may change when a run is resumed.
+# Further settings that, like RunSettings, may change when a run is resumed.
 _EVALUATION_SETTINGS = frozenset(
     {
         "eval_tokens",
@@ -53,8 +53,8 @@ class StageSettings(RunSettings):
     seed: int = setting(1, "seed of everything random in the run", minimum=0, maximum=2**63 - 1)
     dtype: Literal["auto", "fastest", "fp32", "bf16", "fp16", "fp8"] = setting(
         "auto",
-        "dtype of activations and matrix products; with auto, later stages use the dtype of pretraining; fastest "
-        "measures on a CPU whether bf16 or fp32 is faster",
+        "dtype of activations and matrix products; with auto, a run that starts from a checkpoint uses that of the "
+        "checkpoint's run; fastest measures on a CPU whether bf16 or fp32 is faster",
     )
     ask: tuple[str, ...] = setting(
         (), "questions that the model answers during training, for the chat page; comma separated"
