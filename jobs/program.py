@@ -1,4 +1,4 @@
-"""The common part of all job programs: two settings, startup and exit, a folder for results, and a command line."""
+"""The common part of the job programs: two settings, startup and exit, a folder for results, and a command line."""
 
 import dataclasses
 import os
@@ -69,8 +69,8 @@ def run_command(
 
     Args:
         command: module and subcommand for the usage text, such as ``jobs.train.dataset list``.
-        name: name of the program in its log lines, such as ``chat-eval``. The environment variables of this program
-            then begin with ``NANOCHAT_CHAT_EVAL``.
+        name: name of the program in its log lines, such as ``chat-eval``. The environment variables of its settings
+            then begin with ``NANOCHAT_CHAT_EVAL``, except those with a name of their own, such as ``NANOCHAT_HOME``.
         argv: arguments that replace the arguments of the command line.
     """
     prefix = f"NANOCHAT_{name.upper().replace('-', '_')}"

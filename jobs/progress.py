@@ -1,4 +1,4 @@
-"""The progress display of all long tasks: a bar on a terminal, or else a log event every few seconds."""
+"""A progress display for long tasks: a bar on a terminal, or else a log event every few seconds."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class ProgressDisplay:
 
     Use it as a context manager, and call :meth:`update` after each unit. On a terminal the bar shows as many facts as
     its width has room for; a fact is a short text such as ``loss 2.31``. Without a terminal the display logs one event
-    at most every :data:`LOG_INTERVAL_SECONDS`, and one when the task is complete. When the task ends, the bar stays,
-    unless ``log`` hides events of level info: in that case, the program that started this program reports the result.
+    at most every :data:`LOG_INTERVAL_SECONDS`, and one when the task is complete. When the task ends, the bar stays on
+    the terminal. It is removed if ``log`` hides events of level info, because then the program that started this
+    program reports the result.
 
     Attributes:
         eta_seconds: estimated seconds to the end of the task; NaN while too few units are done for an estimate.

@@ -30,7 +30,7 @@ class ImportSettings(JobSettings):
 
 
 def import_checkpoint(settings: ImportSettings) -> CheckpointRef:
-    """Read, convert and save a checkpoint. Nothing is written to the store before everything has been verified."""
+    """Read, convert and save a checkpoint. Nothing is written to the store before the files have been verified."""
     check_model_name(settings.model)
     folder = user_path(settings.folder)
     step = find_step(folder, settings.step)

@@ -47,7 +47,8 @@ _SAMPLES = 4
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainSettings(StageSettings):
     """Pretrain a GPT on text datasets of the store. Many settings follow from --depth if they are not given. With
-    --start-from, settings that are not given are those of the run that made the named checkpoint.
+    --start-from, the model's shape and the tokenizer are those of the named checkpoint. If that checkpoint is from
+    pretraining, its run also gives data, batch size, learning rates and length of the run, where no flag gives them.
     """
 
     start_from: str | None = setting(
@@ -122,7 +123,7 @@ class PretrainSettings(StageSettings):
 
     @classmethod
     def inherited(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """With ``--start-from``, the settings of the run that made the checkpoint; otherwise none."""
+        """With ``--start-from``, the settings that :func:`inherited_settings` chooses; otherwise none."""
         if not given.get("start_from"):
             return {}
         start = describe_pretrained(open_store(given.get("home", DEFAULT_HOME)), given["start_from"])

@@ -48,15 +48,16 @@ class Story:
         self._told = False
 
     def expect(self, tokens: Mapping[str, int]) -> None:
-        """Set the number of tokens on which each stage trains, so that the chat page can estimate the time left."""
+        """Set how many tokens each stage trains on, if known, so that the chat page can estimate the time left."""
         self._fields["tokens"] = dict(tokens)
 
     @contextlib.contextmanager
     def stage(self, name: str, module: str) -> Iterator[None]:
         """A context manager around the run of a stage. Reports the start of the stage, and how the stage ended.
 
-        The stage is done, was stopped (by a signal or by an error after which another attempt may succeed), or failed.
-        ``module`` names the stage's program in log events.
+        The stage is done, was stopped, or failed. It was stopped if its exit code is 128 or more: a signal ended it, or
+        another attempt may succeed. If instead the first stage of this process raises an error of the user's inputs,
+        the earlier progress is restored. ``module`` names the stage's program in log events.
         """
         started = time.monotonic()
         begins = not self._told
@@ -125,7 +126,7 @@ class Story:
             return {}
 
     def _earlier_seconds(self, run: Mapping[str, Any]) -> dict[str, float]:
-        """Durations of the stages that ``run``, an interrupted run of the same recipe, has finished, in seconds."""
+        """Seconds that each finished stage of ``run`` took; empty if ``run`` is complete or of another recipe."""
         resumed = run.get("recipe") == self._fields["recipe"] and run.get("state") in ("running", "stopped", "failed")
         return dict(run.get("seconds", {})) if resumed else {}
 

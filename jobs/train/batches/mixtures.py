@@ -65,7 +65,7 @@ class Selection(Sequence[list[Message]]):
 
 @dataclasses.dataclass(frozen=True)
 class Lost:
-    """How much of a selection training does not see, because conversations must fit into rows of a fixed length.
+    """The part of a selection that is not trained on, because conversations must fit into rows of a fixed length.
 
     Attributes:
         conversations: number of conversations in the selection, before any conversation is left out.

@@ -1,4 +1,4 @@
-"""Start the ranks of one pod of a PyTorchJob: ``python -m jobs.train.cluster.pod MODULE FLAGS``.
+"""Start the ranks of one pod of a PyTorchJob or TrainJob: ``python -m jobs.train.cluster.pod MODULE FLAGS``.
 
 Unlike ``torchrun``, this program ends with the exit code of the rank that failed first. The code tells a job controller
 whether another attempt may succeed.

@@ -15,7 +15,7 @@ log = logging.getLogger("jobs.train")
 
 WRITE_SECONDS = 2.0
 _CURVE_POINTS = 240
-# Prefixes of the names of held-out metrics in the history.
+# Prefixes of the names of the held-out metrics that the progress file has.
 _HELD_OUT = ("val_", "core", "pass")
 
 

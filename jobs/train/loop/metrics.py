@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram, start_http_server
 from nanochat_core.errors import UserError
 
 _STAGE = ["stage"]
-# A gauge for each value that a step reports. The key is the name of the value.
+# Gauges of values that a step reports. The key is the name of the value.
 STEP_GAUGES = {
     name: Gauge(f"nanochat_train_{name}", text, _STAGE)
     for name, text in {

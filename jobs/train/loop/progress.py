@@ -18,7 +18,7 @@ from jobs.train.loop.trackers import Tracker
 
 log = logging.getLogger("jobs.train")
 
-# Losses and durations vary from step to step, so the display shows moving means with this decay.
+# Losses and durations vary from step to step, so the display shows moving means of them, with this decay.
 _DECAY = 0.9
 
 
@@ -138,7 +138,7 @@ class Progress:
         metrics.LOSS_SPIKES.labels(self._stage).inc(report.spike)
 
     def _show(self, report: StepReport, values: Mapping[str, float]) -> None:
-        """Show the numbers of a step. For numbers that vary from step to step, show moving means."""
+        """Show the numbers of a step: loss, throughput, data wait and the stage's measures as moving means."""
         means = self._means
         loss = means["loss"]
         if math.isfinite(report.loss):

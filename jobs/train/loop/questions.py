@@ -23,8 +23,9 @@ def answer_questions(
 
     The answers are only for people who watch the training, so an error is logged, and the training goes on.
 
-    With ``chat``, each question is a user's message, and the model has its Python tool. The answer to a question that
-    does not fit into the context is empty. Without ``chat``, the model continues each question as text.
+    With ``chat``, each question is a user's message, and the model has its Python tool if the sandbox works on this
+    machine. The answer to a question that does not fit into the context is empty. Without ``chat``, the model continues
+    each question as text.
     """
     try:
         if chat:

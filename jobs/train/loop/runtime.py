@@ -24,7 +24,10 @@ from nanochat_core.training.leases import leased
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings(JobSettings):
-    """Settings that may change when a run is resumed: apart from rounding, they do not change the result of the run."""
+    """Settings that may change when a run is resumed: apart from rounding, they do not change the result of the run.
+
+    There is one exception: with asynchronous rollouts, ``save_every`` determines which weights sample some answers.
+    """
 
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "device to train on")
     device_batch_rows: int = setting(32, "rows per forward pass on one device", minimum=1)

@@ -3,9 +3,9 @@
 A pretraining run can do two things with the checkpoint of another run:
 
 - *Go on* with that run, to another horizon. A finished run has lowered its learning rate to nearly zero, and its last
-  weights cannot be improved at the full rate without losing what the warmdown gained. So the run goes on from the last
-  checkpoint before the warmdown, as if it had been planned with the new horizon: step, momenta, data position, history
-  and random numbers continue, and a new warmdown ends it (arXiv 2405.18392).
+  weights cannot be improved at the full rate without losing what the warmdown gained. So the run goes on from a
+  checkpoint before the warmdown, by default the last one, as if it had been planned with the new horizon: step,
+  momenta, data position, history and random numbers continue, and a new warmdown ends it (arXiv 2405.18392).
 - *Start anew* from the weights and the momenta: with a warmup, horizon and warmdown of its own, from the first document
   of its data. This is for other data (arXiv 2403.08763), and for checkpoints of a warmdown or of other stages.
 """
@@ -109,9 +109,9 @@ def inherited_settings(start: Description, given: Mapping[str, Any]) -> dict[str
     """Settings that a pretraining run takes over from the run of the checkpoint that it starts from.
 
     The run takes over the model's shape and the tokenizer. From a checkpoint of pretraining, it also takes over the
-    other settings; the batch size and the scale of the learning rates come from the checkpoint's plan, even if no flag
-    of the checkpoint's run gave them. The settings of the horizon (:data:`HORIZON`) are not inherited if one of them is
-    ``given``.
+    other settings that determine the weights (:func:`~jobs.train.loop.stage.comparable`). The batch size and the scale
+    of the learning rates come from the checkpoint's plan, even if no flag of the checkpoint's run gave them. The
+    settings of the horizon (:data:`HORIZON`) are not inherited if one of them is ``given``.
     """
     inherited = {name: getattr(start.config, name) for name in SHAPE}
     if start.ref.stage == "base":

@@ -49,7 +49,7 @@ class StepReport:
     Attributes:
         step: number of steps done, this one included.
         tokens: size of the global batch, all ranks together.
-        loss: nats per counted token of the global batch.
+        loss: mean of the objective over the counted tokens of the global batch; for cross-entropy, it is in nats.
         gradient_norm: Euclidean norm of the gradient over all parameters.
         lr_factor: the schedule's factor on the learning rates.
         measures: further numbers that the stage measures in a step, such as the mean reward.
@@ -172,7 +172,7 @@ class TrainingStep:
             for name, value in measures.items():
                 sums[name] = sums.get(name, torch.zeros_like(total)) + value / counted
         norm = self._optimizer.reduce()
-        # One copy from the device transfers all sums that the rest of the step needs. They are equal on every rank.
+        # All other sums that the rest of the step needs are reduced together. Afterwards, they are equal on every rank.
         own = [stop.number, count, batch.ids.numel() if count else 0, *batch.coverage.values()]
         reduced = self._ranks.sum(torch.cat([torch.stack([total, *sums.values()]), total.new_tensor(own)]))
         loss_value, *values = reduced[: 1 + len(sums)].tolist()

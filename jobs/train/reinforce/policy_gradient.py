@@ -12,7 +12,7 @@ the advantage. Options:
 - Normalization divides A by the standard deviation of the problem's rewards (GRPO, arXiv 2402.03300).
 - Off policy, when older weights sampled the tokens, ``ratio * A`` with ``ratio = p(token) / p_sampled(token)`` replaces
   ``A * log p(token)`` (importance sampling). On policy, the ratio is 1 and both terms have the same gradient.
-- Clipping with a constant c uses ``min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``, so that a ratio outside of the
+- Clipping with a constant c uses ``min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``, so that moving a ratio out of the
   range from 1 - c to 1 + c gains nothing (PPO, arXiv 1707.06347).
 - A KL penalty keeps the model near a reference model. It uses the estimator k3
   (http://joschu.net/blog/kl-approx.html).

@@ -51,7 +51,7 @@ def computed_number(problem: Problem, rollout: Rollout) -> float:
 
 
 def finished(_problem: Problem, rollout: Rollout) -> float:
-    """1 if the answer ends before the token limit, whatever its text; else 0.
+    """1 if the answer was not cut off, whatever its text; else 0.
 
     This reward is useful for test runs, or to train the model to answer briefly.
     """

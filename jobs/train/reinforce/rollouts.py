@@ -1,9 +1,10 @@
 """Rollouts: the answers that the model samples while it is trained, and the batches made from them.
 
-The inference engine samples all answers of a step in one continuous batch, with the current weights (or asynchronously,
-with those of the step before) and the same Python tool as in serving. Seeds depend only on the run's seed, the step and
-the problem. So a resumed run samples the same answers again, on any number of ranks, unless the logits of two tokens
-differ by no more than rounding, or an asynchronous run was stopped by a signal between two checkpoints.
+The inference engine samples all answers of a step in one continuous batch. It uses the same Python tool as
+in serving, and the current weights or, with ``--asynchronous``, weights that are one step older. Seeds depend only on
+the run's seed, the step and the problem. So a resumed run samples the same answers again, on any number of ranks,
+unless the logits of two tokens differ by no more than rounding, or an asynchronous run was stopped by a signal between
+two checkpoints.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Answerer:
     """Answers problems with the engine and the Python tool, using the weights of the last :meth:`update_weights`."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, tool: ToolRunner, sequences: int) -> None:
-        """``sequences`` is the number of answers that are requested at the same time."""
+        """At most ``sequences`` answers are sampled at the same time."""
         self._tokenizer, self._tool = tokenizer, SharedCalls(tool)
         running = min(sequences, _MAX_RUNNING)
         self.device = device = model.cos.device

@@ -1,6 +1,6 @@
 """Plans and trains the runs of a scaling study, and reads their results from the store.
 
-A run trains one model with ``jobs.train.pretrain``. The flags of the runs differ.
+A run trains one model with ``jobs.train.pretrain``.
 """
 
 import dataclasses

@@ -15,7 +15,8 @@ from jobs.train.upstream.checkpoint import SHAPE, upstream_name
 from nanochat_core.checkpoint import Checkpoint
 from nanochat_core.tokenizer import Tokenizer
 
-# Name of the folder in which karpathy/nanochat keeps the checkpoints of each stage.
+# Name of the folder in which karpathy/nanochat keeps the checkpoints of each stage. It has no stage for lessons, so
+# their checkpoints go to the folder of fine-tuning.
 FOLDERS = {
     "base": "base_checkpoints",
     "sft": "chatsft_checkpoints",
