@@ -69,7 +69,9 @@ class PretrainSettings(StageSettings):
         None, "tokens per row of a batch, at most the context; the context by default", minimum=16
     )
     window_pattern: str = setting(
-        "SSSL", "attention windows of the layers, as a pattern that repeats: S for short, L for full context"
+        "SSSL",
+        "attention windows of the layers, as a pattern that repeats: S for short, L for full context; the last layer "
+        "always has full context",
     )
     ratio: float = setting(DEFAULT_RATIO, "training tokens per scaling parameter", minimum=1e-6, maximum=1e6)
     target_flops: float | None = setting(
