@@ -39,9 +39,10 @@ class Launcher:
         return self._signal is not None
 
     def forward_signals(self) -> None:
-        """From now on, a SIGTERM, SIGINT or SIGHUP sends SIGTERM to the running job, which saves its state and ends.
+        """From now on, a SIGTERM, SIGINT or SIGHUP sends SIGTERM to the running job, so that it ends.
 
-        If no job is running, such a signal ends this process. A signal that is ignored, as under nohup, stays ignored.
+        A training job saves its state first. If no job is running, such a signal ends this process. A signal that is
+        ignored, as under nohup, stays ignored.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:

@@ -1,9 +1,9 @@
 """Runs the stages of a pipeline as PyTorchJobs, and survives the end of its own process at any moment.
 
 The process works like a Kubernetes controller. It remembers nothing: each round reads the stage's PyTorchJobs and takes
-the one step that their state requires, if any. Then the process waits until one of the PyTorchJobs changes. A process
-that takes over from another process therefore behaves as if it had been there from the start, and a lost message only
-means that the next round reads the same state again.
+the one step that their state requires, if any. While an attempt runs, the process waits between two rounds until one of
+the PyTorchJobs changes. A process that takes over from another process therefore behaves as if it had been there from
+the start, and a lost message only means that the next round reads the same state again.
 
 An attempt of a stage is one PyTorchJob, whose name ends with the attempt's number. Attempts are never deleted, so that
 each round can count them and read how they ended, and so that people can read their logs. The PyTorchJobs belong to the
@@ -77,7 +77,7 @@ class Attempt(PyTorchJob):
 
     @property
     def progress(self) -> str:
-        """The newest checkpoint of the stage when the attempt started."""
+        """Revision of the stage's newest checkpoint when the attempt started; empty if there was none."""
         return str(self.job["metadata"]["annotations"].get(PROGRESS, ""))
 
 

@@ -6,8 +6,8 @@ A pretraining run can do two things with the checkpoint of another run:
   weights cannot be improved at the full rate without losing what the warmdown gained. So the run goes on from a
   checkpoint before the warmdown, by default the last one, as if it had been planned with the new horizon: step,
   momenta, data position, history and random numbers continue, and a new warmdown ends it (arXiv 2405.18392).
-- *Start anew* from the weights and the momenta: with a warmup, horizon and warmdown of its own, from the first document
-  of its data. This is for other data (arXiv 2403.08763), and for checkpoints of a warmdown or of other stages.
+- *Start anew* from the weights and the momenta: with a warmup, horizon and warmdown of its own, from the beginning of
+  its data. This is for other data (arXiv 2403.08763), and for checkpoints of a warmdown or of other stages.
 """
 
 import dataclasses

@@ -155,7 +155,7 @@ class TrainingStep:
         # device.
         count = int((batch.targets != IGNORE_INDEX).sum())
         counted = self._ranks.sum(torch.full((), count, dtype=torch.int64, device=self._device))
-        # The sum has double precision if the device supports it, so that rounding does not depend on the number of
+        # The sum has double precision if the device supports it, so that its rounding hardly depends on the number of
         # ranks.
         total = torch.zeros((), dtype=precise_dtype(self._device), device=self._device)
         sums: dict[str, Tensor] = {}

@@ -1,10 +1,10 @@
 """Rollouts: the answers that the model samples while it is trained, and the batches made from them.
 
-The inference engine samples all answers of a step in one continuous batch. It uses the same Python tool as
-in serving, and the current weights or, with ``--asynchronous``, weights that are one step older. Seeds depend only on
-the run's seed, the step and the problem. So a resumed run samples the same answers again, on any number of ranks,
-unless the logits of two tokens differ by no more than rounding, or an asynchronous run was stopped by a signal between
-two checkpoints.
+The inference engine samples the answers of a step with continuous batching. It uses the same Python tool as in serving,
+and the current weights or, with ``--asynchronous``, weights that are one step older. Seeds depend only on the run's
+seed, the step and the problem. So a resumed run samples the same answers again, on any number of ranks, unless the
+logits of two tokens differ by no more than rounding, or an asynchronous run was stopped by a signal between two
+checkpoints.
 """
 
 from __future__ import annotations
