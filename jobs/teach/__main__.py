@@ -94,8 +94,8 @@ def _queued(store: Store, model: str, settings: TeachSettings) -> int:
     """The number of the last lesson that this program gives to the model.
 
     If the command names a file, it is the number of a new lesson, or of a lesson with the same items and plan that is
-    not done, such as the lesson that an interrupted run of the same command added. If the command names no file, it is
-    the number of the last lesson that is not done.
+    neither done nor canceled, such as the lesson that an interrupted run of the same command added. If the command
+    names no file, it is the number of the last lesson that is not done.
     """
     undone = [lesson for lesson in lessons(store, model) if not lesson.done]
     if len(settings.lesson) == 1:

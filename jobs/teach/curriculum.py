@@ -16,9 +16,9 @@ from nanochat_core.lessons.items import Item
 from nanochat_core.lessons.records import Plan
 from nanochat_core.tokenizer import Tokenizer
 
-# Probability that a training example with an item's single question is joined with a remembered conversation, so that
-# the model also learns to answer the question in a longer chat. Drills are not joined, and neither are conversations
-# that are too long together.
+# Probability that a training example is joined with a remembered conversation if it shows an item that is a single
+# question, so that the model also learns to answer the question in a longer chat. Drills are not joined, and neither
+# are conversations that are too long together.
 _IN_A_CHAT = 0.15
 # An ability, which is an item with a worked example, is shown this many times while every other item is shown once. On
 # average, one of these times shows the worked example itself, in one of its wordings. Each of the other times shows a

@@ -222,7 +222,8 @@ def _held_out(store: Store, parent: Checkpoint, memory: Memory, seed: int) -> li
     """Held-out questions of the model's recipe, except questions whose answers a lesson changes.
 
     If the model wrote the conversations of its memory itself, the recipe of its fine-tuning is not known, and the
-    questions come from the recipe ``small``. The result is empty if the store does not name a known recipe.
+    questions come from the recipe ``small``. Otherwise, the store names the recipe; the result is empty if it names
+    none, or one that is not known.
     """
     origin = read_origin(store, parent.ref.model) or {}
     # The recipe ``small`` stands in for an unknown recipe, because a model whose fine-tuning is not known may still

@@ -43,8 +43,8 @@ _VALIDATION = 128
 _EXAMINED = 100
 # Answers such as "I don't know that." contain no knowledge, so a lesson may replace them without a conflict.
 _UNKNOWN = re.compile(r"\b(?:don['’]t|do not|cannot|can['’]t) (?:know|say|tell|answer)|no idea", re.IGNORECASE)
-# If the lesson replaces an answer with fewer characters than this, the answers to other questions are not searched for
-# it, because a short answer such as "Yes." is right for many questions.
+# Shortest replaced answer, in characters, that is also looked for in the answers to other questions. A shorter answer,
+# such as "Yes.", is right for many questions.
 _SHORTEST = 12
 # Words that say nothing about the subject of a question.
 _FRAME_WORD = re.compile("i|me|my|you|your|know|tell|about|please|answer|called|name|have|has|get|go|old|color")
@@ -88,7 +88,7 @@ class Memory:
     Attributes:
         conversations: conversations of fine-tuning in random order. Their answers agree with the lesson.
         validation: validation conversations of fine-tuning that the lesson does not change.
-        near: the members of ``conversations`` that the model could confuse with the lesson: a question has a word of
+        near: the members of ``conversations`` that the model could confuse with the lesson: a question has a keyword of
             the lesson's questions, or an answer says that the model does not know. A conversation with an answer of
             the lesson is left out.
         examined: conversations whose last questions are the most similar to the lesson. The lesson is examined with
@@ -105,7 +105,7 @@ class Memory:
         answered: maps each wording of a question, in the form that :func:`normal` returns, to the item that answers it:
             an item of the lesson, or an item of an earlier lesson that is still valid.
         own: the members of ``validation`` that are not in ``examined``, if the model wrote the conversations itself
-            (:mod:`rehearsal`); empty if the conversations of its fine-tuning are in the store.
+            (:mod:`rehearsal`); empty otherwise.
     """
 
     conversations: list[Conversation]
@@ -285,7 +285,7 @@ def _without_subjects(
 ) -> list[Conversation]:
     """The conversations, without those that may ask for the fact of a lesson in other words than the lesson.
 
-    A question may ask for a lesson's fact if it has no other subject than a question of the lesson: if the lesson asks
+    A question may ask for a lesson's fact if a question of the lesson has all words of its subject: if the lesson asks
     "Who is my dentist?", a conversation with "Who is the dentist?" is left out. The model's earlier answer to this
     question, such as "I don't know a dentist.", is then neither repeated nor examined. A question of the lesson itself
     stays, because the lesson's answer takes the place of the earlier answer. With ``only_unknown``, a conversation is

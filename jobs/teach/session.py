@@ -441,7 +441,9 @@ def _promotion(store: Store, lesson: Lesson) -> Decision | None:
     wrote the record. This function reads the gate's decisions instead, so that a lesson that was promoted and then
     rolled back is not promoted again.
     """
-    # A lesson without a parent never began. If its checkpoint exists, a lesson of another folder ``lessons/`` wrote it.
+    # A lesson without a parent never began. If there is a checkpoint with its number nevertheless, that checkpoint
+    # belongs to another lesson, whose record is not in this store (for example because the folder ``lessons/`` was
+    # replaced).
     if not lesson.parent:
         return None
     ref = taught_ref(lesson)

@@ -1,4 +1,4 @@
-"""Watches the store, and starts a program for each lesson and roll-back: ``python -m jobs.teach.watch``.
+"""Watches the store, and starts programs that give lessons and roll back models: ``python -m jobs.teach.watch``.
 
 This program runs beside the services. It looks for lessons and for requests to roll back in the folder ``lessons/`` of
 the store, and starts ``python -m jobs.teach`` for the queued lessons of a model and for each roll-back. Because lessons
