@@ -74,8 +74,8 @@ class Reference:
     """An encoding to compare with.
 
     Attributes:
-        count: function that returns the number of tokens of a text; None if the encoding's file is missing.
-        missing: why the file is missing; empty if it was read.
+        count: function that returns the number of tokens of a text; None if the encoding's file could not be read.
+        missing: why the file could not be read; empty if it was read.
     """
 
     encoding: Encoding
@@ -217,7 +217,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def render(name: str, evaluation: Mapping[str, Any]) -> str:
-    """The page ``evaluation.md``: bytes per token, and how many tokens more or fewer than each reference are needed."""
+    """The page ``evaluation.md``: bytes per token, and the difference in tokens from each reference in percent."""
     references, vocab_size = evaluation["references"], evaluation["tokenizer"]["vocab_size"]
     header = ["text", "bytes", f"{name} ({vocab_size:,} ids)"]
     for reference, size in references.items():

@@ -22,9 +22,9 @@ class Decision:
 
     Attributes:
         digest: sha256 of the checkpoint's weights.
-        against: model and revision of the checkpoint with which the gate compared the judged checkpoint. A roll-back
-            compares nothing; this is then the checkpoint that it replaced. Empty if there was no such checkpoint, or if
-            both have the same weights.
+        against: model and revision of the checkpoint with which the gate compared the judged checkpoint; empty if there
+            was none, or if both have the same weights. A roll-back compares nothing; then ``against`` has the value of
+            ``replaced``.
         promoted: whether this decision promoted the checkpoint. A decision without ``--promote`` promotes nothing.
         time: when the decision was made, in UTC (ISO 8601).
         replaced: model and revision of the other checkpoint that was promoted until this decision promoted the judged

@@ -63,8 +63,8 @@ def decide(
     Args:
         promoting: whether to promote the checkpoint if it is accepted.
         against: name of the model to compare with (its promoted checkpoint); empty for the model of ``checkpoint``.
-        expected: the checkpoint that ``checkpoint`` may replace; None if it may replace every checkpoint. The promoted
-            checkpoint is read under the gate's lease, so no promotion and no roll-back can come in between.
+        expected: the checkpoint that ``checkpoint`` may replace; None if it may replace every checkpoint. The gate's
+            lease is held from this check to the promotion, so no other promotion and no roll-back can come in between.
 
     Raises:
         PromotedChanged: ``expected`` is given, and neither ``expected`` nor ``checkpoint`` itself is promoted.

@@ -63,7 +63,8 @@ def metrics_of(store: Store, checkpoint: Checkpoint) -> dict[str, Metric]:
 def ancestors(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, CheckpointRef]]:
     """Digest and name of each ancestor of a checkpoint that the store still has, the nearest first.
 
-    An ancestor is a checkpoint from which ``checkpoint``, or another ancestor, was trained.
+    An ancestor is a checkpoint from which ``checkpoint``, or another ancestor, was trained. If the store lacks an
+    ancestor, that ancestor's own ancestors are left out too.
     """
     ref, meta = checkpoint.ref, checkpoint.meta
     # A stage may leave the weights unchanged, so a parent and its child may have equal digests. Therefore the names of

@@ -34,7 +34,8 @@ _PLOTS = {
     "CORE": {"CORE by task": "core.png"},
     "Reinforcement learning": {"Reward and pass@k": "rl.png"},
 }
-# Questions, answers, Python calls and samples of pretraining with more characters than this are cut.
+# The messages, calls, outputs and expected answers of quoted examples, and the samples that were written during
+# pretraining, are cut after this number of characters.
 _MOST_CHARACTERS = 400
 # At most this many right and wrong answers of each chat task are quoted.
 _RIGHT_ANSWERS, _WRONG_ANSWERS = 1, 3

@@ -55,7 +55,8 @@ _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
 Json = Any
 
-# For each field of a task in ``core.yaml``: a test of its value, and the words that describe a valid value.
+# For each field of a task in ``core.yaml`` except ``label``: a test of its value, and the words that describe a valid
+# value.
 _FIELDS: dict[str, tuple[Callable[[Json], object], str]] = {
     "icl_task_type": (lambda value: value in get_args(Kind), f"one of {', '.join(get_args(Kind))}"),
     "num_fewshot": (
@@ -128,8 +129,9 @@ def read_bundle(files: Store, max_per_task: int = 0) -> Bundle:
     """Read all tasks whose files exist, each with at most ``max_per_task`` items (0 for all).
 
     Raises:
-        UserError: a file is malformed, a task is named twice, a task has no baseline or too few items for its examples,
-            or the files of all tasks are missing. The message names the file or the task, and the line of a bad item.
+        UserError: ``core.yaml``, ``eval_meta_data.csv`` or the files of all tasks are missing, a file is malformed, a
+            task is named twice, or a task has no baseline or too few items for its examples. The message names the file
+            or the task, and the line of a bad item.
     """
     baselines, entries = _baselines(files), _entries(files)
     tasks, missing, seen = [], [], set()

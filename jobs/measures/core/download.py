@@ -51,7 +51,7 @@ def locate_bundle(where: str, store: Store, ranks: Ranks) -> Store:
 
 
 def _bring(url: str, store: Store, prefix: str, part: Path) -> None:
-    """Download and unpack the zip at ``url``. Readers of ``prefix`` see the complete bundle or nothing."""
+    """Download the zip at ``url`` to ``part``, unpack it into ``prefix`` of the store, and delete ``part``."""
     ended = threading.Event()
 
     def show_size() -> None:
@@ -79,7 +79,7 @@ def unpack(archive: Path, folder: Path, name: str) -> None:
     """Unpack the files of a bundle from the zip ``name`` into ``folder``. The zip's own top folder is left out.
 
     Raises:
-        UserError: the file is no zip, contains no bundle, is too large, or has a link or a path that leads out of the
+        UserError: the file is no zip, contains no bundle, is too large, has a link, or has a path that leads out of the
             folder.
     """
     try:
