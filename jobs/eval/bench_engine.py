@@ -115,20 +115,14 @@ class BenchEngineSettings(JobSettings):
 
     @property
     def slots(self) -> list[int]:
-        """The numbers of ``--batch-sizes``: how many sequences run at the same time.
-
-        The table has a row for each mix and number.
-        """
+        """The numbers of ``--batch-sizes``: how many sequences run at the same time."""
         if wrong := next((text for text in self.batch_sizes if not text.isdecimal() or not int(text)), None):
             raise UserError(f"--batch-sizes has {wrong!r}; use whole numbers of at least 1, comma separated")
         return [int(text) for text in self.batch_sizes]
 
     @property
     def rates(self) -> list[float]:
-        """The numbers of ``--rate``: requests per second. The table has a row for each mix and number.
-
-        Empty if the flag is not given.
-        """
+        """The numbers of ``--rate``: requests per second; empty if the flag is not given."""
         return [_positive(text, "--rate") for text in self.rate]
 
     @property

@@ -53,7 +53,7 @@ class ChatEvalSettings(JobSettings):
     revision: str = setting("", "<stage>/step_<n>, or promoted, instead of the newest checkpoint of a stage")
     items: int = setting(
         0,
-        "questions per task, at most all of a dataset; 0 is all questions of a dataset and 200 of a generated task",
+        "largest number of questions per task; 0 is all questions of a dataset and at most 200 of a generated task",
         minimum=0,
     )
     seed: int = setting(0, "seed of the choice of questions and of the sampling", minimum=0)

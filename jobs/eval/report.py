@@ -32,7 +32,9 @@ class ReportSettings(JobSettings):
     recipe: str = setting(
         "", "recipe whose kinds of conversations are asked; empty for the recipe that trained the model"
     )
-    items: int = setting(212, "number of held-out conversations", minimum=7)
+    items: int = setting(
+        212, "number of held-out conversations to draw; only those of the recipe's kinds are asked", minimum=7
+    )
     text_bytes: int = setting(8_000_000, "number of bytes of held-out text, rounded up to whole documents", minimum=1)
     samples: int = setting(6, "number of text samples of the base model", minimum=1)
     price_per_hour: float | None = setting(

@@ -170,8 +170,9 @@ def generate(
 ) -> Iterator[tuple[int, tuple[Response, ...]]]:
     """Answer the questions at the indices ``numbers``. A question's answers are yielded when all of them are done.
 
-    An answer depends only on its question, the seed and the index of the sample, and not on the other questions. If a
-    question leaves no room for an answer in the model's context, it gets no answers.
+    The random numbers of an answer depend only on its question, the seed and the index of the sample. Apart from
+    rounding, the other questions therefore do not change the answer. If a question leaves no room for an answer in the
+    model's context, it gets no answers.
     """
     tools = ToolPolicy(enabled=task.tools)
     requests = []

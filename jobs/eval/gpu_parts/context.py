@@ -1,4 +1,4 @@
-"""The input of every part of ``jobs.eval.gpu``: the device, the sizes to measure, and the results of earlier parts."""
+"""The input of every part of ``jobs.eval.gpu``: the device, its measured rates, sizes, and projects to compare with."""
 
 import dataclasses
 import time

@@ -37,7 +37,7 @@ def gather(
     Args:
         stages: a model's checkpoints by stage. There must be at least one stage.
         recipe: recipe that names the kinds of held-out conversations; empty for the recipe that trained the model.
-        items: number of held-out conversations.
+        items: number of held-out conversations to draw. Only those of the recipe's kinds are asked.
         text_bytes: number of bytes of held-out text, rounded up to whole documents. If there is less text, all of it is
             used.
         samples: largest number of text samples.

@@ -44,7 +44,7 @@ class Computing:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The settings of every evaluation that computes in this way."""
+        """Device and dtype, as entries of an evaluation's settings."""
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def build(self, checkpoint: Checkpoint) -> GPT:
