@@ -1,4 +1,4 @@
-"""Show the fastest CPU library for each matrix product of a model: ``python -m jobs.eval.calibrate --depth 4``."""
+"""Show the CPU library chosen for each matrix product of a model: ``python -m jobs.eval.calibrate --depth 4``."""
 
 import dataclasses
 import itertools

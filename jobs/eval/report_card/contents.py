@@ -187,7 +187,7 @@ def _shape(checkpoint: Checkpoint) -> Report:
 
 
 def _made_from(checkpoint: Checkpoint) -> str:
-    """Name and revision of the checkpoint that a stage started from; empty if the stage started from random weights."""
+    """Name and revision of the checkpoint that a stage started from; empty if the stage's metadata names none."""
     meta = checkpoint.meta
     return f"{meta.get('base_model', checkpoint.ref.model)} {meta['base']}" if meta.get("base") else ""
 
