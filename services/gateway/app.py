@@ -62,8 +62,8 @@ def create_app(settings: GatewaySettings, lookup: Lookup = addresses_of) -> Fast
     ``state.drain`` and ``state.metrics`` exist from the beginning. Its ``state.pool`` and ``state.sandboxes`` exist
     after the startup.
 
-    Raises UserError if the TLS files, the key store, the store of the lessons or the trace exporter of the settings
-    cannot be used.
+    Raises UserError if the TLS files, the Redis URL, the file of the keys, the store of the lessons or the trace
+    exporter of the settings cannot be used.
     """
     metrics = Metrics()
     tracer, tls = Tracer("gateway", settings, settings.trace_ratio), tls_files(settings)

@@ -40,8 +40,8 @@ class CreateSettings(KeyStoreSettings):
     )
     requests_per_minute: int | None = setting(
         None,
-        "limit of this key on requests per minute; 0 sets no limit; a key that is created with none of the limits on "
-        "requests, tokens and answers gets the limits of the gateway",
+        "limit of this key on requests per minute; 0 sets no limit; the gateway's limits apply to the key only if none "
+        "of its limits on requests, tokens and answers is given",
         minimum=0,
         maximum=MAX_LIMIT,
     )
@@ -49,7 +49,7 @@ class CreateSettings(KeyStoreSettings):
         None, "limit of this key on tokens of prompts and answers per minute", minimum=0, maximum=MAX_LIMIT
     )
     parallel_answers: int | None = setting(
-        None, "limit of this key on answers that are written at the same time", minimum=0, maximum=MAX_LIMIT
+        None, "limit of this key on requests that are answered at the same time", minimum=0, maximum=MAX_LIMIT
     )
     expires_days: float = setting(0.0, "days until the key expires; 0 means never", minimum=0, maximum=36_500)
 

@@ -105,7 +105,7 @@ class Metrics:
         )
         self.admission_refusals = counter(
             "nanochat_gateway_admission_refusals_total",
-            "Requests that were refused for their key or a limit, by the code of the error",
+            "Requests that were refused for their key, its scopes or a limit, by the code of the error",
             ("code",),
         )
         self.key_requests = counter(

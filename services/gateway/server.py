@@ -29,7 +29,7 @@ _OTHER_FILES = 256
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that logs when it is ready, and lets running answers finish before it stops."""
+    """A uvicorn server that logs when it is ready, and gives running answers time to finish before it stops."""
 
     def __init__(self, app: FastAPI, settings: GatewaySettings) -> None:
         """Raises UserError if the settings name a certificate that cannot be used."""

@@ -47,7 +47,8 @@ class AdmissionSettings(KeyStoreSettings):
     redis_failure: Literal["open", "closed"] = setting(
         "open",
         "behavior while Redis does not answer: with open, each gateway counts requests, tokens and answers for itself "
-        "and accepts the keys that it knows; with closed, it answers 503 to callers with a key or with limits",
+        "and accepts the keys that it knows; with closed, it answers 503 to callers with limits and, except for "
+        "/metrics, to callers with a key",
     )
     anonymous_scopes: tuple[str, ...] = setting(
         ("chat", "sandbox", "metrics"),
@@ -69,7 +70,8 @@ class AdmissionSettings(KeyStoreSettings):
     )
     parallel_answers: int = setting(
         0,
-        "limit on the answers that each caller may get at the same time; 0 sets no limit",
+        "limit on the requests of each caller that are answered at the same time, however many choices (n) each of "
+        "them has; 0 sets no limit",
         minimum=0,
         maximum=MAX_LIMIT,
     )
@@ -181,7 +183,10 @@ class GatewaySettings(AdmissionSettings, HttpsSettings, TlsSettings, TracingSett
         minimum=0.05,
     )
     model_poll_seconds: float = setting(
-        5.0, "seconds between two checks of the model revision that an engine serves", minimum=0.05
+        5.0,
+        "seconds after which the gateway reads the description of an engine's model again, even if the engine reports "
+        "no new revision",
+        minimum=0.05,
     )
     max_engine_sequences: int = setting(
         0,

@@ -122,7 +122,7 @@ class Admission:
         return grant
 
     async def finish(self, grant: Grant, prompt_tokens: int, completion_tokens: int, *, refused: bool) -> None:
-        """Replaces the request's reserved tokens by its used tokens, and adds the used tokens to the usage.
+        """Replaces the request's reserved tokens by its used tokens, and adds the request and its tokens to the usage.
 
         Later calls for the same request do nothing. ``refused`` says whether a limit on the caller, such as the limit
         on tokens, refused the request after :meth:`begin`.

@@ -73,7 +73,7 @@ class Callers:
             if not self._keyring.fresh:
                 raise admission_unavailable()
         now = time.time()
-        # A digest is compared even if the id is unknown, so that the response time does not show which ids exist.
+        # A digest is compared even if the id is unknown, so that the comparison's time does not show which ids exist.
         if not (key or _NOBODY).accepts(secret, now) or key is None:
             raise unauthorized("This API key is wrong.")
         if not key.usable(now):

@@ -1,4 +1,4 @@
-"""Collects usage and writes it to the store, each amount exactly once."""
+"""Collects usage and writes it to the store. No amount is counted twice."""
 
 import asyncio
 import logging
