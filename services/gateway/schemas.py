@@ -72,8 +72,8 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 _UNSUPPORTED_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {"audio": (), "function_call": ()}
-# Parameters of OpenAI's API that change no answer here: the server stores no chats, and all requests
-# have the same service tier.
+# Parameters of OpenAI's API that change no answer here: the server stores no chat completions, for example, and all
+# requests have the same service tier.
 _WITHOUT_EFFECT = frozenset(
     {
         "metadata",
@@ -498,7 +498,11 @@ class SamplingRequest(ApiModel):
         None, ge=0, le=1, description="leave out tokens below this share of the likeliest token's probability"
     )
     seed: Integer | None = Field(
-        None, ge=-(2**63), lt=2**64, description="equal requests with equal seeds get equal answers"
+        None,
+        ge=-(2**63),
+        lt=2**64,
+        description="equal requests with equal seeds get equal answers from the same model revision, except for "
+        "rounding on GPUs",
     )
     presence_penalty: float | None = Field(
         None, ge=-2, le=2, description="subtracted once from the logits of tokens that the answer contains"
@@ -598,7 +602,7 @@ class ChatParameters(SamplingRequest):
         None,
         max_length=MAX_TOOLS,
         fail_fast=True,
-        description="functions that the client runs; they turn the Python tool off",
+        description="functions that the client runs; unless `tool_choice` is `none`, they turn the Python tool off",
     )
     tool_choice: ToolChoice = Field(
         None, description="`auto` (default): text or a call; `required` or a function's name: a call; `none`: text"

@@ -31,7 +31,7 @@ class KeyLimits(_Body):
 
     requests: _Limit = Field(0, description="requests per minute")
     tokens: _Limit = Field(0, description="tokens of prompts and answers per minute")
-    answers: _Limit = Field(0, description="answers at the same time")
+    answers: _Limit = Field(0, description="requests that are answered at the same time")
 
 
 class NewKey(_Body):

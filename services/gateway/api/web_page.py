@@ -49,10 +49,7 @@ def built_page(folder: str, name: str) -> Response:
 
 class WebPage(StaticFiles):
     """Serves the files of the front-end build. If the build has written a compressed copy of a file, and the browser
-    accepts its coding, the copy is sent.
-
-    While there is no ``index.html``, the path of the chat page shows build instructions.
-    """
+    accepts its coding, the copy is sent."""
 
     async def check_config(self) -> None:
         """Accepts a missing folder, because a later build may create it."""

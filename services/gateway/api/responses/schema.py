@@ -190,7 +190,11 @@ class ResponsesRequest(ApiModel):
     store: bool | None = Field(None, description="keep the response for later requests, if this server keeps responses")
     metadata: dict[str, str] | None = Field(None, description="returned unchanged")
     seed: Integer | None = Field(
-        None, ge=-(2**63), lt=2**64, description="equal requests with equal seeds get equal answers"
+        None,
+        ge=-(2**63),
+        lt=2**64,
+        description="equal requests with equal seeds get equal answers from the same model revision, except for "
+        "rounding on GPUs",
     )
     user: str | None = Field(None, description="accepted and not used")
 
