@@ -13,8 +13,9 @@ from services.gateway.metrics import Metrics
 from services.gateway.middleware.unread_body import DROP_SECONDS, LINGER_SECONDS
 from services.gateway.settings import GatewaySettings
 
-# The answer pauses while more bytes than this wait for the client, either in the process or unsent in the kernel. With
-# the kernel's own limit, up to 4 MB of an answer that nobody reads would wait in the kernel.
+# Number of bytes of an answer that may wait unsent in the kernel, and the same number again in the process. The answer
+# pauses while more bytes wait in the process. With the kernel's own limit, up to 4 MB of an answer that nobody reads
+# would wait in the kernel.
 _UNSENT_BYTES = 16_384
 
 
@@ -169,7 +170,8 @@ class Connection(H11Protocol):
             self.transport.close()
             return
         # Closing immediately would reset the connection while the client is still sending, and the client would not see
-        # the error. So the rest of the request is read and dropped until the client closes the connection.
+        # the error. So the rest of the request is read and dropped until the client closes the connection, but at most
+        # for LINGER_SECONDS.
         self.transport.write_eof()
         self._arrival = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 

@@ -14,10 +14,7 @@ _HEADERS = {
 
 
 class SecurityHeaders:
-    """ASGI middleware that adds headers to every response of the application.
-
-    The headers restrict what a browser may do with a page.
-    """
+    """ASGI middleware that adds these headers to every response of the application."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

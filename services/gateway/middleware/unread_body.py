@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 LINGER_SECONDS = 5
 # Pause between two reads of the rest of a request. It limits the reading to about 12 MB a second for each connection.
 DROP_SECONDS = 0.02
-# The gateway does not read on for a body of at most this size, because such a body arrives together with the headers.
+# The gateway does not read on for a body of at most this size, because such a body usually arrives together with the
+# headers.
 _SMALL_BYTES = 65_536
 
 
