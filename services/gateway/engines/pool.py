@@ -33,8 +33,8 @@ class Wish:
         prompt: the encoded prompt; empty before it is encoded. It only affects the choice among the engines that fit.
         weights: digest of the weights that the engine must have; None allows any weights. An empty digest fits no
             engine; it comes from an engine that reports no digest.
-        avoid: addresses of engines that the request must not use, because they have failed on it. The set is empty
-            again once another engine answers.
+        avoid: addresses of engines that the request must not use, because they have failed on it, or have refused it
+            twice because they have another model. The set is empty again once another engine answers.
         canary: whether the request goes to the canary (a new revision on trial); None while this is undecided.
     """
 

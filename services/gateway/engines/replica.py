@@ -91,7 +91,8 @@ class Replica:
         self._own = 0  # sequences of this gateway that run or wait at the engine
         # Maximum number of sequences that this gateway may have at the engine; None: no limit.
         self._limit = settings.max_engine_sequences or None
-        self._full = False  # whether the engine has refused a call; each check and each end of a call resets it
+        # Whether the engine was too full for the call that ended last. A successful check resets this.
+        self._full = False
         self._load = engine_pb2.Load()
         self._others = 0  # sequences of other gateways, as of the last check
 

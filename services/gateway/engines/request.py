@@ -75,8 +75,9 @@ class Turns:
     The model's format has no tokens for a system message or a tool's result, and never has two turns of the same role
     in a row. Therefore all system, developer, user and tool messages between two answers become one user turn, and
     successive assistant messages become one assistant turn. The messages keep their order, and blank lines separate
-    them. Instructions at the beginning, and the description of the tools that the model may call, become a system turn
-    before the first user turn, or a user turn if the conversation begins with the assistant or has no other message.
+    them. Instructions at the beginning, and the description of the tools that the model may call, become a system turn,
+    which :func:`render_conversation` joins to the first user turn. If the conversation begins with the assistant or has
+    no other message, they become a user turn instead.
     """
 
     def __init__(self, instructions: Sequence[str], tools: Sequence[FunctionTool]) -> None:

@@ -22,7 +22,7 @@ import math
 import random
 from collections.abc import Callable, Collection
 
-_WINDOW = 500  # only this many of the latest outcomes count
+_WINDOW = 500  # only this many of the canary's latest outcomes count, and as many of the other revisions' outcomes
 # The canary is judged only after this many outcomes of the other revisions, because the 95th percentile of fewer
 # outcomes means little.
 _LEAST_OTHERS = 20

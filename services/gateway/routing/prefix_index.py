@@ -60,8 +60,8 @@ class CacheClock:
     def read(self, now: float) -> float:
         """Returns an estimate of the number of tokens that were written to the cache so far.
 
-        The estimate is the number of tokens that this gateway sent, plus an allowance for other tokens (from other
-        gateways, and of answers). The allowance grows by ``capacity`` tokens in each ``max_age`` seconds.
+        The estimate is the number of uncached prompt tokens that this gateway sent, plus an allowance for other tokens
+        (from other gateways, and of answers). The allowance grows by ``capacity`` tokens in each ``max_age`` seconds.
         """
         if now > self._read:
             self._written += (now - self._read) * self.capacity / self._max_age
@@ -111,13 +111,13 @@ class Prompt:
         return len(self.ids)
 
 
-# A mark (a stored prefix): the number of its tokens, its hash, and the replicas that have it in their caches, each with
-# its clock's reading at the last use. The least recent user comes first.
+# A mark (a stored prefix): the number of its tokens, its hash, and the replicas that have computed it, each with its
+# clock's reading at the last use. The least recent user comes first.
 Mark = tuple[int, int, dict[CacheClock, float]]
 
 
 class PrefixIndex:
-    """The marks (stored prefixes) of the last prompts, and the replicas that have each mark in their caches."""
+    """The marks (stored prefixes) of the last prompts, and the replicas that have computed each mark."""
 
     def __init__(self, block_tokens: int, max_entries: int) -> None:
         self._block_tokens = block_tokens
