@@ -48,7 +48,7 @@ function useShortcuts() {
   const { app, layout } = usePage();
   useLayoutEffect(() => {
     const write = () => document.querySelector<HTMLElement>("[data-testid=composer]")?.focus();
-    // An open dialog or menu handles Escape itself. Meanwhile, the page ignores the keys for the parts behind it.
+    // An open dialog or menu handles Escape itself. Meanwhile, only the key for a new chat acts on the page behind it.
     const isCovered = () => document.querySelector("dialog[open], :popover-open") !== null;
     const actions = {
       escape: () => {

@@ -94,7 +94,7 @@ function isCutOff({ content, state, finishReason }: Answer): boolean {
   return content !== "" && (state !== "complete" || finishReason === "length");
 }
 
-/** Shows why the answer ended, and its duration and token counts. */
+/** Shows whether the answer was stopped or cut off, its token counts, and its tokens per second. */
 function Footnotes({ answer }: { answer: Answer }) {
   const { usage, seconds, state, finishReason } = answer;
   const notes: string[] = [];

@@ -5,7 +5,7 @@ import { count } from "../text/format";
 import { usePage } from "./context";
 import { FilePicker } from "./FilePicker";
 
-/** Writes all conversations and settings to a file, and reads such files. */
+/** Writes all conversations and the settings, except the API key, to a file, and reads such files. */
 export function Backup() {
   const { app } = usePage();
   const exportAll = () => {

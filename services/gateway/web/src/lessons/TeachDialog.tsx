@@ -244,8 +244,8 @@ function Figures({ lesson }: { lesson: Lesson }) {
 }
 
 /**
- * What a lesson ended with: the rules that it did not meet, and which answers were wrong, lost or changed. These details
- * are requested once they are open: a refused lesson's at once, another's when the person opens them.
+ * The rules that a lesson did not meet, and the answers that were wrong, lost or changed. They are requested once they
+ * are open. For a refused lesson, they are open from the beginning.
  */
 function Details({ number, open }: { number: number; open: boolean }) {
   const { lessons } = usePage();

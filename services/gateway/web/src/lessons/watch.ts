@@ -25,9 +25,9 @@ export class Lessons {
   ) {}
 
   /**
-   * Requests the lessons now, and again every second while the server works on a lesson or the dialog is open.
-   * While the page is hidden, no request begins by itself. Without an API key, nothing is requested, because only
-   * callers with a key may teach.
+   * Requests the lessons now, and again every second while the dialog is open, a lesson is not done, or a requested roll
+   * back is not done. While the page is hidden, no request begins by itself. Without an API key, nothing is requested,
+   * because only callers with a key may teach.
    */
   async check(): Promise<void> {
     clearTimeout(this.timer);
