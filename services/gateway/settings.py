@@ -57,21 +57,22 @@ class AdmissionSettings(KeyStoreSettings):
     )
     requests_per_minute: int = setting(
         0,
-        "limit on the requests per minute of each caller (a key, or the address of a client without a key); 0 sets no "
-        "limit",
+        "limit on the requests per minute of each caller (a key, or the address of a client without a key) that has no "
+        "limits of its own; 0 sets no limit",
         minimum=0,
         maximum=MAX_LIMIT,
     )
     tokens_per_minute: int = setting(
         0,
-        "limit on the tokens of prompts and answers per minute of each caller; 0 sets no limit",
+        "limit on the tokens of prompts and answers per minute of each caller that has no limits of its own; 0 sets no "
+        "limit",
         minimum=0,
         maximum=MAX_LIMIT,
     )
     parallel_answers: int = setting(
         0,
-        "limit on the requests of each caller that are answered at the same time, however many choices (n) each of "
-        "them has; 0 sets no limit",
+        "limit on the simultaneously answered requests of each caller that has no limits of its own; a request counts "
+        "once, however many choices (n) it has; 0 sets no limit",
         minimum=0,
         maximum=MAX_LIMIT,
     )

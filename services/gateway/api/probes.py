@@ -26,7 +26,7 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/version", summary="The version of nanochat")
 async def version() -> dict[str, str]:
-    """The version of the installed package, such as `0.1.0`; `source` if the gateway runs from the repository."""
+    """The version of the installed package, such as `0.1.0`; `source` if the package is not installed."""
     return {"version": _VERSION}
 
 
