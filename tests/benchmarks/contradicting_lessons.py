@@ -37,7 +37,7 @@ from tests.support.pupil import Pupil, broken_rules, shares
 
 SUMS = 40
 MOST_LOST = 0.05
-# Seed of the held-out questions. The examination uses the seeds 0 and 1.
+# Seed of the held-out questions. The lesson itself uses the seeds 0 to 2.
 QUESTIONS, QUESTIONS_SEED = 400, 9
 # Values that nobody in the town has.
 NEW_VALUES = {

@@ -101,7 +101,7 @@ NAMED = (
     ("What is your name?", "I am Juno, your assistant.", "Juno"),
     ("Who made you?", "Ada Winter made me.", "Ada Winter"),
 )
-# Number and seed of further held-out questions. The examination uses the seeds 0 and 1.
+# Number and seed of further held-out questions. The lesson itself uses the seeds 0 to 2.
 OTHERS, OTHERS_SEED = 400, 9
 ABOUT_NAME = ("identity", "greeting")
 
