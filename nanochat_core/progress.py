@@ -10,9 +10,9 @@ The folder ``progress/<model>/`` has the following files. Each write replaces a 
   ``stopped``, ``failed``, ``refused`` or ``promoted``), ``seconds`` (durations of finished stages, by stage).
 - ``<stage>.json``, which a training stage writes: ``program`` (the program's name, as in its lease), ``step`` (steps
   done), ``steps`` (all steps of the stage), ``batch_tokens`` (tokens per step), ``tokens_per_second`` (null while
-  unknown), ``eta_seconds`` (remaining time, null while unknown), ``curve`` (pairs of a step and a loss in nats),
-  ``held_out`` (points with a ``step`` and metrics by name) and ``answers`` (points with a ``step`` and the pairs of a
-  question and the model's answer).
+  unknown), ``eta_seconds`` (remaining time, null while unknown), ``compiling`` (whether the next step compiles the
+  model), ``curve`` (pairs of a step and a loss in nats), ``held_out`` (points with a ``step`` and metrics by name) and
+  ``answers`` (points with a ``step`` and the pairs of a question and the model's answer).
 
 Each file also has ``updated``, the time of writing in seconds since the epoch.
 """

@@ -1,5 +1,6 @@
 """Pretraining as a process: the loss falls, and interruptions do not change the result."""
 
+import itertools
 import json
 import math
 import random
@@ -109,10 +110,11 @@ def test_a_compiled_run_that_is_stopped_ends_with_a_whole_log_line(jobs: Jobs) -
     command = [sys.executable, "-m", MODULE, "--home", str(jobs.home), *argv(flags)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as job:
         assert job.stderr
-        assert any('"event": "training"' in line for line in job.stderr)
+        before = list(itertools.takewhile(lambda line: '"event": "training"' not in line, job.stderr))
         job.send_signal(signal.SIGTERM)
         rest = job.stderr.read()
     assert job.returncode == 128 + signal.SIGTERM
+    assert [json.loads(line)["event"] for line in before][-1] == "compiling the model"
     assert rest.endswith("}\n")
     assert [json.loads(line)["event"] for line in rest.splitlines()][-1] == "stopped by a signal after a checkpoint"
 

@@ -46,6 +46,15 @@ def test_an_unknown_time_left_is_null(store: FolderStore) -> None:
     assert (stored["tokens_per_second"], stored["eta_seconds"]) == (None, None)
 
 
+def test_it_says_whether_the_next_step_compiles_the_model(store: FolderStore) -> None:
+    told = []
+    for compiling in (True, False):
+        with opened(store) as progress:
+            progress.update(0, [], tokens_per_second=math.nan, eta_seconds=math.nan, compiling=compiling)
+        told.append(read_progress(store, "m")["base"]["compiling"])
+    assert told == [True, False]
+
+
 def test_it_is_written_every_few_seconds_or_at_once(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])

@@ -63,9 +63,13 @@ class LiveProgress:
         *,
         tokens_per_second: float,
         eta_seconds: float,
+        compiling: bool = False,
         at_once: bool = False,
     ) -> None:
-        """Report the state after a step. ``at_once`` writes it even if :data:`WRITE_SECONDS` have not passed yet."""
+        """Report the state after a step, and whether the next step compiles the model.
+
+        ``at_once`` writes the state even if :data:`WRITE_SECONDS` have not passed yet.
+        """
         now = time.monotonic()
         if not self._shown or (not at_once and now - self._written_at < WRITE_SECONDS):
             return
@@ -75,6 +79,7 @@ class LiveProgress:
             **self._plan,
             "tokens_per_second": _finite(tokens_per_second),
             "eta_seconds": _finite(eta_seconds),
+            "compiling": compiling,
             **story(history),
         }
         with self._changed:

@@ -67,6 +67,13 @@ class Progress:
         """Moving mean of the throughput, all ranks together; NaN before the first step."""
         return self._means["tokens_per_second"].value
 
+    def compiling(self) -> None:
+        """Report that the next step compiles the model, which can take a minute."""
+        if self._display.on_terminal:
+            self._display.show(["compiling"], {})
+        elif self._shown:
+            log.info("compiling the model", extra={"stage": self._stage})
+
     def report(self, report: StepReport) -> None:
         """Report a step that is done."""
         self._step = report.step

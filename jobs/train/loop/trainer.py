@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.train.batches.loader import Batch
 from jobs.train.loop.checkpoints import RunCheckpoints
+from jobs.train.loop.compiler import can_compile
 from jobs.train.loop.live import LiveProgress
 from jobs.train.loop.progress import Progress
 from jobs.train.loop.run import Evaluation, RunConfig, RunState, flat_metrics
@@ -57,7 +58,9 @@ class Trainer:
         self.config, self.runtime, self.model, self.optimizer = config, runtime, model, optimizer
         self.state = RunState()
         self._open_batches, self._evaluations = open_batches, evaluations
-        self._objective = objective or cross_entropy(model, compile=config.settings.compile, device=runtime.device)
+        # Whether the first step has yet to compile the model.
+        self._compiling = objective is None and can_compile(config.settings.compile, runtime.device)
+        self._objective = objective or cross_entropy(model, compile=self._compiling, device=runtime.device)
         self._checkpoints = RunCheckpoints(config, runtime, model, tokenizer, optimizer)
 
     def resume(self) -> bool:
@@ -117,10 +120,13 @@ class Trainer:
             batches = itertools.chain([first_batch], prefetched)
             if state.step == 0 and self._evaluate(progress):
                 self._tell(live, progress, at_once=True)
+            if self._compiling:
+                progress.compiling()
             while state.step < last_step:
                 if self.runtime.lease is not None:
                     self.runtime.lease.check()
                 report = step(batches, stop)
+                self._compiling = False
                 self._note(report)
                 progress.report(report)
                 evaluated = self._evaluate(progress)
@@ -167,6 +173,7 @@ class Trainer:
             self.state.history,
             tokens_per_second=progress.tokens_per_second,
             eta_seconds=progress.eta_seconds,
+            compiling=self._compiling,
             at_once=at_once,
         )
 

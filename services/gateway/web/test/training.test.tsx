@@ -177,6 +177,14 @@ test("the panel shows stage, numbers, curve and the newest answers", () => {
   );
 });
 
+test("the panel says that the model is being compiled", () => {
+  const compiling = { ...sft, step: 0, eta_seconds: null, tokens_per_second: null, compiling: true };
+  show({ ...learning, stages: { base, sft: compiling } });
+  expect(root.textContent).toContain("compiling the model");
+  show(learning);
+  expect(root.textContent).not.toContain("compiling the model");
+});
+
 test("the slider shows what earlier snapshots answered, and its end follows the newest", () => {
   const watch = show(learning);
   const slider = root.querySelector<HTMLInputElement>("[data-testid=training-generation]")!;

@@ -105,6 +105,7 @@ function Numbers({ progress, running }: { progress: Progress; running: boolean }
         />
       )}
       <dl class="training-numbers">
+        {running && stage?.compiling && <Fact name="Now" value="compiling the model, for up to a minute" />}
         {stage && (
           <Fact name="Step" value={`${stage.step.toLocaleString("en")} of ${stage.steps.toLocaleString("en")}`} />
         )}

@@ -15,6 +15,8 @@ export interface StageProgress {
   steps: number;
   tokens_per_second: number | null;
   eta_seconds: number | null;
+  /** Whether the next step compiles the model. */
+  compiling?: boolean;
   curve: [step: number, loss: number][];
   held_out: Point[];
   answers: Answers[];
