@@ -28,4 +28,4 @@ The sentences and words are in ``content/``, as TOML files that can be edited wi
 
 # Raise this number when the generated data change. A store keeps the number of its data, so the pipeline notices data
 # of an older version and does not train on them.
-VERSION = 4
+VERSION = 5

@@ -21,7 +21,7 @@ from collections.abc import Callable
 VARIANTS = ("plain", "blocks", "whole")
 
 
-def measure(variant: str, depth: int, rows: int, length: int, steps: int, windows: str) -> dict[str, float]:
+def measure(variant: str, options: argparse.Namespace) -> dict[str, float]:
     """Train some steps in this process."""
     started = time.perf_counter()
     import torch
@@ -30,14 +30,19 @@ def measure(variant: str, depth: int, rows: int, length: int, steps: int, window
     from nanochat_core.attention import cpu_attention
     from nanochat_core.config import ModelConfig
     from nanochat_core.cpu_matmul import use_faster_products
+    from nanochat_core.device import prepare_cpu
     from nanochat_core.model import GPT, run_block
-    from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
+    from nanochat_core.training.distributed import ALONE
+    from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, muon_dtype, parameter_groups
 
+    prepare_cpu(0)
     torch.manual_seed(1)
     cpu = torch.device("cpu")
-    model = GPT(
-        ModelConfig.from_depth(depth, vocab_size=1024, head_dim=64, context_length=length, window_pattern=windows)
+    vocabulary, length = options.vocabulary, options.length
+    config = ModelConfig.from_depth(
+        options.depth, vocab_size=vocabulary, head_dim=64, context_length=length, window_pattern=options.windows
     )
+    model = GPT(config, torch.bfloat16 if options.dtype == "bf16" else torch.float32)
     model.init_weights()
     model.attention = cpu_attention
     use_faster_products(model.blocks)
@@ -48,10 +53,10 @@ def measure(variant: str, depth: int, rows: int, length: int, steps: int, window
         loss = functools.partial(model.loss, compiled_block=torch.compile(run_block, dynamic=False))
     elif variant == "whole":
         loss = torch.compile(model.loss, dynamic=False)
-    optimizer = MuonAdamW(parameter_groups(model, OptimizerConfig(), batch_lr_scale=0.1))
-    ids = torch.randint(1000, (rows, length + 1))
+    optimizer = MuonAdamW(parameter_groups(model, OptimizerConfig(), batch_lr_scale=0.1), ALONE, muon_dtype(cpu))
+    ids = torch.randint(vocabulary, (options.rows, length + 1))
     ends = []
-    for _ in range(steps):
+    for _ in range(options.steps):
         loss(ids[:, :-1], ids[:, 1:], "mean").backward()
         optimizer.reduce()
         optimizer.step()
@@ -66,13 +71,14 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--windows", default="SSSL", help="pattern of attention windows")
     parser.add_argument("--variant", choices=VARIANTS)
     options = parser.parse_args()
-    sizes = (options.depth, options.rows, options.length, options.steps, options.windows)
     if options.variant:
-        print(json.dumps(measure(options.variant, *sizes)))
+        print(json.dumps(measure(options.variant, options)))
         return 0
     print(f"{'variant':16}{'first step':>12}{'second':>10}{'later':>10}{'pays after':>14}")
     plain: dict[str, float] = {}
