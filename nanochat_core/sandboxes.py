@@ -157,8 +157,9 @@ class Sandboxes:
     ) -> "_Sandbox | None":
         """Choose a healthy sandbox that is not in ``excluded``. Wait for one up to ``patience`` seconds.
 
-        A request without a session goes to the sandbox with the fewest calls, or, among equals, to the least recently
-        used one. The sandbox of a session depends only on the request's key and session and on the addresses of the
+        A request without a session goes to the sandbox that runs the fewest calls of this client. If several sandboxes
+        run equally few, the request goes to the sandbox among them that has waited the longest since its latest call
+        began. The sandbox of a session depends only on the request's key and session and on the addresses of the
         healthy sandboxes (rendezvous hashing). All clients therefore choose the same sandbox for a session, and few
         sessions change their sandbox when a sandbox joins or leaves.
 
@@ -170,8 +171,9 @@ class Sandboxes:
                     await self._changed.wait()
         serving = self._serving(excluded)
         if request.session:
-            return max(serving, key=lambda sandbox: _rank(request, sandbox), default=None)
-        sandbox = min(serving, key=lambda sandbox: (sandbox.calls, sandbox.last_call), default=None)
+            sandbox = max(serving, key=lambda sandbox: _rank(request, sandbox), default=None)
+        else:
+            sandbox = min(serving, key=lambda sandbox: (sandbox.calls, sandbox.last_call), default=None)
         if sandbox is not None:
             self._calls += 1
             sandbox.last_call = self._calls
@@ -241,7 +243,7 @@ class _Sandbox:
         serving: whether the sandbox accepts calls.
         lost: whether the sandbox has stopped answering. A sandbox that drains is neither serving nor lost.
         calls: number of this client's calls that the sandbox runs now.
-        last_call: serial number of the latest call that the sandbox got.
+        last_call: serial number of the latest call that this client sent to the sandbox; 0 if it has sent none.
     """
 
     def __init__(self, endpoint: Endpoint, tls: TlsFiles | None, on_change: Callable[[], None]) -> None:

@@ -158,6 +158,25 @@ async def test_calls_are_balanced_over_all_sandboxes(sandboxes: list[Sandbox]) -
         assert Counter(output.output for output in await asyncio.gather(*running)) == {"a": 3, "b": 3, "c": 3}
 
 
+async def test_a_call_avoids_the_sandbox_that_has_just_run_a_call_of_a_session(sandboxes: list[Sandbox]) -> None:
+    clients = core_sandboxes.Sandboxes([sandbox.address for sandbox in sandboxes])
+
+    async def ran(session: str = "") -> str:
+        return (await clients.execute(sandbox_pb2.ExecuteRequest(code="1", session=session), 30)).result
+
+    try:
+        await until(lambda: clients.serving == 3, 30)
+        first, *_others = [await ran() for _ in range(3)]
+        for number in range(200):
+            if await ran(f"session {number}") == first:
+                break
+        else:
+            pytest.fail("no session belongs to the first sandbox")
+        assert await ran() != first
+    finally:
+        await clients.aclose()
+
+
 async def test_pictures_of_a_call_come_with_its_output_within_limits(sandboxes: list[Sandbox]) -> None:
     big = sandbox_pb2.File(name="big.png", content=bytes(3 << 20))
     kept = [sandbox_pb2.File(name=f"figure-{n}.png", content=b"pixels") for n in range(10)]
