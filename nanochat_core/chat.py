@@ -161,9 +161,10 @@ class AssistantStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> list[Part]:
-        """Takes the next token and returns the text that can be shown now, as a list of at most one part.
+        """Takes the next token and returns the text that can be shown now: a list with one Part, or an empty list.
 
-        The text of one part of the message may arrive in several pieces, each of which is a :class:`Part`.
+        Successive calls may return the text of one code block, or of one stretch of plain text, in several
+        :class:`Part` objects of the same type.
 
         Raises UserError if the id is outside the vocabulary.
         """

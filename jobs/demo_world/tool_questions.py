@@ -124,7 +124,8 @@ def word_problem(rng: random.Random, split: Split) -> Exchange:
     return _with_tool(drawn.question, drawn.code, drawn.result, f"{answer}.")
 
 
-# Shares of the spelling questions that ask for the number of all letters, and for single letters or a word backwards.
+# Share of the spelling questions that ask for the number of all letters, and share of those in the table ``letters`` of
+# tool_questions.toml, which ask for example for one letter, the vowels or the word backwards.
 _LENGTH_SHARE, _LETTERS_SHARE = 0.18, 0.3
 # Shares of the spelling questions about two words, about texts of several words, and about the alphabet.
 _PAIRS_SHARE, _TEXTS_SHARE, _ALPHABET_SHARE = 0.02, 0.03, 0.01
@@ -183,9 +184,10 @@ def counting(rng: random.Random, split: Split) -> Exchange:
 
 
 def spelling(rng: random.Random, split: Split) -> Exchange:
-    """Draw a word and ask for all its letters, for one letter, for the number of letters, or for the word backwards.
+    """Draw a word and ask for all its letters, for their number, or another question about its letters.
 
-    Some questions are about two words, a text or the alphabet.
+    The other questions ask for example for one letter, for the vowels, for the word backwards or in capitals, or
+    whether the word is a palindrome. Some questions are about two words, a text or the alphabet.
     """
     sort = rng.random()
     for share, draw in (

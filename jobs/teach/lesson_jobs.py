@@ -232,7 +232,9 @@ class LessonJobs:
         if state == "canceled":
             self._api.delete_pytorch_job(job.name, job.uid)
         self._told.add(job.uid)
-        if done and code not in ENDED:  # an earlier process has counted this failed attempt and ended the lesson
+        # The lesson has ended already or was removed, for example because an earlier process has counted this attempt,
+        # so there is nothing left to count.
+        if done and code not in ENDED:
             return None
         return Ended(job.model, code, {job.number: job.attempts}, reason)
 

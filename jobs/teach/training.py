@@ -169,8 +169,9 @@ def train(
                     end = min(plan.max_steps, state.step + max(_SHORTEST_WARMDOWN, int(_WARMDOWN_SHARE * state.step)))
                     step = step_until(end, state.step)
                 elif warming_down and state.step == end < plan.max_steps and forgets(model, others, known, plan.margin):
-                    # Training goes on with a new learning rate schedule, because the remembered conversations among the
-                    # documents teach the model again what it has forgotten.
+                    # The model has forgotten too much, so training goes on: the documents include conversations of
+                    # fine-tuning, which teach again what was forgotten. The learning rate has fallen to zero, so a new
+                    # schedule begins.
                     end = min(plan.max_steps, 2 * end)
                     step = step_until(end, state.step)
                 progress.update(state.step, dict(history[-1]))

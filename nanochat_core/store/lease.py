@@ -58,9 +58,10 @@ class LeaseLost(UserError):
 class Lease:
     """The right to write under one name, from the beginning to the end of a ``with`` block.
 
-    Entering the block raises NameInUse if another program has the lease. If nobody knows whether that program is alive,
-    entering the block first waits until the lease changes, but at most for as long as it lasts, normally
-    :data:`LEASE_SECONDS`.
+    Entering the block raises NameInUse if another program has the lease and is alive. If this program cannot know
+    whether the other program is alive, entering the block watches the lease. If the other program renews the lease
+    meanwhile, NameInUse is raised. If the lease does not change for its whole duration, normally
+    :data:`LEASE_SECONDS`, it is taken over.
 
     Attributes:
         name: folder of the store that the program writes to.

@@ -253,7 +253,8 @@ class CheckpointWriter:
         name = f"optim/rank_{self._ranks.rank:05d}_of_{self._ranks.size:05d}.safetensors"
         with self._file(attempt, name) as path:
             _save_tensors({shard.name: shard.tensor for shard in contents.shards}, path)
-        # Maps the name of each tensor in this file to the index of its first row and its number of rows.
+        # This file has some consecutive rows of each named tensor. Maps the tensor's name to the index that the first
+        # of these rows has in the whole tensor, and to the number of these rows.
         rows = {shard.name: (shard.start, shard.tensor.size(0)) for shard in contents.shards}
         return {"name": name, "entry": dataclasses.asdict(attempt.files[name]), "rows": rows}
 

@@ -2,8 +2,9 @@
 
 The process works like a Kubernetes controller. It remembers nothing: each round reads the stage's PyTorchJobs and takes
 the one step that their state requires, if any. While an attempt runs, the process waits between two rounds until one of
-the PyTorchJobs changes. A process that takes over from another process therefore behaves as if it had been there from
-the start, and a lost message only means that the next round reads the same state again.
+the PyTorchJobs changes, but at most a minute. Therefore, a process that takes over from another process behaves as if
+it had been there from the start. If the cluster's notice of a change or its answer to a call is lost, the next round
+reads the state anyway.
 
 An attempt of a stage is one PyTorchJob, whose name ends with the attempt's number. Attempts are never deleted, so that
 each round can count them and read how they ended, and so that people can read their logs. The PyTorchJobs belong to the

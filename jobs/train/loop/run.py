@@ -19,9 +19,10 @@ _HISTORY_POINTS = 2000
 
 
 class TrainingDiverged(UserError):
-    """The loss, a gradient or a weight is NaN or infinite, or the gradient stays zero although the loss is not.
+    """Five steps in a row were skipped, or a weight was not finite when a checkpoint was to be saved.
 
-    The weights of the last checkpoint are finite.
+    :class:`~jobs.train.loop.step.TrainingStep` says which steps are skipped. All weights of the last checkpoint are
+    finite.
     """
 
     def __init__(self, observation: str) -> None:

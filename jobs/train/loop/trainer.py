@@ -94,8 +94,8 @@ class Trainer:
 
         Raises:
             SystemExit: SIGTERM or SIGINT arrived, and a checkpoint was saved.
-            TrainingDiverged: the loss, a gradient or a weight is NaN or infinite, or the gradient stays zero although
-                the loss is not.
+            TrainingDiverged: five steps in a row were skipped (see :class:`TrainingStep`), or a weight was not finite
+                when a checkpoint was to be saved.
             RetryableError: another rank is lost, or the last checkpoint could not be written.
             LeaseLost: another program has taken over the lease on the model's name.
         """

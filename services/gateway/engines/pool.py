@@ -109,7 +109,10 @@ class EnginePool:
                 self._changed(replica)
 
     def _changed(self, replica: Replica) -> None:
-        """Tells the router and the queue that a replica's state may have changed."""
+        """Tells the router and the queue that a replica's state may have changed.
+
+        A replica that is leaving and has no more sequences of this gateway is removed.
+        """
         if replica.up and replica not in self._in_router:
             self._in_router.add(replica)
             self._router.joined(replica.address, time.monotonic())
