@@ -158,10 +158,10 @@ class Sandboxes:
         """Choose a healthy sandbox that is not in ``excluded``. Wait for one up to ``patience`` seconds.
 
         A request without a session goes to the sandbox that runs the fewest calls of this client. If several sandboxes
-        run equally few, the request goes to the sandbox among them that has waited the longest since its latest call
-        began. The sandbox of a session depends only on the request's key and session and on the addresses of the
-        healthy sandboxes (rendezvous hashing). All clients therefore choose the same sandbox for a session, and few
-        sessions change their sandbox when a sandbox joins or leaves.
+        run equally few, the request goes to the one whose latest call began first, or that has run none. The sandbox of
+        a session depends only on the request's key and session and on the addresses of the healthy sandboxes
+        (rendezvous hashing). All clients therefore choose the same sandbox for a session, and few sessions change their
+        sandbox when a sandbox joins or leaves.
 
         Returns None if there is no such sandbox after that time.
         """
