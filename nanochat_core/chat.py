@@ -178,7 +178,10 @@ class AssistantStream:
         return rest
 
     def finish(self) -> list[Part]:
-        """Returns the part whose bytes were held back until now, or an empty list. Call this after the last token."""
+        """Returns U+FFFD in place of an incomplete character at the end: a list with one Part, or an empty list.
+
+        Call this after the last token.
+        """
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return [Part(self._type, text)] if text else []

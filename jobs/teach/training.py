@@ -1,7 +1,8 @@
-"""Trains a model on a lesson until it is sure of every probe, and then lowers the learning rate to zero.
+"""Trains a model on a lesson until the model is sure of every probe, and then lowers the learning rate to zero.
 
 A probe is a question with its right answer, on which the model is tested during the training. The model is sure of a
-probe if it gives the right answer and each token of the answer has a high probability.
+probe if it gives the right answer and each token of the answer has a high probability. The number of steps has a limit,
+so the learning rate may begin to fall before the model is sure of every probe.
 """
 
 from __future__ import annotations

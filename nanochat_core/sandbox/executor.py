@@ -247,8 +247,8 @@ class SandboxExecutor:
 
     @property
     def _most_files(self) -> int:
-        # The limit ``scratch_files`` also counts folders, and the name of a file has up to 16 parts (is_file_name). A
-        # sixteenth of that limit therefore always fits.
+        # The limit ``scratch_files`` also counts folders. A file's name has up to 16 parts (is_file_name), so the file
+        # may need 15 folders. Therefore, a sixteenth of that limit is a number of files that always fits.
         return min(self.config.max_files, self.config.scratch_files // 16)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:

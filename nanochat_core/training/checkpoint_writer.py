@@ -187,7 +187,8 @@ class CheckpointWriter:
             self.wait()
         elif not issubclass(kind, RankLost):
             with contextlib.suppress(UserError):  # the caller reports the error that ended the block
-                self._end()  # wait() is not called, because its checks would also need the ranks without an error
+                # wait() is not called, because all ranks must call it together, and other ranks may have no error.
+                self._end()
 
     def _write(self, ref: CheckpointRef, contents: _Contents) -> None:
         for wait in (*self._retry_seconds, None):
