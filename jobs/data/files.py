@@ -34,9 +34,9 @@ ENDINGS = f"{', '.join(_FORMATS)}, or one of these except .parquet, followed by 
 # Regular expression for the endings of files that consist of rows.
 ROWS_ENDING = r"\.(parquet|(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?)"
 
-# Names of files that describe a dataset. If the user gives a folder, its files of the first kind are not read as data.
-# Texts of the second kind are not read either if a file of the folder consists of rows or has a name that states a
-# split.
+# Names of files that describe a dataset. If the user gives a folder, its files with a name in _DESCRIPTIONS are not
+# read as data. Its texts with a name in _READMES are left out, too, if a file of the folder consists of rows or has a
+# name that states a split.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _READMES = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing", "requirements")
 

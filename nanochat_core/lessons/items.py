@@ -96,8 +96,8 @@ def normal(text: str) -> str:
     """The form of a text in which questions are compared: lower case, no punctuation, single spaces.
 
     "What's", "who's", "where's" and "when's" become "what is", "who is" and so on. Symbols of arithmetic stay, because
-    they decide what a question asks. So do apostrophes inside words, points and commas inside numbers, and the sign in
-    names such as C#.
+    they decide what a question asks. Apostrophes inside words, points and commas inside numbers, and the sign in names
+    such as C# stay, too.
     """
     text = re.sub(r"\b(what|who|where|when)['’]s\b", r"\1 is", text.casefold())
     return " ".join(_MEANING.findall(text))

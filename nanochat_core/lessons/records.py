@@ -351,10 +351,10 @@ def lessons(store: Store, model: str, leave_out: Collection[int] = ()) -> list[L
 def cancel_lesson(store: Store, model: str, number: int) -> None:
     """Request that a lesson is canceled. Raises UserError if the lesson is done or does not exist.
 
-    A queued lesson is canceled when its turn comes, a lesson in training within ten steps or at the end of the
-    examination before the training, and a lesson in examination at the end of the examination. If each lesson is a
-    PyTorchJob, the PyTorchJob is deleted at once instead, and the lesson is canceled when its pods have ended. A lesson
-    whose model the gate has promoted is not canceled any more.
+    A queued lesson is canceled when its turn comes, and a lesson that trains within ten steps. If the model is just
+    answering the questions of an examination, before or after the training, the lesson is canceled after the last
+    answer. But if each lesson is a PyTorchJob, the PyTorchJob is deleted at once, and the lesson is canceled when its
+    pods have ended. A lesson whose model the gate has promoted is not canceled any more.
     """
     lesson = read_lesson(store, model, number)
     check_undamaged(lesson)

@@ -2,10 +2,10 @@
 
 A pretraining run can do two things with the checkpoint of another run:
 
-- *Go on* with that run, to another horizon. A finished run has lowered its learning rate to nearly zero, and its last
-  weights cannot be improved at the full rate without losing what the warmdown gained. So the run goes on from a
-  checkpoint before the warmdown, by default the last one, as if it had been planned with the new horizon: step,
-  momenta, data position, history and random numbers continue, and a new warmdown ends it (arXiv 2405.18392).
+- *Go on* with that run, to another horizon. A finished run has lowered its learning rate to 5 %, and its last weights
+  cannot be improved at the full rate without losing what the warmdown gained. So the run goes on from a checkpoint
+  before the warmdown, by default the last one, as if it had been planned with the new horizon: step, momenta, data
+  position, history and random numbers continue, and the run ends with a new warmdown (arXiv 2405.18392).
 - *Start anew* from the weights and the momenta: with a warmup, horizon and warmdown of its own, from the beginning of
   its data. This is for other data (arXiv 2403.08763), and for checkpoints of a warmdown or of other stages.
 """

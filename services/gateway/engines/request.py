@@ -77,7 +77,7 @@ class Turns:
     successive assistant messages become one assistant turn. The messages keep their order, and blank lines separate
     them. Instructions at the beginning, and the description of the tools that the model may call, become a system turn,
     which :func:`render_conversation` joins to the first user turn. If the conversation begins with the assistant or has
-    no other message, they become a user turn instead.
+    no other message, the instructions and the description become a user turn instead.
     """
 
     def __init__(self, instructions: Sequence[str], tools: Sequence[FunctionTool]) -> None:
