@@ -67,7 +67,7 @@ def add(store: Store, stage: str, model: str = NAME, depth: int = 1, **meta: Any
         "plan": {"steps": 4, "batch_tokens": 64},
         "train_seconds": 4.0,
         "flops_per_token": 1000,
-        "history": HISTORIES[stage],
+        "history": HISTORIES.get(stage, []),
         "skipped_steps": [],
         **meta,
     }
@@ -231,6 +231,13 @@ def test_warnings_name_what_is_wrong_with_a_run(store: Store) -> None:
     assert "sft/step_000004 was not made from the base checkpoint that is shown here." in report["warnings"]
     assert "CORE of sft is partial: squad missing." in report["warnings"]
     assert text.count("> **Note:** ") == 4
+
+
+def test_a_stage_that_did_not_start_from_the_base_model_needs_no_warning(store: Store) -> None:
+    base = add(store, "base", inputs={"dataset": "x", "base": "0" * 64}, base="sft/step_000009")
+    tuned = add(store, "sft", inputs={"base": base.weights_digest}, base=base.ref.revision)
+    taught = add(store, "lesson", inputs={"base": tuned.weights_digest, "items": "x"}, base=tuned.ref.revision)
+    assert report_on(store, revision=taught.ref.revision)[0]["warnings"] == []
 
 
 def test_evaluations_of_these_weights_are_shown_and_no_others(store: Store) -> None:

@@ -159,9 +159,12 @@ def warnings(report: Report, stages: Mapping[str, Checkpoint]) -> list[str]:
                 f"{len(skipped)} steps of {described['revision']} had no finite loss or no usable gradient and were "
                 f"left out: {shown}."
             )
+        # The input ``base`` is the digest of the checkpoint from which training started. Only of fine-tuning is this
+        # checkpoint usually a base model: a lesson starts from the promoted checkpoint, and pretraining starts from
+        # the checkpoint that --start-from names.
         inputs = checkpoint.meta.get("inputs", {})
         own_base = "base" in stages and checkpoint.meta.get("base_model") is None and "base" in inputs
-        if own_base and inputs["base"] != stages["base"].weights_digest:
+        if stage == "sft" and own_base and inputs["base"] != stages["base"].weights_digest:
             found.append(f"{described['revision']} was not made from the base checkpoint that is shown here.")
     scored = [("CORE", stage, result) for stage, result in report["core_results"].items()]
     scored += [("ChatCORE", stage, result) for stage, results in report["chat_results"].items() for result in results]
