@@ -66,8 +66,8 @@ class LocalText:
 
         If there are no validation files, the caller holds out a part of the training files.
 
-        The files of ``val_data`` are for validation. If some of their names state the validation or test split, and
-        others state training or no split, only the files of the validation split, or else of the test split, are used.
+        The files of ``val_data`` are for validation. If their names state different splits, or some of them state
+        none, only the files of the validation split, or else of the test split, are used.
 
         Raises:
             UserError: there is no readable file, the names do not say which files are for training, or the files of
@@ -78,8 +78,7 @@ class LocalText:
         if self.val_data is None:
             return _split(self.data, found, chosen=chosen)
         own = _absolute(find_files(self.val_data))
-        held_out = _split(self.val_data, own, chosen=True)
-        validation = held_out.validation or held_out.training
+        validation = _held_out(self.val_data, own)
         same = {*map(_identity, validation)}
         rest = {name: file for name, file in found.items() if _identity(file) not in same}
         if not rest:
@@ -195,6 +194,16 @@ def _split(path: Path, found: Mapping[str, str], *, chosen: bool) -> Splits:
         return Splits(list(found.values()), [], [])
     splits = split_files(found, str(path), _SPLIT_ADVICE)
     return Splits(*([found[name] for name in names] for names in dataclasses.astuple(splits)))
+
+
+def _held_out(path: Path, found: Mapping[str, str]) -> list[str]:
+    """The files of ``val_data`` that are for validation. ``path`` and ``found`` are the arguments of :func:`_split`."""
+    stated = {name: split_of(name) for name in found}
+    if set(stated.values()) == {"validation", "test"}:
+        # No file is for training, which split_files would refuse. Here, none needs to be.
+        return [found[name] for name, split in stated.items() if split == "validation"]
+    splits = _split(path, found, chosen=True)
+    return splits.validation or splits.training
 
 
 def _listed(files: list[str]) -> list[str]:

@@ -145,6 +145,11 @@ def test_val_data_is_the_validation_split(tmp_path: Path) -> None:
     assert read("", "b.txt") == [["a.txt", "held/extra.txt"], ["b.txt"]]
     assert read("a.txt", "held") == [["a.txt"], ["held/val.txt"]]
     assert read("", "held/../b.txt") == read("", "b.txt")
+    for name in ("both/test.txt", "both/val-0.txt", "both/val-1.txt"):
+        write(tmp_path / name, name.encode())
+    assert read("a.txt", "both") == [["a.txt"], ["both/val-0.txt", "both/val-1.txt"]]
+    assert LocalText(tmp_path / "a.txt", tmp_path / "both").splits.unused == [str(tmp_path / "both/test.txt")]
+    assert read("a.txt", "both/val-*.txt") == [["a.txt"], ["both/val-0.txt", "both/val-1.txt"]]
     with pytest.raises(UserError, match=r"--val-data .*a\.txt names all files of --data"):
         read("a.txt", "a.txt")
     os.link(tmp_path / "a.txt", tmp_path / "also a.txt")
