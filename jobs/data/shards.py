@@ -232,9 +232,9 @@ class RowGroupCache:
 class TextDataset:
     """The documents of one split of ``data/<name>``, numbered from 0.
 
-    A shard is fetched from the store when one of its documents is first read. A shard without an entry in the manifest
-    is fetched by the constructor, which must count its documents. Several threads may read at the same time. The
-    default cache keeps up to 512 MiB of row groups in memory.
+    A shard is fetched from the store when one of its documents is first read, and only then. A shard without an entry
+    in the manifest is fetched by the constructor, which must count its documents. Several threads may read at the same
+    time. The default cache keeps up to 512 MiB of row groups in memory.
     """
 
     def __init__(self, store: Store, name: str, split: str, cache: RowGroupCache | None = None) -> None:
@@ -252,6 +252,7 @@ class TextDataset:
         splits = split_shards(store, name)
         self.name, self.split = name, split
         self._store = store
+        self._fetched: dict[str, Path] = {}
         known = manifest.shards if manifest else {}
         # For each row group: the shard's key, the row group's number in the shard, and the number of its first
         # document.
@@ -259,7 +260,7 @@ class TextDataset:
         self._length = 0
         for key in splits.training if split == "train" else splits.validation:
             info = known.get(key.rsplit("/", 1)[-1])
-            row_groups = info.row_groups if info else Shard(store.fetch(key), key).row_groups
+            row_groups = info.row_groups if info else Shard(self._fetch(key), key).row_groups
             for group, documents in enumerate(row_groups):
                 self._groups.append((key, group, self._length))
                 self._length += documents
@@ -276,11 +277,21 @@ class TextDataset:
             raise IndexError(index)
         number = bisect.bisect_right(self._groups, index, key=lambda group: group[2]) - 1
         key, group, first = self._groups[number]
-        texts = self._cache.get(number, lambda: Shard(self._store.fetch(key), key).read(group))
+        texts = self._cache.get(number, lambda: Shard(self._fetch(key), key).read(group))
         try:
             return texts[index - first].as_py() or ""
         except (IndexError, UnicodeDecodeError) as error:
             raise UserError(f"{key} is damaged in row group {group}: {error}") from error
+
+    def _fetch(self, key: str) -> Path:
+        """The local path of a shard. Of a store on S3, only the first call for a shard sends requests.
+
+        So a run can read on from the shards that it has fetched while the store does not answer.
+        """
+        path = self._fetched.get(key)
+        if path is None or not path.exists():  # a cache of limited size may have deleted the file
+            path = self._fetched[key] = self._store.fetch(key)
+        return path
 
     def bytes_up_to(self, enough: int) -> int:
         """Number of UTF-8 bytes in the texts. Counting stops after the text with which the sum reaches ``enough``."""

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ from jobs.data.shards import (
     write_manifest,
 )
 from nanochat_core.errors import UserError
-from nanochat_core.store import Store, open_store
+from nanochat_core.store import Store, StoreError, open_store
 from tests.support.text_files import damaged_parquet, not_parquet, write_parquet
 
 DOCUMENTS = [f"Document number {i}: {'é' * (i % 7)}" for i in range(2345)]
@@ -249,6 +250,31 @@ def test_shards_of_the_manifest_are_fetched_when_they_are_read(store: Store, mon
     assert fetched == []
     assert dataset[25] == DOCUMENTS[25]
     assert fetched == ["data/books/shard_00002.parquet"]
+
+
+def test_a_shard_that_was_fetched_is_read_while_the_store_is_away(
+    library: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    books = TextDataset(library, "books", "train", RowGroupCache(0))
+    fetch = type(library).fetch
+    copies = iter(range(10))
+
+    def download(self: Store, key: str) -> Path:
+        """Like a store on S3: the file is a copy of its own."""
+        return shutil.copyfile(fetch(self, key), tmp_path / f"copy-{next(copies)}")
+
+    def fail(_self: Store, _key: str) -> Path:
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(type(library), "fetch", download)
+    assert books[5] == DOCUMENTS[5]
+    monkeypatch.setattr(type(library), "fetch", fail)
+    assert [books[i] for i in range(750)] == DOCUMENTS[:750]
+    with pytest.raises(StoreError, match="the store is away"):
+        books[750]
+    (tmp_path / "copy-0").unlink()
+    monkeypatch.setattr(type(library), "fetch", download)
+    assert books[5] == DOCUMENTS[5], "a file that is no longer in the cache is fetched again"
 
 
 @pytest.mark.parametrize("capacity", [0, 20_000])
