@@ -20,9 +20,9 @@ from jobs.train.loop.step import Objective, cross_entropy
 from jobs.train.loop.trainer import Trainer
 from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint, promote, promoted
 from nanochat_core.config import ModelConfig
-from nanochat_core.errors import UserError
+from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.model import GPT
-from nanochat_core.store import FolderStore
+from nanochat_core.store import FolderStore, StoreError
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.distributed import ALONE
 from nanochat_core.training.optim import MuonAdamW, OptimizerConfig, parameter_groups
@@ -187,6 +187,43 @@ def test_garbage_collection_is_as_before_however_a_run_ends(tmp_path: Path) -> N
     assert gc.get_freeze_count() == 0
     trainer(tmp_path, steps=2).run()
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("reader", ["batches", "evaluation"])
+def test_a_store_that_fails_in_the_middle_ends_the_attempt_but_not_the_run(tmp_path: Path, reader: str) -> None:
+    away = True
+
+    def read() -> dict[str, float]:
+        if away:
+            raise StoreError("the store is away")
+        return {}
+
+    def batches(position: dict[str, Any] | None) -> Generator[Batch]:
+        loader = Batches(position["packers"]["0"]["cursor"] if position else 0)
+        for batch in loader.prefetched():
+            if loader.step == 4:
+                read()
+            yield batch
+
+    def opened() -> Trainer:
+        run = trainer(
+            tmp_path, steps=6, save_every=2, evaluations=[Evaluation(read, every=3)] if reader == "evaluation" else ()
+        )
+        run._open_batches = batches if reader == "batches" else run._open_batches
+        return run
+
+    with pytest.raises(RetryableError, match=r"the store failed during training; run again .*: the store is away"):
+        opened().run()
+    away = False
+    again = opened()
+    assert again.resume()
+    assert again.state.step == 2
+    again.run()
+    trainer(tmp_path / "whole", steps=6).run()
+    interrupted, whole = (
+        load_checkpoint(FolderStore(home), CheckpointRef("m", "base", 6)) for home in (tmp_path, tmp_path / "whole")
+    )
+    assert interrupted.weights_digest == whole.weights_digest
 
 
 def test_a_loss_far_above_the_recent_ones_is_reported_and_trained_on(

@@ -18,7 +18,9 @@ from jobs.train.loop.runtime import Runtime, StopSignal
 from jobs.train.loop.step import Objective, StepReport, TrainingStep, cross_entropy
 from jobs.train.loop.trackers import open_trackers
 from nanochat_core.checkpoint import Checkpoint, CheckpointRef, load_trainer_state
+from nanochat_core.errors import RetryableError
 from nanochat_core.model import GPT
+from nanochat_core.store import StoreError
 from nanochat_core.tokenizer import Tokenizer
 from nanochat_core.training.checkpoint_writer import CheckpointWriter
 from nanochat_core.training.optim import MuonAdamW
@@ -31,7 +33,8 @@ class Trainer:
     """Runs optimizer steps to the end of the schedule, with evaluations, checkpoints and a clean stop on a signal.
 
     Checkpoints are written in the background. If a checkpoint cannot be written after several attempts, the failure is
-    reported and training continues. If the last checkpoint of the process cannot be written, the run fails.
+    reported and training continues. If the last checkpoint of the process cannot be written, or if the store fails when
+    training reads from it, the run fails and may be tried again.
 
     Attributes:
         state: progress of the run, from the start or from the checkpoint that :meth:`resume` loaded.
@@ -96,12 +99,25 @@ class Trainer:
             SystemExit: SIGTERM or SIGINT arrived, and a checkpoint was saved.
             TrainingDiverged: five steps in a row were skipped (see :class:`TrainingStep`), or a weight was not finite
                 when a checkpoint was to be saved.
-            RetryableError: another rank is lost, or the last checkpoint could not be written.
+            RetryableError: another rank is lost, the store failed when training read from it, or the last checkpoint
+                could not be written.
             LeaseLost: another program has taken over the lease on the model's name.
         """
-        state, last_step = self.state, self.config.schedule.steps
-        if state.step == last_step:
+        last_step = self.config.schedule.steps
+        if self.state.step == last_step:
             return self.config.checkpoint(last_step)  # The resumed run is finished, so there is nothing to train.
+        try:
+            self._train(last_step)
+        except StoreError as error:
+            # The store answered when the program started. So its settings are right, and another attempt may succeed.
+            raise RetryableError(
+                f"the store failed during training; run again to continue from the last checkpoint: {error}"
+            ) from error
+        return self.config.checkpoint(last_step)
+
+    def _train(self, last_step: int) -> None:
+        """Train from the current step to ``last_step``, with the errors of :meth:`run` and StoreError."""
+        state = self.state
         first_step = state.step + 1
         self._checkpoints.replace_after(state.step)
         prefetched = self._open_batches(state.loader)
@@ -154,7 +170,6 @@ class Trainer:
                     # otherwise print a list of leaks when the process ends.
                     at_the_end.callback(gc.unfreeze)
             self._checkpoints.save_last(writer, state, finished=True)
-        return self.config.checkpoint(last_step)
 
     def _evaluate(self, progress: Progress) -> bool:
         """Run the evaluations that are due after the current step. Returns whether any evaluation was due."""
