@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from nanochat_core.errors import UserError
+from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.logs import CLEAR_LINE
 from nanochat_core.progress import RUN, read_progress, remove_progress, write_progress
 from nanochat_core.store import Store, StoreError
@@ -55,9 +55,10 @@ class Story:
     def stage(self, name: str, module: str) -> Iterator[None]:
         """A context manager around the run of a stage. Reports the start of the stage, and how the stage ended.
 
-        The stage is done, was stopped, or failed. It was stopped if its exit code is 128 or more: a signal ended it, or
-        another attempt may succeed. If instead the first stage of this process raises an error of the user's inputs,
-        the earlier progress is restored. ``module`` names the stage's program in log events.
+        The stage is done, was stopped, or failed. It was stopped if its exit code is 128 or more, because a signal
+        ended it or another attempt may succeed, and also if it raises a RetryableError. If the first stage of this
+        process raises an error of the user's inputs, the earlier progress is restored. ``module`` names the stage's
+        program in log events.
         """
         started = time.monotonic()
         begins = not self._told
@@ -83,7 +84,9 @@ class Story:
                 print(f"{CLEAR_LINE}✗ {TITLES[name]} failed with exit code {code}", file=sys.stderr)
             raise
         except Exception as error:
-            if begins and isinstance(error, UserError) and not isinstance(error, StoreError):
+            if isinstance(error, RetryableError):
+                self._write("stopped", name)
+            elif begins and isinstance(error, UserError) and not isinstance(error, StoreError):
                 self._take_back(earlier)
             else:
                 self._write("failed", name)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from jobs.train.story import Story
+from nanochat_core.errors import RetryableError, UserError
 from nanochat_core.progress import read_progress, write_progress
-from nanochat_core.store import FolderStore
+from nanochat_core.store import FolderStore, StoreError
 
 STAGES = ["data", "tokenizer", "base", "sft", "report"]
 
@@ -75,6 +76,24 @@ def test_a_failed_stage_says_so(store: FolderStore, monkeypatch: pytest.MonkeyPa
         raise SystemExit(2)
     assert screen.lines == ["✗ fine-tuning failed with exit code 2"]
     assert run_of(store)["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (RetryableError("the API server does not answer"), "stopped"),
+        (StoreError("the disk is full"), "failed"),
+        (ValueError("a mistake"), "failed"),
+        (UserError("another flag is needed"), "promoted"),
+    ],
+)
+def test_an_error_of_the_pipeline_itself_says_whether_another_attempt_may_succeed(
+    store: FolderStore, error: Exception, state: str
+) -> None:
+    write_progress(store, "m", "run", {"recipe": "demo", "state": "promoted"})
+    with pytest.raises(type(error)), opened(store).stage("base", "jobs.train.pretrain"):
+        raise error
+    assert run_of(store)["state"] == state
 
 
 def test_elsewhere_there_are_log_events(store: FolderStore, caplog: pytest.LogCaptureFixture) -> None:
