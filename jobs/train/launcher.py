@@ -123,13 +123,14 @@ class Launcher:
 def rank_environments(count: int) -> list[dict[str, str]]:
     """Environment variables for each of ``count`` ranks on this machine.
 
-    The variables give the number of ranks, the rank's number and, if there are several ranks, the address at which they
-    meet.
+    The variables give the number of ranks, the rank's number and the address at which the ranks meet. A single rank
+    meets no other rank, so its address is empty.
     """
     if count == 1:
         # The variables are set although there is only one rank: this process may itself be a rank, and its own
         # variables must not reach the child process.
-        return [{"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}]
+        alone = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "", "MASTER_PORT": ""}
+        return [alone | {"RANK": "0", "LOCAL_RANK": "0"}]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

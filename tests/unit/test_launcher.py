@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs.train.cluster.pod import pod_environments
+from jobs.train.launcher import Launcher
 from nanochat_core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +71,19 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(tmp_path: Path, codes: li
     assert [rank["RANK"] for rank in ranks] == ["2", "3"]
     assert {rank["WORLD_SIZE"] for rank in ranks} == {"6"}
     assert {rank["MASTER_ADDR"] for rank in ranks} == {"first"}
+
+
+def test_a_single_rank_that_a_rank_starts_gets_none_of_its_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5", "LOCAL_RANK": "1", "MASTER_ADDR": "first"}
+    for name, value in (variables | {"MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "rank.py").write_text(RANK)
+    assert Launcher().run([sys.executable, str(tmp_path / "rank.py"), str(tmp_path), "[0]"]) == 0
+    assert json.loads((tmp_path / "rank-0").read_text()) == {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "",
+    }  # fmt: skip
 
 
 def test_a_pod_that_is_told_to_end_tells_its_ranks(tmp_path: Path) -> None:
