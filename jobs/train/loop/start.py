@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from jobs.train.loop.schedule import TrainingPlan
 from nanochat_core.checkpoint import (
+    LESSON,
     STAGES,
     Checkpoint,
     CheckpointRef,
@@ -63,7 +64,8 @@ def find_checkpoint(store: Store, text: str, *stages: str) -> Checkpoint:
     """The checkpoint that ``--start-from`` names as MODEL, MODEL/<stage> or MODEL/<stage>/step_<n>.
 
     If the text names no step, the result is the newest undamaged checkpoint of the stage. If the text names no stage,
-    the stage is the first of ``stages`` that the model has. Raises UserError if there is no such checkpoint.
+    the stage is the first of ``stages`` that the model has. The stage may be ``lesson``. Raises UserError if there is
+    no such checkpoint.
     """
     return _find(load_checkpoint, newest_checkpoint, store, text, stages)
 
@@ -85,7 +87,7 @@ def _find(
     if "/" in revision:
         return load(store, CheckpointRef.parse(name, revision))
     wanted = (revision,) if revision else stages
-    found = newest(store, name, *(stage for stage in wanted if stage in STAGES))
+    found = newest(store, name, *(stage for stage in wanted if stage in (*STAGES, LESSON)))
     if found is None:
         raise UserError(f"--start-from names {text!r}, but {store} has no such checkpoint")
     return found
