@@ -142,5 +142,7 @@ class Story:
         if told.get("tokens_per_second"):
             facts.append(f"{tqdm.format_sizeof(told['tokens_per_second'])} tok/s")
         for point in told.get("held_out", [])[-1:]:
-            facts += [f"{metric} {value:.3f}" for metric, value in point.items() if metric != "step"]
+            # pass@k has a value for each k, too many for one line of a terminal.
+            shown = {name: value for name, value in point.items() if not name.startswith(("step", "pass_at_k_"))}
+            facts += [f"{name} {value:.3f}" for name, value in shown.items()]
         return "  ".join(facts)

@@ -135,9 +135,19 @@ def test_held_out_metrics_and_answers_are_told_with_their_steps() -> None:
             {"step": 1, "loss": 3.0, "gradient_norm": 1.0, "lr_factor": 0.1},
             {"step": 2, "loss": 2.0, "val_bpb": 1.23456, "samples": [["a", "b"]]},
             {"step": 3, "loss": 1.0, "val_loss": math.nan, "answers": [("Who?", "Me.")]},
+            {
+                "step": 4,
+                "reward": 0.25,
+                "heldout_reward": 0.5,
+                "heldout_length": 7.25,
+                "pass_at_k": {"1": 1 / 3, "8": 1.0},
+            },
         ]
     )
-    assert told["held_out"] == [{"step": 2, "val_bpb": 1.2346}]
+    assert told["held_out"] == [
+        {"step": 2, "val_bpb": 1.2346},
+        {"step": 4, "heldout_reward": 0.5, "heldout_length": 7.25, "pass_at_k_1": 0.3333, "pass_at_k_8": 1.0},
+    ]
     assert told["answers"] == [
         {"step": 0, "answers": [("Who?", "grmpf")]},
         {"step": 3, "answers": [("Who?", "Me.")]},

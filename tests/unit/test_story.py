@@ -56,9 +56,13 @@ def test_each_stage_leaves_one_line_on_a_terminal(store: FolderStore, monkeypatc
     with story.stage("base", "jobs.train.pretrain"):
         told = {"step": 320, "tokens_per_second": 12_000.0, "held_out": [{"step": 320, "val_bpb": 0.98765}]}
         write_progress(store, "m", "base", told)
+    with story.stage("rl", "jobs.train.rl"):
+        point = {"step": 9, "heldout_reward": 0.9, "heldout_length": 7.5, "pass_at_k_1": 0.5, "pass_at_k_8": 1.0}
+        write_progress(store, "m", "rl", {"step": 9, "held_out": [point]})
     assert screen.lines == [
         "✓ tokenizer    00:00",
         "✓ pretraining  00:00  320 steps  12.0k tok/s  val_bpb 0.988",
+        "✓ practice     00:00  9 steps  heldout_reward 0.900  heldout_length 7.500",
     ]
 
 

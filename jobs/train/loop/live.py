@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.train.loop.run import Point
+from jobs.train.loop.run import Point, flat_metrics
 from nanochat_core.progress import write_progress
 from nanochat_core.store import Store, StoreError
 
@@ -16,7 +16,7 @@ log = logging.getLogger("jobs.train")
 WRITE_SECONDS = 2.0
 _CURVE_POINTS = 240
 # Prefixes of the names of the held-out metrics that the progress file has.
-_HELD_OUT = ("val_", "core", "pass")
+_HELD_OUT = ("val_", "core", "heldout_", "pass_at_k")
 
 
 class LiveProgress:
@@ -103,7 +103,7 @@ def story(history: Sequence[Point]) -> dict[str, Any]:
     """The fields ``curve``, ``held_out`` and ``answers`` of the progress file, from the history of a run.
 
     The curve has at most 240 points. A point has the mean loss of some successive steps, and the number of the
-    last of these steps.
+    last of these steps. Each held-out metric is one number, as in :func:`~jobs.train.loop.run.flat_metrics`.
     """
     losses = [(point["step"], point["loss"]) for point in history if math.isfinite(point.get("loss", math.nan))]
     width = math.ceil(len(losses) / _CURVE_POINTS) or 1
@@ -111,11 +111,8 @@ def story(history: Sequence[Point]) -> dict[str, Any]:
     curve = [[batch[-1][0], round(sum(loss for _, loss in batch) / len(batch), 4)] for batch in batches]
     held_out = []
     for point in history:
-        metrics = {
-            name: round(value, 4)
-            for name, value in point.items()
-            if name.startswith(_HELD_OUT) and isinstance(value, float) and math.isfinite(value)
-        }
+        measured = {name: value for name, value in point.items() if name.startswith(_HELD_OUT)}
+        metrics = {name: round(value, 4) for name, value in flat_metrics(measured).items() if math.isfinite(value)}
         if metrics:
             held_out.append({"step": point["step"], **metrics})
     answers = [{"step": point["step"], "answers": point["answers"]} for point in history if "answers" in point]
