@@ -161,15 +161,23 @@ def check_formats(store: Store, ref: CheckpointRef) -> None:
     """Raises UserError if this version of nanochat cannot read an undamaged file of a checkpoint.
 
     A checkpoint that raises this error must not be deleted, because another version may be able to read it. A damaged
-    or missing file raises no error, and the files after it are not checked. Weights and optimizer tensors are not read.
+    or missing file raises no error, and the other files are checked nevertheless. If the manifest is damaged, no file
+    is checked. Weights and optimizer tensors are not read.
     """
-    with contextlib.suppress(DamagedCheckpoint):
+    try:
         manifest = load_manifest(store, ref)
-        ModelConfig.from_json(manifest.fetch(store, CONFIG).read_bytes(), manifest.key(CONFIG))
-        Tokenizer.from_json(manifest.fetch(store, TOKENIZER).read_bytes(), manifest.key(TOKENIZER))
-        load_meta(store, ref)
-        if TRAINER_STATE in manifest.files:
-            load_trainer_state(store, ref)
+    except DamagedCheckpoint:
+        return
+    readers: list[Callable[[], object]] = [
+        lambda: ModelConfig.from_json(manifest.fetch(store, CONFIG).read_bytes(), manifest.key(CONFIG)),
+        lambda: Tokenizer.from_json(manifest.fetch(store, TOKENIZER).read_bytes(), manifest.key(TOKENIZER)),
+        lambda: load_meta(store, ref),
+    ]
+    if TRAINER_STATE in manifest.files:
+        readers.append(lambda: load_trainer_state(store, ref))
+    for read in readers:
+        with contextlib.suppress(DamagedCheckpoint):
+            read()
 
 
 def newest_checkpoint(store: Store, model: str, *stages: str) -> Checkpoint | None:

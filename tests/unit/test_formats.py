@@ -180,6 +180,17 @@ def test_damage_is_told_apart_from_another_version(store: FolderStore) -> None:
         load_checkpoint(store, CheckpointRef(NAME, "base", 5))
 
 
+NEWER = [f"{REF.prefix}/{name}" for name in ("tokenizer.json", "meta.json", "optim/state.json")]
+
+
+@pytest.mark.parametrize("key", NEWER)
+def test_a_damaged_file_hides_no_newer_one(store: FolderStore, key: str) -> None:
+    change(store, key, raised)
+    (store.root / REF.prefix / "config.json").write_text("damaged")
+    with pytest.raises(NewerFormatError, match=f"{key} has format"):
+        check_formats(store, REF)
+
+
 def test_a_file_without_a_format_has_format_1() -> None:
     assert without_format({"a": 1}, 1, "x") == without_format(with_format({"a": 1}, 1), 1, "x") == {"a": 1}
 
