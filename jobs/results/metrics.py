@@ -93,12 +93,14 @@ def metrics_of_result(result: Result) -> dict[str, Metric]:
     return {name: Metric(float(value), how) for name, value in _named(result)}
 
 
-def _precedence(result: Result) -> tuple[bool, int]:
+def _precedence(result: Result) -> tuple[bool, bool, int]:
     """The sort key of results. If several results have the same metric, the last one counts.
 
-    Greedy answers come after sampled answers, and a more complete ChatCORE comes after a less complete one.
+    Greedy answers come after sampled answers, and a more complete ChatCORE comes after a less complete one. A result
+    without a ChatCORE has no task of ChatCORE, so it comes first, although no task counts as missing in it.
     """
-    return result["settings"].get("temperature", 0) == 0, -len(result.get("missing", ()))
+    greedy = result["settings"].get("temperature", 0) == 0
+    return greedy, result.get("chatcore") is not None, -len(result.get("missing", ()))
 
 
 def _named(result: Result) -> Iterator[tuple[str, float]]:

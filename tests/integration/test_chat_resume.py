@@ -235,6 +235,16 @@ def test_results_of_different_tasks_and_samplings_stand_side_by_side(home: Path)
     assert metrics["chat.counting.accuracy"].value == second["tasks"]["counting"]["accuracy"]
 
 
+def test_a_result_without_a_task_of_chat_core_comes_before_one_with_such_a_task(home: Path) -> None:
+    store = open_store(str(home))
+    checkpoint = load_checkpoint(store, REF)
+    task = {"accuracy": 0.5, "centered": 0.5}
+    for key, chatcore, missing, accuracy in (("a", 0.5, ["mmlu"], 0.25), ("b", None, [], 0.75)):
+        result = {"chatcore": chatcore, "missing": missing, "tasks": {"demo": task | {"accuracy": accuracy}}}
+        Evaluation.of(store, checkpoint, "chat", {"tasks": key}, key).finish(result)
+    assert metrics_of(store, checkpoint)["chat.demo.accuracy"].value == 0.25
+
+
 def test_an_interrupted_evaluation_keeps_its_parts_while_other_tasks_are_evaluated(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
