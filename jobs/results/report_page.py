@@ -327,8 +327,9 @@ def _conversations(report: Report) -> list[str]:
         return []
     items = sum(kind["items"] for kind in chat["kinds"].values())
     lines = [
-        f"{chat['accuracy']:.1%} of {items} answers right. None of their questions, numbers and words occurs in the "
-        "training conversations; sums and counts must have been computed by the Python tool.",
+        f"{chat['accuracy']:.1%} of {items} answers right. No training conversation of the recipe contains one of "
+        "these user messages. The answer to a calculation, or to a question about the letters of a word, is right only "
+        "if it called the Python tool.",
         "",
     ]
     rows = [
