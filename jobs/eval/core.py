@@ -56,6 +56,7 @@ def run(settings: CoreSettings, store: Store, device: torch.device, ranks: Ranks
     decisive = {
         "bundle": bundle.digest,
         "max_per_task": settings.max_per_task,
+        "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
     }
     evaluation = Evaluation.of(store, checkpoint, CORE, decisive)

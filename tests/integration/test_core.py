@@ -85,6 +85,7 @@ def test_the_result_is_kept_and_shown(
     assert kept["evaluation"] == "core"
     assert kept["revision"] == REF.revision
     assert kept["settings"]["bundle"] == read_bundle(open_bundle(str(prepared / "bundle"))).digest
+    assert (kept["settings"]["device"], kept["settings"]["dtype"]) == ("cpu", "float32")
     assert kept.items() >= expected.items()
     assert kept["core"] == sum(task["centered"] for task in kept["tasks"].values()) / len(TASKS)
     assert 0 < sum(task["right"] for task in kept["tasks"].values()) < 15 * 30
