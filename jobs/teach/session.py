@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import logging
 import math
@@ -54,7 +53,7 @@ from nanochat_core.lessons.records import (
 )
 from nanochat_core.sandbox import SandboxExecutor
 from nanochat_core.store import Lease, LeaseLost, NameInUse, Store, StoreError
-from nanochat_core.training.checkpoint_writer import save_checkpoint
+from nanochat_core.training.checkpoint_writer import RETRY_SECONDS, save_checkpoint
 from nanochat_core.training.distributed import ALONE
 
 log = logging.getLogger("jobs.teach")
@@ -185,12 +184,15 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
     except (NameInUse, SystemExit):
         # Another program has a lease that the lesson needs, or somebody asked this process to end. Neither is the fault
         # of the lesson, so the attempt is not counted.
-        with contextlib.suppress(UserError):
-            _written(store, read_lesson(store, lesson.model, lesson.number), lease, attempts=lesson.attempts)
+        _uncount(store, lesson, lease)
         raise
-    except (StoreError, LeaseLost):
-        # The store failed, or another program took over the lease. Neither means that the lesson failed, so the lesson
-        # keeps its state and can be given again.
+    except StoreError:
+        # The store failed, and not the lesson. So the attempt is not counted, the lesson keeps its state, and it can be
+        # given again. If the store does not answer yet, the attempt stays counted only after several tries.
+        _uncount(store, lesson, lease, RETRY_SECONDS)
+        raise
+    except LeaseLost:
+        # Another program took over the lease, so this program must not write the lesson. It can be given again.
         raise
     except UserError as error:
         reason = str(error)
@@ -206,6 +208,23 @@ def _give(store: Store, lesson: Lesson, machine: Machine, lease: Lease) -> Lesso
         anew = _written(store, recorded, lease, state=state, reason=reason, attempts=0)
         return _give(store, anew, machine, lease)
     return _ended(store, recorded, lease, state, reason)
+
+
+def _uncount(store: Store, lesson: Lesson, lease: Lease, pauses: Sequence[float] = ()) -> None:
+    """Take back the present attempt from the number of attempts. ``lesson`` is the lesson before this attempt.
+
+    If the store fails, try again after each of the ``pauses`` (in seconds). The caller reports an error of its own, so
+    this function raises none.
+    """
+    for pause in (*pauses, None):
+        try:
+            _written(store, read_lesson(store, lesson.model, lesson.number), lease, attempts=lesson.attempts)
+            return
+        except StoreError:
+            if pause is not None:
+                time.sleep(pause)
+        except UserError:
+            return
 
 
 def _ended(store: Store, lesson: Lesson, lease: Lease, state: State, reason: str) -> Lesson:

@@ -113,8 +113,8 @@ class Lesson:
             and another process begins the lesson anew. If the file of a lesson is damaged, or if a newer version of
             nanochat wrote it, the state is ``damaged``, and only ``model``, ``number`` and ``reason`` are known.
         attempts: how often a process has begun the lesson or died before that. An attempt does not count if the process
-            was asked to end, or if another program had a lease that the lesson needs. If the lesson begins anew because
-            another revision was promoted, the count begins at 0 again.
+            was asked to end, if the store failed for a short time, or if another program had a lease that the lesson
+            needs. If the lesson begins anew because another revision was promoted, the count begins at 0 again.
         who: name of the user who added the lesson.
         source: name of the file from which the items were read.
         created, finished: times in UTC (ISO 8601); ``finished`` is empty while the lesson is not done.

@@ -1056,6 +1056,34 @@ def test_a_lesson_that_is_stopped_at_any_moment_counts_no_attempt_and_leaves_no_
     assert signal.getsignal(number) == handler
 
 
+def test_a_store_that_fails_for_a_moment_counts_no_attempt(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    away, pauses = [True], list[float]()
+    write = type(store).write
+
+    def failing(self: Store, key: str, data: bytes) -> None:
+        if key.startswith("lessons/") and away[0]:
+            raise StoreError("the store is away")
+        write(self, key, data)
+
+    def teach(store: Store, lesson: Lesson, *_: object) -> None:
+        write_lesson(store, dataclasses.replace(lesson, state="training", attempts=lesson.attempts + 1))
+        monkeypatch.setattr(type(store), "write", failing)
+        raise StoreError("the store is away")
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        away[0] = len(pauses) < 2
+
+    add_lesson(store, "demo", [DOG], Plan(), who="ada", source="own.md")
+    monkeypatch.setattr(session, "_teach", teach)
+    monkeypatch.setattr(session.time, "sleep", pause)
+    with pytest.raises(StoreError, match="the store is away"):
+        give_lessons(store, "demo", Machine(), 1)
+    assert pauses == [1.0, 5.0]
+    lesson = read_lesson(store, "demo", 1)
+    assert (lesson.state, lesson.attempts) == ("training", 0)
+
+
 @pytest.mark.parametrize("error", [StoreError("the store is away"), LeaseLost("somebody else gives it")])
 @pytest.mark.parametrize("place", ["lessons", "give_lessons"])
 def test_a_lesson_that_could_not_go_on_is_to_be_given_again(
