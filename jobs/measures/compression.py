@@ -93,14 +93,16 @@ def load_reference(encoding: Encoding, file: str = "") -> Reference:
     if file:
         return _read_reference(encoding, user_path(file))
     cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache"))
+    problems = []
     for url in encoding.urls:
         cached = cache / hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()
         if cached.is_file():
             try:
                 return _read_reference(encoding, cached)
             except UserError as error:
-                return Reference(encoding, missing=str(error))
-    return Reference(encoding, missing=f"its file is missing; {encoding.flag} names a copy of {encoding.urls[0]}")
+                problems.append(str(error))
+    missing = f"its file is missing; {encoding.flag} names a copy of {encoding.urls[0]}"
+    return Reference(encoding, missing="; ".join(problems) or missing)
 
 
 def _read_reference(encoding: Encoding, path: Path) -> Reference:

@@ -100,6 +100,16 @@ def test_a_damaged_file_in_the_cache_is_a_note_and_one_that_was_asked_for_an_err
         load_reference(GPT4, str(cached))
 
 
+def test_a_damaged_file_in_the_cache_hides_no_other_file_of_the_encoding(no_cache: Path) -> None:
+    first, second = (no_cache / hashlib.sha1(url.encode()).hexdigest() for url in GPT2.urls)
+    first.write_text("damaged\n")
+    second.write_text("#version: 0.2\nt h\n", encoding="utf-8")
+    assert load_reference(GPT2).vocab_size == 257
+    second.write_text("#version: 0.2\nt\n", encoding="utf-8")
+    missing = f"{first}:1 is not a token in base64 and its rank; {second}:2 does not join two tokens"
+    assert load_reference(GPT2).missing == missing
+
+
 def test_every_sample_is_long_enough_to_say_something() -> None:
     assert all(500 < len(text.encode()) < 2000 for text in DOMAIN_SAMPLES.values())
 
