@@ -260,6 +260,19 @@ def test_what_an_objective_measures_is_noted_per_counted_token_whatever_the_pass
         assert [point["large"] for point in run.state.history] == pytest.approx(expected)
 
 
+def test_a_step_waits_once_for_its_numbers_from_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    tolist = torch.Tensor.tolist
+
+    def counted(tensor: Tensor) -> Any:
+        copied.append(tensor.numel())
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    trainer(tmp_path, steps=3).run()
+    assert copied == [4, 4, 4], "the loss, the stop signal, the counted targets and the tokens of each step"
+
+
 def test_the_gradients_of_small_passes_add_up_to_the_gradient_of_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

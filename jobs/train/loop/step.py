@@ -175,8 +175,9 @@ class TrainingStep:
         # All other sums that the rest of the step needs are reduced together. Afterwards, they are equal on every rank.
         own = [stop.number, count, batch.ids.numel() if count else 0, *batch.coverage.values()]
         reduced = self._ranks.sum(torch.cat([torch.stack([total, *sums.values()]), total.new_tensor(own)]))
-        loss_value, *values = reduced[: 1 + len(sums)].tolist()
-        stops, all_counted, tokens, *coverage = reduced[1 + len(sums) :].tolist()
+        numbers = reduced.tolist()  # one copy from the device
+        loss_value, *values = numbers[: 1 + len(sums)]
+        stops, all_counted, tokens, *coverage = numbers[1 + len(sums) :]
         if not all_counted:
             raise UserError("a batch has no target that counts, on any rank; report this with the data that caused it")
         return StepReport(
