@@ -52,7 +52,7 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             raise UserError(f"messages[{i}] is no object with a role and a content")
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
-            raise UserError(f"messages[{i}].role is {role!r}; use system, user or assistant")
+            raise UserError(f"messages[{i}].role is {role!r:.100}; use system, user or assistant")
         expected = "user" if not parsed or parsed[-1].role != "user" else "assistant"
         if role == "system":
             if i != 0:

@@ -68,7 +68,7 @@ def _sharegpt_messages(turns: list[Any]) -> list[Any]:
             raise ValueError(f"conversations[{number}] is no object with 'from' and 'value'")
         speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if not (isinstance(speaker, str) and speaker in _SPEAKERS):
-            raise ValueError(f"conversations[{number}] is from {speaker!r}, who is none of {', '.join(_SPEAKERS)}")
+            raise ValueError(f"conversations[{number}] is from {speaker!r:.100}, who is none of {', '.join(_SPEAKERS)}")
         if not isinstance(text, str):
             raise ValueError(f"conversations[{number}] has a value that is not a text")
         role = _SPEAKERS[speaker]

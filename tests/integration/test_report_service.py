@@ -115,6 +115,9 @@ async def test_the_report_of_the_store_reaches_the_browser(service: EngineProces
             "report.md%00.png",
         ):
             assert (await http.get(f"/report/{path}")).status_code == 404, path
+        long = (await http.get(f"/report/{'x' * 1000}.png")).json()["error"]
+        assert long["code"] == "report_not_found"
+        assert 50 < long["message"].count("x") <= 100
         assert (await http.get("/report/report.md?model=other")).status_code == 404
 
 
@@ -136,6 +139,7 @@ async def test_a_browser_gets_no_other_kind_of_file_whatever_the_engine_calls_it
     async with running_gateway(reporting.address) as url, http_client(url) as http:
         await until_ready(url)
         assert (await http.get("/report/page.html")).status_code == 404
+        assert (await http.get(f"/report/{'x' * 1000}")).json()["error"]["message"].count("x") == 100
         assert (await http.get("/report/report.md")).text == "# Here"
     await reporting.stop()
 

@@ -133,6 +133,7 @@ def test_a_call_without_a_result_stays_one() -> None:
     [
         ([("call", 0, 4)], "tool_events[0].offset"),
         ([("call", 0, 2), ("call", 1, 1)], "tool_events[1].offset"),
+        ([("call", 0, 10**4000)], "tool_events[0].offset"),
     ],
 )
 def test_tool_events_that_do_not_fit_are_refused_by_name(events: Any, param: str) -> None:
@@ -144,6 +145,7 @@ def test_tool_events_that_do_not_fit_are_refused_by_name(events: Any, param: str
     with pytest.raises(ApiError) as refused:
         conversation([*messages(("user", "a")), history, *messages(("user", "b"))])
     assert refused.value.param == f"messages[1].nanochat.{param}"
+    assert len(refused.value.message) < 400
 
 
 @pytest.mark.parametrize(

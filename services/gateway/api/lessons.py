@@ -36,7 +36,7 @@ from services.gateway.api.json_body import JsonRoute
 from services.gateway.api.parameters import check_known
 from services.gateway.engines.model import ServedModel
 from services.gateway.engines.pool import EnginePool
-from services.gateway.errors import ERROR_RESPONSES, ApiError, bad_request, no_engine
+from services.gateway.errors import ERROR_RESPONSES, ApiError, bad_request, no_engine, shown
 from services.gateway.schemas import ApiModel
 
 router = APIRouter(prefix="/v1/lessons", tags=["Lessons"], responses=ERROR_RESPONSES, route_class=JsonRoute)
@@ -129,7 +129,8 @@ async def create_lesson(
         try:
             items = parse_items(content.encode(errors="replace"), source)
         except UserError as error:
-            raise bad_request(f"{error}.", "items" if body.items else "text", "invalid_lesson") from error
+            message = str(error).replace(source, shown(source))
+            raise bad_request(f"{message}.", "items" if body.items else "text", "invalid_lesson") from error
         if (known := added_lesson(store, model, items, Plan(), asked)) is not None:
             return _described(store, known)
         if lists.undone(model, _MOST_QUEUED) >= _MOST_QUEUED:

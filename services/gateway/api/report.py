@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from nanochat_core.protos import engine_pb2
 from services.gateway.api.dependencies import PoolDep
 from services.gateway.api.web_page import built_page
-from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc
+from services.gateway.errors import ERROR_RESPONSES, ApiError, from_rpc, shown
 
 router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 
@@ -44,13 +44,14 @@ async def report_file(file: str, pool: PoolDep, model: str = "") -> Response:
                     "nanochat-served-revision": served.info.revision,
                 },
             )
-    raise _no_report(f"The report has no file {file!r}.")
+    raise _no_report(f"The report has no file {shown(file)!r}.")
 
 
 def _api_error(error: grpc.aio.AioRpcError) -> ApiError:
     code = error.code()
     if code is grpc.StatusCode.NOT_FOUND:
-        return _no_report(f"There is no such report: {error.details()}.")
+        # The engine's error repeats the name of the file, which the client chose.
+        return _no_report(f"There is no such report: {shown(error.details() or '')}.")
     if code is grpc.StatusCode.UNIMPLEMENTED:  # the answer of engines of earlier versions, which send no reports
         return _no_report("This engine is of an earlier version and sends no reports.")
     if code is grpc.StatusCode.FAILED_PRECONDITION:

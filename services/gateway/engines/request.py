@@ -177,8 +177,8 @@ def _with_events(content: str, events: Sequence[ToolEvent], message_index: int) 
         if not position <= offset <= len(content):
             where = f"messages[{message_index}].nanochat.tool_events[{k}].offset"
             raise invalid_value(
-                f"{where} is {offset}; it must lie between the call before it ({position}) and the end of the content "
-                f"({len(content)} characters).",
+                f"{where} is {shown(str(offset))}; it must lie between the call before it ({position}) and the end of "
+                f"the content ({len(content)} characters).",
                 where,
             )
         if offset > position:
