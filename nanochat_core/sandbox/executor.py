@@ -174,7 +174,7 @@ class SandboxExecutor:
         The result is returned even if the code failed. Its status is OVERLOADED if all slots and the queue are full, or
         if too many calls wait for other calls of their sessions. Raises WorkerFailed if the sandbox itself failed, or
         was closed during the call, ValueError if the inputs (with the files of the session) are too large or too many,
-        and RuntimeError if the executor is closed.
+        and RuntimeError if the executor is not started or is closed.
 
         Args:
             code: a program. If its last statement is an expression, the expression's value is the result.
@@ -259,9 +259,9 @@ class SandboxExecutor:
             future.cancel()  # stops the call if the wait was interrupted; otherwise it has no effect
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        if self._loop.is_closed():
+        if self._loop.is_closed() or not self._thread.is_alive():
             work.close()
-            raise RuntimeError("the executor is closed")
+            raise RuntimeError(f"the executor is {'closed' if self._loop.is_closed() else 'not started'}")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _open(self) -> None:

@@ -350,6 +350,19 @@ def test_only_the_kernel_can_tell_that_a_process_was_killed_for_lack_of_memory(
     assert executor.execute_sync("import os\nos._exit(137)").error == "exited with code 137 before the code ended"
 
 
+def test_an_executor_that_was_never_started_runs_no_code() -> None:
+    executor = SandboxExecutor(SandboxConfig())
+    try:
+        with pytest.raises(RuntimeError, match="the executor is not started"):
+            executor.execute_sync("6 * 7")
+        with pytest.raises(RuntimeError, match="the executor is not started"):
+            asyncio.run(executor.probe())
+    finally:
+        executor.close()
+    with pytest.raises(RuntimeError, match="the executor is closed"):
+        executor.execute_sync("6 * 7")
+
+
 def test_a_relative_scratch_folder_works(
     make: Callable[..., SandboxExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
