@@ -46,22 +46,27 @@ class OomKills:
     """Tells, from a counter of the kernel, whether the kernel has recently killed a process for lack of memory.
 
     The kernel has one counter for the whole machine, so a process outside of the sandbox that was killed counts, too.
-    The counter has no times: a kill counts as recent from the first call of :meth:`recent` after it.
+    The counter has no times: a kill counts as recent from the first reading of the counter after it.
     """
 
     def __init__(self) -> None:
         self._count = _oom_kills()
         self._changed = -math.inf
 
-    def recent(self) -> bool:
-        """Whether a kill was noticed by this call, or by an earlier call in the last ``_OOM_SECONDS``.
-
-        Also True if the kernel has no counter.
-        """
+    def count(self) -> int | None:
+        """Read the counter. Returns ``None`` if the kernel has no counter."""
         count = _oom_kills()
         if count != self._count:
             self._count, self._changed = count, time.monotonic()
-        return count is None or time.monotonic() - self._changed < _OOM_SECONDS
+        return count
+
+    def recent(self, earlier: int | None) -> bool:
+        """Whether a kill has happened after the counter was ``earlier``, and was noticed in the last ``_OOM_SECONDS``.
+
+        Also True if the kernel has no counter.
+        """
+        count = self.count()
+        return count is None or (count != earlier and time.monotonic() - self._changed < _OOM_SECONDS)
 
 
 def _oom_kills() -> int | None:

@@ -111,6 +111,7 @@ class WorkerProcess:
         self._mount_point = scratch_root.mount_point
         self._scratch: str | None = None
         self._cgroup: Cgroup | None = None
+        self._oom_kills_before: int | None = None
         self._fds: set[int] = set()
         self.handle = -1
         self._pid = 0
@@ -170,15 +171,17 @@ class WorkerProcess:
     def out_of_memory(self) -> bool:
         """Whether the kernel may have killed the worker for lack of memory; certain only if a cgroup reports it."""
         exceeded = self._cgroup is not None and self._cgroup.out_of_memory
-        return exceeded or self.server.oom_kills.recent()
+        return exceeded or self.server.oom_kills.recent(self._oom_kills_before)
 
     def set_limits(self, limits: Limits, receiving: int) -> None:
         """Set the kernel's limits for the worker's memory and CPU time; in a cgroup, also for its number of threads.
 
-        The executor measures CPU time itself and usually stops the call first. The kernel's limit of CPU time, in whole
-        seconds, is a fallback. The worker needs ``receiving`` bytes of memory to receive the request. Raises OSError if
-        the kernel refuses, for example because the worker has ended.
+        The limits are set when the worker's call begins. From then on, a kill for lack of memory may be the reason for
+        the worker's end (:attr:`out_of_memory`). The executor measures CPU time itself and usually stops the call
+        first. The kernel's limit of CPU time, in whole seconds, is a fallback. The worker needs ``receiving`` bytes of
+        memory to receive the request. Raises OSError if the kernel refuses, for example because the worker has ended.
         """
+        self._oom_kills_before = self.server.oom_kills.count()
         for number, value in (
             (resource.RLIMIT_AS, self.usage.address_space_bytes() + receiving + limits.memory_bytes),
             (resource.RLIMIT_CPU, math.ceil(self.usage.cpu_seconds() + limits.cpu_seconds) + 1),

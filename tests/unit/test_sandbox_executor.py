@@ -335,18 +335,25 @@ def test_only_the_kernel_can_tell_that_a_process_was_killed_for_lack_of_memory(
 ) -> None:
     executor = make()
 
-    async def kill_worker() -> Status:
+    kills = 10**9
+    monkeypatch.setattr(fork_server, "_oom_kills", lambda: kills)  # as if the kernel had killed so many processes
+
+    async def kill_worker(further_kills: int = 0) -> Status:
+        nonlocal kills
         idle, begun = own_processes(), Begun()
         call = asyncio.create_task(executor.execute(TELLS_ITS_BEGINNING, PATIENT, on_output=begun))
         await begun.wait()
         assert len(own_processes() - idle) == 1
+        kills += further_kills
         kill(own_processes() - idle)
         return (await call).status
 
     with pytest.raises(WorkerFailed, match="killed from outside"):
         asyncio.run(kill_worker())
-    monkeypatch.setattr(fork_server, "_oom_kills", lambda: 10**9)  # as if the kernel had killed one more process
-    assert asyncio.run(kill_worker()) is Status.MEMORY
+    assert asyncio.run(kill_worker(further_kills=1)) is Status.MEMORY
+    kills += 1
+    with pytest.raises(WorkerFailed, match="killed from outside"):
+        asyncio.run(kill_worker())  # the kill before the call is no reason for its end
     assert executor.execute_sync("import os\nos._exit(137)").error == "exited with code 137 before the code ended"
 
 
