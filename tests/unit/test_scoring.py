@@ -354,6 +354,24 @@ def test_tests_may_expect_an_exception_and_use_helpers_of_the_prompt(sandbox: Sa
     assert not passes_tests(sandbox, problem, "    if x < 0:\n        raise KeyError\n    return x + y\n")
 
 
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("b'\\xff'.decode()", "UnicodeDecodeError"),
+        ("'\\u20ac'.encode('ascii')", "UnicodeEncodeError"),
+        ("raise UnicodeTranslateError('a', 0, 1, 'no')", "UnicodeTranslateError"),
+        ("raise ExceptionGroup('two', [ValueError(), KeyError()])", "ExceptionGroup"),
+    ],
+)
+def test_tests_may_expect_an_exception_that_needs_more_than_a_text(
+    statement: str, expected: str, sandbox: SandboxExecutor
+) -> None:
+    check = f"def check(candidate):\n    try: candidate()\n    except {expected}: return\n    assert False\n"
+    problem = CodeProblem("def f():\n    'It.'\n", check, "f")
+    assert passes_tests(sandbox, problem, f"    {statement}\n")
+    assert not passes_tests(sandbox, problem, "    raise TypeError\n")
+
+
 def test_a_sandbox_without_room_is_no_wrong_answer(sandbox: SandboxExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "examine_sync", lambda *_: ExecutionResult(Status.OVERLOADED, error="full"))
     with pytest.raises(ScoringFailed, match="full"):

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 _FROM_PEER, _TO_PEER = 4, 5
@@ -163,18 +164,30 @@ def examine(context: str, tests: str, function: str) -> None:
         kind, content = answer
         if kind == "value":
             return decode(content)
-        # Tests may expect an exception. The candidate can only name a built-in exception. Any other name becomes a
-        # RuntimeError.
-        known = getattr(builtins, kind, None) if type(kind) is str else None
-        if not (isinstance(known, type) and issubclass(known, Exception)):
-            known = RuntimeError
-        raise known(str(content))
+        raise _exception(kind, str(content))  # tests may expect an exception
 
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(context, "<context>", "exec"), namespace)  # noqa: S102 - this runs in a sandbox
     namespace[function] = candidate
     exec(compile(tests, "<tests>", "exec"), namespace)  # noqa: S102
     namespace["check"](candidate)
+
+
+def _exception(kind: Any, text: str) -> Exception:
+    """Build an exception. The candidate can only name a built-in exception; any other name becomes a RuntimeError."""
+    known = getattr(builtins, kind, None) if type(kind) is str else None
+    if not (isinstance(known, type) and issubclass(known, Exception)):
+        known = RuntimeError
+    return _BUILDERS.get(known, known)(text)
+
+
+# Builds the exceptions whose constructors need more than a text.
+_BUILDERS: dict[type[Exception], Callable[[str], Exception]] = {
+    UnicodeDecodeError: lambda text: UnicodeDecodeError("", b"", 0, 0, text),
+    UnicodeEncodeError: lambda text: UnicodeEncodeError("", "", 0, 0, text),
+    UnicodeTranslateError: lambda text: UnicodeTranslateError("", 0, 0, text),
+    ExceptionGroup: lambda text: ExceptionGroup(text, [RuntimeError(text)]),
+}
 
 
 def answer_calls(code: str, function: str) -> NoReturn:
