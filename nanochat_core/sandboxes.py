@@ -84,7 +84,7 @@ class Sandboxes:
 
     @property
     def serving(self) -> int:
-        """Number of sandboxes that accept calls."""
+        """Number of sandboxes that accept calls. Any thread may read it."""
         return len(self._serving(set()))
 
     async def execute(
@@ -150,7 +150,8 @@ class Sandboxes:
         self._changed = asyncio.Event()
 
     def _serving(self, excluded: "set[_Sandbox]") -> "list[_Sandbox]":
-        return [sandbox for sandbox in self._sandboxes.values() if sandbox.serving and sandbox not in excluded]
+        # The thread that serves the metrics calls this too, so the loop uses a copy of the dictionary.
+        return [sandbox for sandbox in list(self._sandboxes.values()) if sandbox.serving and sandbox not in excluded]
 
     async def _choose(
         self, request: sandbox_pb2.ExecuteRequest, excluded: "set[_Sandbox]", patience: float

@@ -198,6 +198,23 @@ async def test_only_the_sandbox_limits_the_size_of_its_replies(sandboxes: list[S
     assert [len(file.content) for file in reply.files] == [40 << 20]
 
 
+async def test_sandboxes_may_join_while_another_thread_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[int, object] = {}
+
+    class Joined:
+        @property
+        def serving(self) -> bool:
+            known[len(known)] = Joined()  # as if the event loop added a sandbox while another thread counts
+            return True
+
+    clients = core_sandboxes.Sandboxes([])
+    known[0] = Joined()
+    with monkeypatch.context() as patched:
+        patched.setattr(clients, "_sandboxes", known)
+        assert [clients.serving, clients.serving] == [1, 2]
+    await clients.aclose()
+
+
 async def test_calls_of_a_request_have_the_key_of_its_caller(sandboxes: list[Sandbox]) -> None:
     async with client_of(sandboxes[0]) as client:
         await client.until_serving(1)
