@@ -77,7 +77,7 @@ class Sandboxes:
         """
         self._tls, self._on_retry = tls, on_retry
         self._sandboxes: dict[Endpoint, _Sandbox] = {}
-        self._retirements: set[asyncio.Task[None]] = set()
+        self._retirements: dict[asyncio.Task[None], _Sandbox] = {}
         self._changed = asyncio.Event()
         self._calls = 0
         self._discovery = asyncio.create_task(watch_endpoints(targets, self._set_endpoints, lookup_seconds))
@@ -127,19 +127,22 @@ class Sandboxes:
 
     async def aclose(self) -> None:
         """Close the connections. Running calls fail."""
-        for task in (self._discovery, *self._retirements):
+        tasks = [self._discovery, *self._retirements]
+        sandboxes = [*self._sandboxes.values(), *self._retirements.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(self._discovery, *self._retirements, return_exceptions=True)
-        for sandbox in self._sandboxes.values():
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for sandbox in sandboxes:
             await sandbox.close()
 
     def _set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
         """Add a sandbox for each new endpoint, and retire the sandboxes whose endpoints are gone."""
         for endpoint in self._sandboxes.keys() - set(endpoints):
             log.info("sandbox left", extra={"address": endpoint.address})
-            retirement = asyncio.create_task(self._sandboxes.pop(endpoint).retire())
-            self._retirements.add(retirement)
-            retirement.add_done_callback(self._retirements.discard)
+            sandbox = self._sandboxes.pop(endpoint)
+            retirement = asyncio.create_task(sandbox.retire())
+            self._retirements[retirement] = sandbox
+            retirement.add_done_callback(self._retirements.pop)
         for endpoint in endpoints:
             if endpoint not in self._sandboxes:
                 self._sandboxes[endpoint] = _Sandbox(endpoint, self._tls, self._notify)

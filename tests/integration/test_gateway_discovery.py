@@ -195,6 +195,24 @@ async def test_engines_that_cannot_be_added_now_are_added_later(caplog: pytest.L
     assert [record.getMessage() for record in caplog.records if record.exc_info] == ["change of endpoints failed"] * 2
 
 
+async def test_the_connection_of_an_engine_that_has_just_left_is_closed_with_the_pool() -> None:
+    settings = GatewaySettings(engine_addresses=("engines:1",))
+    channels: list[ServiceChannel] = []
+
+    def connect(endpoint: Endpoint) -> ServiceChannel:
+        channels.append(open_channel(endpoint, settings))
+        return channels[-1]
+
+    pool = EnginePool(settings, Metrics(), connect, Names(engines=["127.0.0.1"]))
+    await until(lambda: pool.replicas(), 30)
+    pool._set_endpoints([])
+    assert pool.replicas() == []
+    await pool.aclose()
+    (channel,) = channels
+    with pytest.raises(grpc.aio.UsageError, match="is closed"):
+        channel.connection()
+
+
 async def test_a_request_goes_on_if_its_engine_leaves_while_its_model_is_read_again() -> None:
     names = Names(engines=["127.0.0.1"])
     async with (

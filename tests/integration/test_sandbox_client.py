@@ -215,6 +215,19 @@ async def test_sandboxes_may_join_while_another_thread_counts_them(monkeypatch: 
     await clients.aclose()
 
 
+async def test_the_calls_of_a_sandbox_that_has_left_end_with_the_client(sandboxes: list[Sandbox]) -> None:
+    sandbox = sandboxes[0]
+    sandbox.answering.clear()
+    clients = core_sandboxes.Sandboxes([sandbox.address])
+    running = asyncio.create_task(clients.execute(sandbox_pb2.ExecuteRequest(code="1"), 600))
+    await until_called(sandbox)
+    clients._set_endpoints([])
+    await clients.aclose()
+    ended, _ = await asyncio.wait({running}, timeout=60)
+    assert ended == {running}
+    assert running.cancelled() or running.exception()
+
+
 async def test_calls_of_a_request_have_the_key_of_its_caller(sandboxes: list[Sandbox]) -> None:
     async with client_of(sandboxes[0]) as client:
         await client.until_serving(1)

@@ -84,12 +84,13 @@ class EnginePool:
 
     async def aclose(self) -> None:
         """Stops watching the engines, and closes the connections to all engines."""
-        tasks = [self._discovery, *self._watches.values(), *self._closing]
+        tasks = [self._discovery, *self._watches.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for replica in self._watches:
+        for replica in list(self._watches):  # a leaving engine may become idle meanwhile, and is then removed
             await replica.close()
+        await asyncio.gather(*self._closing, return_exceptions=True)
 
     def _set_endpoints(self, endpoints: Sequence[Endpoint]) -> None:
         found = {endpoint.address: endpoint for endpoint in endpoints}
