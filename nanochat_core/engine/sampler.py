@@ -150,7 +150,7 @@ class Sampler:
         ]
         if forbidden:
             rows, tokens = to_device(np.array(forbidden, np.int64).T.copy(), self._device)
-            z.index_put_((rows, tokens), z.new_tensor(float("-inf")))
+            z.index_put_((rows, tokens), z.new_full((), float("-inf")))
 
     def _constrain(self, z: Tensor, sequences: Items[Sequence], rows: Items[int]) -> None:
         """Set to -inf, in place, the logits of all tokens that the constraints of the given rows forbid."""
