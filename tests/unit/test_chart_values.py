@@ -381,6 +381,44 @@ def test_a_route_waits_as_long_as_the_longest_answer_takes() -> None:
     assert int(rule["timeouts"]["request"].removesuffix("s")) > longest_answer()
 
 
+PROXY_LIMITS = {
+    "ingress": (
+        "ingress.enabled=true",
+        "ingress.host=chat.example.org",
+        r"ingress.annotations.nginx\.ingress\.kubernetes\.io/proxy-read-timeout=",
+    ),
+    "route": ("httpRoute.enabled=true", "httpRoute.parentRefs[0].name=public", "httpRoute.timeoutSeconds="),
+}
+
+
+@pytest.mark.parametrize("proxy", PROXY_LIMITS)
+def test_a_proxy_waits_for_an_engine_that_must_start_first(proxy: str) -> None:
+    *enabled, limit = PROXY_LIMITS[proxy]
+    keda = ("engine.keda.enabled=true", f"engine.keda.prometheusUrl={PROMETHEUS}", "engine.startupSeconds=700")
+    longest = int(GatewaySettings().request_timeout_seconds) + 700
+
+    def refusal(*settings: str) -> str:
+        done = subprocess.run(
+            ["helm", "template", "n", CHART]
+            + [part for each in (*keda, *enabled) for part in ("--set", each)]
+            + [part for each in settings for part in ("--set-string" if "annotations" in each else "--set", each)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode != 0) == bool(done.stderr), done.stderr
+        return done.stderr
+
+    zero = "engine.keda.minReplicas=0"
+    assert refusal() == ""
+    assert f"set at least {longest}" in refusal(zero)
+    assert limit.removesuffix("=") in refusal(zero, f"{limit}{longest - 1}")
+    assert refusal(zero, f"{limit}{longest}") == ""
+    assert refusal(zero, f"{limit}301", "gateway.extraEnv.NANOCHAT_GATEWAY_REQUEST_TIMEOUT_SECONDS=0.5") != ""
+    shorter = "NANOCHAT_GATEWAY_QUEUE_SECONDS=30,gateway.extraEnv.NANOCHAT_GATEWAY_REQUEST_TIMEOUT_SECONDS=60.5"
+    assert refusal(zero, f"{limit}91", f"gateway.extraEnv.{shorter}") == ""
+
+
 def longest_answer() -> float:
     defaults = GatewaySettings()
     return defaults.request_timeout_seconds + defaults.queue_seconds

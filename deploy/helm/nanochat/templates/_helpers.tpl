@@ -136,6 +136,27 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
+{{/* "true" if all engines end while no requests come, so that a request may have to wait for the start of an engine. */}}
+{{- define "nanochat.zeroEngines" -}}
+{{- if and .Values.engine.keda.enabled (not .Values.engine.keda.minReplicas) -}}true{{- end -}}
+{{- end -}}
+
+{{/*
+Refuses the time limit of a proxy if an answer may take longer because it first waits for the start of an engine. Takes
+(list $ "value that sets the limit" seconds).
+*/}}
+{{- define "nanochat.checkProxyLimit" -}}
+{{- $root := index . 0 -}}
+{{- if include "nanochat.zeroEngines" $root -}}
+{{- $queue := get $root.Values.gateway.extraEnv "NANOCHAT_GATEWAY_QUEUE_SECONDS" | default $root.Values.engine.startupSeconds -}}
+{{- $answer := get $root.Values.gateway.extraEnv "NANOCHAT_GATEWAY_REQUEST_TIMEOUT_SECONDS" | default 600 -}}
+{{- $longest := addf (float64 $queue) (float64 $answer) -}}
+{{- if lt (float64 (index . 2)) $longest -}}
+{{- fail (printf "%s is %v seconds, but with engine.keda.minReplicas=0 a request may wait %v seconds for an engine, and its answer may then take %v seconds; set at least %v" (index . 1) (index . 2) $queue $answer $longest) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Environment variables from a mapping of names to values. */}}
 {{- define "nanochat.env" -}}
 {{- range $name, $value := . }}
