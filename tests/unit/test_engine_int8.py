@@ -80,6 +80,8 @@ def test_new_weights_are_rounded_too() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"kernels": False}, {"block_size": 8}])
-def test_without_the_kernels_it_is_refused(settings: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="quantization int8 needs the engine's CPU kernels"):
+def test_without_the_kernels_it_is_refused_with_all_causes(settings: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="quantization int8 needs the engine's CPU kernels") as refused:
         Engine(tiny_model(), BYTES, EngineConfig(quantization="int8", **settings))
+    for cause in ("Linux", "g++ or clang++", "fp32 or bf16", "heads of 16, 32, 64, 128", "a multiple of 16"):
+        assert cause in str(refused.value)

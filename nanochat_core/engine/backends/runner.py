@@ -93,8 +93,8 @@ def build_runner(model: GPT, config: EngineConfig) -> tuple[Runner, list[CacheGr
     on_cpu = config.kernels and cpu.usable(model.config, size, dtype, device)
     if config.quantization != "none" and not on_cpu:
         raise UserError(
-            f"quantization {config.quantization} needs the engine's CPU kernels, which need a CPU, a block size that "
-            "is a multiple of 16, and g++ (unless the kernels are built in); use quantization none here"
+            f"quantization {config.quantization} needs the engine's CPU kernels, and these are off or cannot run here; "
+            f"use quantization none. The kernels need {cpu.NEEDS}"
         )
     if config.kernels and gpu.usable(model.config, dtype, device):
         # The modules for GPUs are imported only here, because they import Triton, which only GPUs need.

@@ -14,6 +14,11 @@ from nanochat_core.engine.backends.cpu.library import load_kernels
 # Head sizes for which kernels.cpp has code. The block size must be a multiple of _LANES.
 _HEAD_DIMS = frozenset({16, 32, 64, 128})
 _LANES = 16
+# What :func:`usable` needs, as a part of a sentence.
+NEEDS = (
+    f"a CPU, fp32 or bf16, heads of {', '.join(map(str, sorted(_HEAD_DIMS)))} numbers, a block size that is a multiple "
+    f"of {_LANES}, and kernels that are built in or can be built (on Linux, with g++ or clang++)"
+)
 
 
 def usable(config: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
