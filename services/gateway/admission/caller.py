@@ -73,7 +73,8 @@ class Callers:
             if not self._keyring.fresh:
                 raise admission_unavailable()
         now = time.time()
-        # A digest is compared even if the id is unknown, so that the comparison's time does not show which ids exist.
+        # The comparison takes the same time for every secret. A digest is compared even if the id is unknown. However,
+        # an unknown id takes longer, because the keyring has asked the store about it; an id is no secret.
         if not (key or _NOBODY).accepts(secret, now) or key is None:
             raise unauthorized("This API key is wrong.")
         if not key.usable(now):
