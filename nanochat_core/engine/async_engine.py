@@ -210,8 +210,10 @@ class AsyncEngine:
     async def _compile(self, engine: Engine, request: Request) -> Grammar:
         """Compile the request's constraint outside of the device loop, if the queue has room for the request.
 
-        In this check of the queue, requests whose constraints are being compiled count as queued. A constraint whose
-        grammar is cached needs neither room nor a compilation.
+        In this check of the queue, requests whose constraints are being compiled count as queued. The requests of one
+        caller that are being compiled take up at most half of the room. Only the first one may take up more, so that a
+        request with many choices can be served. A constraint whose grammar is cached needs neither room nor a
+        compilation.
         """
         constraint, caller, sequences = request.sampling.constraint, request.caller, request.unfinished
         assert constraint is not None, "only constrained requests come here"
