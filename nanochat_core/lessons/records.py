@@ -353,8 +353,8 @@ def cancel_lesson(store: Store, model: str, number: int) -> None:
 
     A queued lesson is canceled when its turn comes, and a lesson that trains within ten steps. If the model is just
     answering the questions of an examination, before or after the training, the lesson is canceled after the last
-    answer. But if each lesson is a PyTorchJob, the PyTorchJob is deleted at once, and the lesson is canceled when its
-    pods have ended. A lesson whose model the gate has promoted is not canceled any more.
+    answer. But if the lesson already has a PyTorchJob, the PyTorchJob is deleted at once, and the lesson is canceled
+    when its pods have ended. A lesson whose model the gate has promoted is not canceled any more.
     """
     lesson = read_lesson(store, model, number)
     check_undamaged(lesson)

@@ -191,8 +191,8 @@ async def retrieve_lesson(number: _Number, pool: PoolDep, store: StoreDep, model
 @router.post("/{number}/cancel", summary="Cancel a lesson")
 async def cancel(number: _Number, pool: PoolDep, store: StoreDep, model: _Model = None) -> dict[str, Any]:
     """Cancel a lesson. A queued lesson ends when its turn comes. A lesson in training ends within ten steps, or at the
-    end of the examination before the training. A lesson in examination ends when the examination ends. In a cluster, a
-    lesson that has begun ends within seconds."""
+    end of the examination before the training. A lesson in examination ends when the examination ends. If lessons are
+    PyTorchJobs, a lesson that has begun ends within seconds."""
     name = _served(pool, model).info.name
 
     def ask() -> dict[str, Any]:
