@@ -28,7 +28,11 @@ class ReportSettings(JobSettings):
     """Make the missing held-out evaluations, and write reports/<model>/ with report.md, report.json and plots."""
 
     model: str = setting(help="name of the model in the store")
-    revision: str = setting("", "<stage>/step_<n> or promoted; empty for the newest checkpoint of the last stage")
+    revision: str = setting(
+        "",
+        "<stage>/step_<n> or promoted; by default the newest checkpoint of the model's last stage among base, sft, rl; "
+        "lessons do not count",
+    )
     recipe: str = setting(
         "", "recipe whose kinds of conversations are asked; empty for the recipe that trained the model"
     )
