@@ -265,6 +265,16 @@ async def test_without_any_engine_a_stream_ends_with_words_for_a_person() -> Non
         assert await metric(url, "streams_lost_total") == 1
 
 
+async def test_an_answer_that_reaches_the_time_limit_is_not_counted_as_lost() -> None:
+    async with two_engines(request_timeout_seconds=5.0) as (url, one, two):
+        for engine in (one, two):
+            engine.steps = 3
+        _, reading = await begin(url)
+        with pytest.raises(openai.APIError, match="took longer than this server allows"):
+            await reading
+        assert await metric(url, "streams_lost_total") == 0
+
+
 async def test_a_stream_never_goes_on_with_other_weights() -> None:
     async with two_engines(queue_seconds=0.3) as (url, one, two):
         two.info.digests["model.safetensors"] = two.info.revision = "other"

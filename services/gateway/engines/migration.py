@@ -135,8 +135,9 @@ class Stream:
             return chunk
         try:
             return await self._next_chunk()
-        except ApiError:
-            if self._begun:
+        except ApiError as error:
+            # An answer that reaches the time limit is not lost: its engine works, and no other engine may continue it.
+            if self._begun and error.code != "timeout":
                 self._pool.metrics.streams_lost.inc()
             raise
 
