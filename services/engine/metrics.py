@@ -14,10 +14,10 @@ _STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 class Metrics(Observer):
     """All metrics of an engine service, in a registry of their own. The engine reports its events to this object."""
 
-    def __init__(self, load: Callable[[], Load], sandboxes: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, load: Callable[[], Load], sandboxes: Callable[[], int] | None = None) -> None:
         """``load`` returns the current load, summed over the engines of all models in memory.
 
-        ``sandboxes`` returns the number of sandboxes that accept calls.
+        ``sandboxes`` returns the number of sandboxes that accept calls; None if the engine uses no sandbox.
         """
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -27,7 +27,8 @@ class Metrics(Observer):
         self._gauge("kv_cache_usage_ratio", "Share of the KV cache's blocks in use", lambda: _cache_usage(load()))
         self._gauge("waiting_tokens", "Tokens that must be computed before sampling", lambda: load().waiting_tokens)
         self._continued = self._counter("requests_continued", "Requests that continue another engine's answer")
-        self._gauge("sandboxes", "Sandboxes that accept Python calls", sandboxes)
+        if sandboxes is not None:  # without the metric, there is no alert about an engine that needs no sandbox
+            self._gauge("sandboxes", "Sandboxes that accept Python calls", sandboxes)
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of admitted requests")
         self._generated = self._counter("generation_tokens", "Sampled tokens")
         self._preemptions = self._counter("preemptions", "Sequences that lost their blocks and are computed again")

@@ -42,7 +42,7 @@ async def serve(settings: EngineSettings) -> int:
         metrics.model(model.ref.model, model.ref.revision, model.info.compute_dtype)
         model_loaded.set()
 
-    metrics = Metrics(lambda: host.load(), lambda: sandbox.serving if sandbox else 0)
+    metrics = Metrics(lambda: host.load(), (lambda: sandbox.serving) if sandbox else None)
     loader = ModelLoader(settings, tool_runner=sandbox, observer=metrics)
     host = ModelHost(
         loader, retire_seconds=settings.retire_seconds, on_change=model_changed, on_loop_death=loop_died.set

@@ -339,6 +339,7 @@ def test_calls_go_to_the_sandbox_and_its_loss_is_something_the_model_reads(start
     assert result.result.status == "unavailable"
     assert "<|output_start|>error: the Python sandbox is unavailable<|output_end|>ok" in text
     assert service.metrics()["nanochat_engine_tool_calls_total[unavailable]"] == 1
+    assert service.metrics()["nanochat_engine_sandboxes"] == 0
 
 
 def test_a_reload_sends_new_requests_to_the_new_model_and_drops_no_stream(started: Any, home: Path) -> None:
@@ -365,6 +366,7 @@ def test_a_reload_sends_new_requests_to_the_new_model_and_drops_no_stream(starte
     ]
     assert metrics["nanochat_engine_requests_finished_total[length]"] == 2
     assert metrics["nanochat_engine_prompt_tokens_total"] == 60
+    assert "nanochat_engine_sandboxes" not in metrics, "an engine without a sandbox needs no alert about sandboxes"
     time.sleep(0.3)  # further checks of the promotion must not bring the old model back
     assert service.stub.GetModel(pb.GetModelRequest()).revision == SECOND.revision
     assert service.stub.Reload(pb.ReloadRequest(), timeout=60).revision == FIRST.revision
