@@ -27,6 +27,8 @@ _TURNS_OF_ABILITY = 8
 # Share of the remembered conversations that are drawn from Memory.near: conversations that the model could confuse with
 # the lesson.
 _NEAR_SHARE = 0.25
+# Share of the conversations from Memory.near that are drawn from Memory.similar, the most similar ones.
+_SIMILAR_SHARE = 0.5
 # Of all training examples, at most this share shows items of earlier lessons.
 _EARLIER_SHARE = 0.15
 
@@ -81,7 +83,9 @@ def curriculum(
             earlier_order = earlier_order or rng.sample(range(len(memory.items)), len(memory.items))
             document = _example(memory.items, earlier, {}, earlier_order.pop(), memory, rng, tokenizer, row_tokens)
         else:
-            known = memory.near if memory.near and rng.random() < _NEAR_SHARE else memory.conversations
+            known: Sequence[Conversation] = memory.conversations
+            if memory.near and rng.random() < _NEAR_SHARE:
+                known = memory.similar if memory.similar and rng.random() < _SIMILAR_SHARE else memory.near
             document = rendered(tokenizer, rng.choice(known), row_tokens)
         if document[1].any():
             documents.append(document)

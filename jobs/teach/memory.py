@@ -41,6 +41,8 @@ _REMEMBERED = 20_000
 _VALIDATION = 128
 # Largest number of conversations in Memory.examined, and also in Memory.confusable.
 _EXAMINED = 100
+# Largest number of conversations in Memory.similar.
+_SIMILAR = 400
 # Answers such as "I don't know that." contain no knowledge, so a lesson may replace them without a conflict.
 _UNKNOWN = re.compile(r"\b(?:don['’]t|do not|cannot|can['’]t) (?:know|say|tell|answer)|no idea", re.IGNORECASE)
 # Shortest replaced answer, in characters, that is also looked for in the answers to other questions. A shorter answer,
@@ -106,6 +108,8 @@ class Memory:
             an item of the lesson, or an item of an earlier lesson that is still valid.
         own: the members of ``validation`` that are not in ``examined``, if the model wrote the conversations itself
             (:mod:`rehearsal`); empty otherwise.
+        similar: the members of ``near`` that are the most similar to the lesson, ``confusable`` included. Training
+            repeats them more often than the others. Empty if the model wrote the conversations itself.
     """
 
     conversations: list[Conversation]
@@ -118,6 +122,7 @@ class Memory:
     replaced: list[Conflict]
     answered: Mapping[str, Item]
     own: Sequence[Conversation] = ()
+    similar: Sequence[Conversation] = ()
 
     def contradicts(self, question: str, answer: str) -> bool:
         """Whether the lesson or an earlier lesson changes the right answer of a question, or asks the question itself.
@@ -212,13 +217,13 @@ def remember(
 
     near, near_apart = ([one for one in some if near_to(one)] for some in (agreed, validation))
     if rehearsed:
-        examined, confusable = _most_similar(near_apart, words, rng)[:_EXAMINED][: len(near_apart) // 2], []
+        examined, repeated = _most_similar(near_apart, words, rng)[:_EXAMINED][: len(near_apart) // 2], []
     else:
         # The most similar conversations are divided: the first, third, fifth and so on are examined, and training
         # repeats the second, fourth and so on. If training repeated none of the most similar conversations, the model
         # could confuse these conversations with the lesson.
-        similar = _most_similar(near, words, rng)[: 2 * _EXAMINED]
-        examined, confusable = similar[::2], similar[1::2]
+        similar = _most_similar(near, words, rng)
+        examined, repeated = similar[: 2 * _EXAMINED : 2], similar[1 : 2 * _EXAMINED : 2] + similar[2 * _EXAMINED :]
     apart = {id(one) for one in examined}
     agreed, near, own = ([one for one in some if id(one) not in apart] for some in (agreed, near, validation))
     return Memory(
@@ -226,12 +231,13 @@ def remember(
         validation,
         near,
         examined,
-        confusable,
+        repeated[:_EXAMINED],
         kept,
         [*conflicts, *earlier_conflicts],
         replaced,
         answered,
         own if rehearsed else [],
+        repeated[:_SIMILAR],
     )
 
 
