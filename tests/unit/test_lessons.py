@@ -543,6 +543,10 @@ def test_what_is_most_similar_to_the_lesson_is_examined_and_not_repeated(store: 
     ranks = [question.startswith("What is") for question in examined]
     assert ranks == sorted(ranks, reverse=True), "the questions with the lesson's words come first"
     assert {each[1].text for each in memory.examined} <= {answer for _, answer in (*sums, *others)}
+    repeated = [each[0].text for each in memory.similar]
+    assert set(repeated) <= learned
+    assert not {question for question, _ in far} & set(repeated)
+    assert {each[0].text for each in memory.confusable} <= set(repeated)
 
 
 @pytest.mark.parametrize("recipe", ["demo", "small"])
