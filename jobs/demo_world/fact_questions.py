@@ -24,8 +24,9 @@ from jobs.demo_world.facts import (
 from jobs.demo_world.phrasings import RELATIONS, SUBJECTS, fill
 from jobs.demo_world.tables import Split
 
-# Shares of the four sorts of questions, in percent. The questions ask for a value, for the owner of a value, for a
-# portrait (a description of one person, place, festival or the town), or whether a value is right.
+# Weights with which the four sorts of questions are drawn. The questions ask for a value, for the owner of a value, for
+# a portrait (a description of one person, place, festival or the town), or whether a value is right. If the relation of
+# a fact lacks the drawn sort, a question for the value replaces it.
 _FORWARD, _REVERSE, _PORTRAIT, _CONFIRM = 46, 38, 8, 8
 # Share of the questions about Saltmere that call it "the town".
 _TOWN_SHARE = 0.5

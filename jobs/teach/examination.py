@@ -76,9 +76,10 @@ class Examination:
 
     Attributes:
         task: the questions of all groups.
-        probes: the lesson's questions as written, trained and held-out wordings of these questions, and drills (worked
-            examples with new arguments), with their right answers, as tokens. Training ends before the largest number
-            of steps only if the model gives the right answers to all probes with a high probability.
+        probes: three kinds of questions with their right answers, as tokens: the lesson's questions in their own
+            wording; other wordings of these questions, both trained and held-out ones; and drills (worked examples with
+            new arguments). Training ends before the largest number of steps only if the model gives the right answers
+            to all probes with a high probability.
         earlier: the questions of earlier lessons as written, with the answers that are still valid. The questions that
             the model answers rightly before the lesson become probes of the training too.
         others: further questions from the same sources as the groups ``kept``, ``near.worded`` and ``own``, with their

@@ -355,10 +355,12 @@ def _parts(question: str) -> list[str]:
 def _agreeing(
     conversation: Conversation, conflicts: Sequence[Conflict], asked: Mapping[str, Item], names: Mapping[str, str]
 ) -> Conversation | None:
-    """The conversation with the lesson's answers and names in place of the earlier answers and names.
+    """The conversation with the lessons' answers and names in place of the answers and names that they replace.
 
-    None if a replacement would not fit: the lesson does not answer a question, but the answer to this question contains
-    an earlier answer, and the question has words of the earlier answer too.
+    The answers and names are those of the lesson, and of earlier lessons if they are still valid. The result is None if
+    a replaced answer occurs in the answer to another question of the conversation (:meth:`Conflict.touches`), and that
+    other question mentions it: the question has a keyword of the replaced answer that is neither in the new answer nor
+    in the new answer's question.
     """
     messages = list(conversation)
     for i, message in enumerate(messages):
@@ -419,10 +421,11 @@ def _taught_items(store: Store, model: str, numbers: Sequence[int]) -> dict[int,
 def _earlier(taught: Mapping[int, list[Item]], asked: Mapping[str, Item]) -> tuple[list[Item], list[Conflict]]:
     """The items of earlier lessons that are still valid, and the answers of these lessons that the new lesson changes.
 
-    An item is valid if neither the new lesson nor a lesson after the item's own lesson asks the item's question, in any
-    of its wordings, as a single question. A text is valid if this is true for each question that a statement of the
-    text answers. A conversation of several turns is always valid. An answer that another earlier lesson has already
-    replaced does not count as changed by the new lesson.
+    An item stays valid unless its question is asked again, in any wording, by the new lesson or by a lesson after the
+    item's own. Only items that consist of one question and its answer count as asking; a question inside a longer
+    conversation does not. A text has the questions that its statements answer, and stays valid unless one of them is
+    asked again. A longer conversation always stays valid. An answer that another earlier lesson has already replaced
+    does not count as changed by the new lesson.
     """
     kept: dict[str, Item] = {}
     conflicts = []

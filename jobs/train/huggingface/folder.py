@@ -22,8 +22,8 @@ CHAT_TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 # which has no smear, value embeddings, windows, skip or backout.
 MODEL_TYPE = "nanochat_gpt"
 
-# Maps the names of our parameters to their names in the exported file. _NETWORK has the parameters outside the blocks;
-# _BLOCK has the parameters of a block.
+# Maps the names of our parameters to their names in the exported file. _NETWORK has the parameters outside the blocks,
+# except the value embeddings (see exported_name); _BLOCK has the parameters of a block.
 _NETWORK = {
     "embedding.weight": "model.embed_tokens.weight",
     "head.weight": "lm_head.weight",

@@ -1,4 +1,8 @@
-"""Checks the key and the limits of each request before its body is read."""
+"""Checks a request's key and, if the request counts, the limits on requests and parallel answers.
+
+Both checks come before the request's body is read. The tokens are charged later, when the length of the prompt is
+known. Only a caller in debt, whose earlier answers exceeded the limit on tokens, is refused here already.
+"""
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -41,7 +41,10 @@ def enter(x0, x, scale, embedding, smear, ids, previous_ids, scales, epsilon, di
 
 @triton.jit
 def _mix(x, scale, row, first, scales, epsilon, dim, token, WIDTH: tl.constexpr):
-    """Store a block's input ``x``, a weighted sum of ``row`` and ``first``, and the scale that normalizes ``x``."""
+    """Compute a block's input as a weighted sum of ``row`` and ``first``.
+
+    Store it in ``x``, and the factor that normalizes it in ``scale``.
+    """
     columns = tl.arange(0, WIDTH)
     mixed = (row * tl.load(scales) + first * tl.load(scales + 1)).to(x.dtype.element_ty)
     tl.store(x + token * dim + columns, mixed, columns < dim)
