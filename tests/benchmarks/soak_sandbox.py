@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from nanochat_core.sandbox import Limits, ResultFormat, SandboxConfig, SandboxExecutor, WorkerFailed
-from tests.support.processes import descendants
+from tests.support.processes import descendants, stat_fields
 from tests.support.sandbox_attacks import ATTACKS, Target, limits_for
 
 # Time limit of an attack. A longer limit would make the program slower, but not the test harder.
@@ -98,7 +98,7 @@ class Soak:
 def parent(pid: int) -> int:
     """Parent of a process; 0 if it has ended."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(stat_fields(pid)[1])
     except (FileNotFoundError, ProcessLookupError):
         return 0
 

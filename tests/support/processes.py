@@ -79,10 +79,22 @@ def _parents() -> dict[int, int]:
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+            pid = int(path.parent.name)
+            parents[pid] = int(stat_fields(pid)[1])
         except (FileNotFoundError, ProcessLookupError):
             continue  # the process ended in the meantime
     return parents
+
+
+def stat_fields(pid: int) -> list[str]:
+    """The fields of ``/proc/<pid>/stat`` after the process's name; see proc(5).
+
+    Index 0 is the state, 1 the parent, and 11 to 14 are the CPU times in clock ticks: in user mode, in the kernel, and
+    the same two of the children that have ended. Raises FileNotFoundError or ProcessLookupError if there is no such
+    process.
+    """
+    # The name, which stands in parentheses, may contain spaces and parentheses itself.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def command_line(pid: int) -> str:

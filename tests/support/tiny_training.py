@@ -28,7 +28,7 @@ from jobs.tasks.conversations import write_conversations
 from jobs.train.tokenizer import train_tokenizer
 from nanochat_core.checkpoint import CheckpointRef, list_checkpoints, load_checkpoint
 from nanochat_core.store import Store, open_store
-from tests.support.processes import FORKSERVER
+from tests.support.processes import FORKSERVER, stat_fields
 
 NAME = "tiny"
 ROOT = Path(__file__).parents[2]
@@ -208,7 +208,7 @@ class Job:
     @property
     def stopped(self) -> bool:
         """Whether SIGSTOP has stopped the job."""
-        return Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return stat_fields(self._process.pid)[0] == "T"
 
     @property
     def stderr(self) -> str:

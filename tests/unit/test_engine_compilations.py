@@ -21,6 +21,7 @@ from nanochat_core.engine import AsyncEngine, CallerLimit, Engine, EngineConfig,
 from nanochat_core.engine.compilations import PROCESSES, Compilations
 from nanochat_core.engine.constraints import Grammars
 from tests.support.engine_models import BYTES, tiny_model
+from tests.support.processes import stat_fields
 from tests.support.waiting import until
 
 
@@ -76,8 +77,7 @@ def test_whatever_a_client_sends_costs_a_bounded_amount(constraint: Constraint) 
 
 def seconds_of(trial: Trial) -> float:
     """CPU time of the trial's process and its children."""
-    fields = Path(f"/proc/{trial._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return sum(map(int, stat_fields(trial._process.pid)[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from jobs.teach.runners import give_way
+from tests.support.processes import stat_fields
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has SCHED_IDLE")
 
@@ -31,7 +31,7 @@ def pair() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 def processor_ticks(process: subprocess.Popen[bytes]) -> int:
     """Processor time of a process in user mode, in clock ticks."""
-    return int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11])
+    return int(stat_fields(process.pid)[11])
 
 
 def test_a_process_that_gives_way_leaves_the_core_to_the_other_one(pair: list[subprocess.Popen[bytes]]) -> None:

@@ -36,7 +36,7 @@ from nanochat_core.sandbox import executor as executor_module
 from nanochat_core.sandbox.call import run_call
 from nanochat_core.sandbox.interpreter import current_executable
 from nanochat_core.sandbox.worker_process import WorkerProcess
-from tests.support.processes import command_line, descendants
+from tests.support.processes import command_line, descendants, stat_fields
 from tests.support.waiting import eventually
 
 ENDLESS = "import time\ntime.sleep(60)"
@@ -567,7 +567,7 @@ def test_no_process_outlives_a_killed_service(make: Callable[..., SandboxExecuto
 def _runs(pid: int) -> bool:
     """Whether a process is alive. A zombie does not count."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return stat_fields(pid)[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
