@@ -60,6 +60,25 @@ def own_processes() -> set[int]:
     return descendants(os.getpid()) - _others
 
 
+def settled_descriptors() -> int:
+    """The number of open descriptors, once it has stayed the same for a second.
+
+    The worker of an ended call keeps its descriptors until its process has ended, and this can be after the next
+    workers are ready.
+    """
+    count, since = -1, 0.0
+
+    def settled() -> bool:
+        nonlocal count, since
+        now = len(os.listdir("/proc/self/fd"))
+        if now != count:
+            count, since = now, time.monotonic()
+        return time.monotonic() - since > 1
+
+    eventually(settled)
+    return count
+
+
 def kill(processes: set[int]) -> None:
     """Kill fork servers before their workers, so that no server can report the end of a worker."""
     for pid in sorted(processes):
@@ -187,7 +206,7 @@ def test_many_calls_leave_no_process_descriptor_or_folder(make: Callable[..., Sa
     executor.execute_sync("1")
     eventually(lambda: executor.stats.warm == 4)
     gc.collect()  # closes the descriptors of earlier tests now, not between the two counts
-    before = len(os.listdir("/proc/self/fd"))
+    before = settled_descriptors()
     statuses = asyncio.run(run())
     assert statuses == [Status.OK, Status.OK, Status.ERROR, Status.ERROR, Status.OUTPUT_LIMIT] * 12
     eventually(lambda: executor.stats.warm == 4)
