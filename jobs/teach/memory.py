@@ -96,9 +96,9 @@ class Memory:
         examined: conversations whose last questions are the most similar to the lesson. The lesson is examined with
             them, so they are in neither ``conversations`` nor ``near``. If the model wrote the conversations itself,
             they are in ``validation``.
-        confusable: further members of ``near`` that are about as similar to the lesson as ``examined``. They show
-            during training whether the model confuses them with the lesson. Empty if the model wrote the conversations
-            itself.
+        similar: further members of ``near`` that are about as similar to the lesson as ``examined``, and then the next
+            most similar ones. Training repeats them more often than the others. Empty if the model wrote the
+            conversations itself.
         items: items of the model's earlier lessons that are still valid: neither the lesson nor a later one of the
             earlier lessons asks their questions.
         conflicts: the earlier answers that the lesson replaces. The lesson's result shows them to the user.
@@ -108,21 +108,23 @@ class Memory:
             an item of the lesson, or an item of an earlier lesson that is still valid.
         own: the members of ``validation`` that are not in ``examined``, if the model wrote the conversations itself
             (:mod:`rehearsal`); empty otherwise.
-        similar: the members of ``near`` that are the most similar to the lesson, ``confusable`` included. Training
-            repeats them more often than the others. Empty if the model wrote the conversations itself.
     """
 
     conversations: list[Conversation]
     validation: list[Conversation]
     near: list[Conversation]
     examined: list[Conversation]
-    confusable: list[Conversation]
+    similar: list[Conversation]
     items: list[Item]
     conflicts: list[Conflict]
     replaced: list[Conflict]
     answered: Mapping[str, Item]
     own: Sequence[Conversation] = ()
-    similar: Sequence[Conversation] = ()
+
+    @property
+    def confusable(self) -> list[Conversation]:
+        """The first members of :attr:`similar`, with which training tests whether the model confuses them."""
+        return self.similar[:_EXAMINED]
 
     def contradicts(self, question: str, answer: str) -> bool:
         """Whether the lesson or an earlier lesson changes the right answer of a question, or asks the question itself.
@@ -231,13 +233,12 @@ def remember(
         validation,
         near,
         examined,
-        repeated[:_EXAMINED],
+        repeated[:_SIMILAR],
         kept,
         [*conflicts, *earlier_conflicts],
         replaced,
         answered,
         own if rehearsed else [],
-        repeated[:_SIMILAR],
     )
 
 
