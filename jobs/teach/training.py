@@ -21,6 +21,7 @@ from torch import Tensor
 
 from jobs.progress import ProgressDisplay
 from jobs.teach.curriculum import Curriculum
+from jobs.train.loop.compiler import can_compile
 from jobs.train.loop.run import RunConfig, RunState
 from jobs.train.loop.runtime import Runtime, StopSignal
 from jobs.train.loop.schedule import Schedule
@@ -120,7 +121,8 @@ def train(
     known = list(itertools.compress(others, answered(model, others)))
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.0), batch_lr_scale=plan.lr_scale)
     optimizer = MuonAdamW(groups, runtime.ranks, muon_dtype(runtime.device))
-    objective = cross_entropy(model, compile=settings.compile, device=runtime.device)
+    compile = can_compile(settings.compile, runtime.device)
+    objective = cross_entropy(model, compile=compile, device=runtime.device)
     rows = rows_per_batch(plan.batch_tokens, min(parent.config.context_length, plan.batch_tokens))
     loader = stage.packed_loader(
         documents, rows=rows, context_length=plan.batch_tokens // rows, when_full="pad", workers=1

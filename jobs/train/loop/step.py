@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from jobs.train.batches.loader import Batch
-from jobs.train.loop.compiler import can_compile, prepare_compiler
+from jobs.train.loop.compiler import prepare_compiler
 from jobs.train.loop.run import RunConfig, RunState, TrainingDiverged
 from jobs.train.loop.runtime import Runtime, StopSignal
 from nanochat_core.device import precise_dtype
@@ -254,14 +254,16 @@ class TrainingStep:
 
 
 def cross_entropy(model: GPT, *, compile: bool, device: torch.device) -> Objective:
-    """Return the cross-entropy of the next tokens as an objective, compiled if ``compile`` is set and possible.
+    """Return the cross-entropy of the next tokens as an objective, compiled if ``compile`` is set.
+
+    Set ``compile`` only if :func:`~jobs.train.loop.compiler.can_compile` says that compiling is possible.
 
     On a CPU, each kind of block is compiled once for all layers. Steps are nearly as fast as with a model that is
     compiled as a whole. Compiling the whole model would take much longer, because the time grows with the number of
     layers.
     """
     loss: Callable[..., Tensor] = model.loss
-    if can_compile(compile, device):
+    if compile:
         prepare_compiler(device)
         if device.type == "cpu":
             loss = functools.partial(model.loss, compiled_block=torch.compile(run_block, dynamic=False))
